@@ -1,0 +1,333 @@
+"""Stage 1: Contrastive Audio-Visual Pretraining, CAVP (Diff-Foley Sec. 3.1).
+
+in   a folder of clips with sound: frames (b, f, 3, size, size) in [0, 1] at the preset's rate, mel (b, 128, s)
+out  OUT/last.safetensors; with --extract, a file a clip with its features (f, 512) and its sound: the training set of stage 2
+
+    python cavp.py --data clips/
+    python cavp.py --data clips/ --init runs/cavp/last.safetensors --extract features/
+
+Both towers give one unit vector a step of time; training pulls the video and the sound of the same moment together, against
+other videos (L_inter) and against other moments of the same video (L_intra).
+
+Differs from the official code: mels are cut at the sample where their first frame starts, hop 256 (there at hop 250, which drifts
+by 2.4 %); the pooled features of a long clip are normalised over the 512 features (there over time). The mini preset sees
+15.625 small frames a second, has temporal convolutions in all four stages, and contrasts the consecutive quarter seconds of one
+window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function.
+"""
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+from tqdm import tqdm
+
+import data
+import training
+
+
+@dataclass(frozen=True)
+class CAVPConfig:
+    """The paper preset's sizes (REFERENCE 1, 2)."""
+    fps: float = 4.0
+    size: int = 224                                     # of the square frames
+    video_width: int = 64
+    video_blocks: tuple = (3, 4, 6, 3)
+    temporal: tuple = (False, False, True, True)        # stages whose blocks look one frame back and ahead
+    audio_widths: tuple = (64, 128, 256, 512, 1024, 2048)
+    embed_dim: int = 512
+    frames: int = 16                                    # of one training clip
+    clips: int = 3                                      # of one video in a training step
+    video_pool: int = 16                                # frames, and 16-column audio steps, that make one contrasted feature
+    audio_pool: int = 16
+
+
+PRESETS = {
+    "paper": CAVPConfig(),
+    "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 2, 2, 1), temporal=(True,) * 4,
+                       audio_widths=(16, 32, 64, 128, 256, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
+}
+RECIPES = {"mini": dict(steps=2500, batch=16, lr=1e-3, warmup=100), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200)}
+AUDIO_STEP = 16                                         # mel columns a step of the audio tower
+POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# video tower
+
+class ConvUnit(nn.Module):
+    """Convolution over (frames, height, width) without bias, then BatchNorm. Parameters have the official 3-D shapes; the work
+    is done by 2-D convolutions on channels-last maps with the frames folded into the batch, several times faster on a CPU:
+    a purely spatial kernel sees b*f images, and a purely temporal one sees one image of f rows and h*w columns a clip."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, kernel, (1, stride, stride), [k // 2 for k in kernel], bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+
+    def forward(self, x, frames):                               # (b*f, c, h, w)
+        weight = self.conv.weight
+        if weight.shape[2] == 1:
+            x = F.conv2d(x, weight[:, :, 0], stride=self.conv.stride[1:], padding=self.conv.padding[1:])
+        else:
+            h, w = x.shape[2:]
+            x = x.permute(0, 2, 3, 1).reshape(-1, frames, h * w, x.shape[1]).permute(0, 3, 1, 2)     # (b, c, f, h*w)
+            x = F.conv2d(x, weight[..., 0], padding=(1, 0))
+            x = x.permute(0, 2, 3, 1).reshape(-1, h, w, x.shape[1]).permute(0, 3, 1, 2)              # (b*f, c, h, w)
+        return self.bn(x)
+
+
+class Bottleneck3d(nn.Module):
+    def __init__(self, c_in, width, stride, temporal, project):
+        super().__init__()
+        self.conv1 = ConvUnit(c_in, width, (3 if temporal else 1, 1, 1))
+        self.conv2 = ConvUnit(width, width, (1, 3, 3), stride)
+        self.conv3 = ConvUnit(width, 4 * width, (1, 1, 1))
+        if project:
+            self.downsample = ConvUnit(c_in, 4 * width, (1, 1, 1), stride)
+
+    def forward(self, x, frames):                               # (b*f, c_in, h, w) -> (b*f, 4*width, h/stride, w/stride)
+        h = F.relu(self.conv1(x, frames))
+        h = F.relu(self.conv2(h, frames))
+        h = self.conv3(h, frames)
+        return F.relu(h + (self.downsample(x, frames) if hasattr(self, "downsample") else x))
+
+
+class SlowOnly(nn.Module):
+    """ResNet-50 over frames, nothing strides over time (Feichtenhofer et al. 2019; REFERENCE 1)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.conv1 = ConvUnit(3, cfg.video_width, (1, 7, 7), 2)
+        c = cfg.video_width
+        for i, (blocks, temporal) in enumerate(zip(cfg.video_blocks, cfg.temporal)):
+            width = cfg.video_width * 2 ** i
+            stage = nn.ModuleList()
+            for j in range(blocks):
+                stage.append(Bottleneck3d(c, width, 2 if i > 0 and j == 0 else 1, temporal, project=j == 0))
+                c = 4 * width
+            setattr(self, f"layer{i + 1}", stage)
+        self.out_dim = c
+
+    def forward(self, video):                                   # (b, f, 3, h, w) -> (b, f, out_dim)
+        b, frames = video.shape[:2]
+        x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)   # (b*f, 3, h, w)
+        x = F.max_pool2d(F.relu(self.conv1(x, frames)), 3, 2, 1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, frames)
+        return x.mean((2, 3)).view(b, frames, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audio tower
+
+class ConvBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+
+    def forward(self, x, pool):                                 # (b, c, s, m), pool (time, mel)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.dropout(F.avg_pool2d(x, pool), 0.2, self.training)
+
+
+class Cnn14(nn.Module):
+    """PANNs' Cnn14 (Kong et al. 2020), 16 times shorter in time only (REFERENCE 2)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(data.N_MELS)
+        widths = (1, *cfg.audio_widths)
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            setattr(self, f"conv_block{i + 1}", ConvBlock(a, b))
+        self.fc1 = nn.Linear(widths[-1], widths[-1])
+        self.final_project = nn.Linear(widths[-1], cfg.embed_dim)
+
+    def forward(self, mel):                                     # (b, m, s) -> (b, s/16, embed_dim)
+        x = self.bn(mel[..., None])                             # (b, m, s, 1): one scale and shift a mel bin
+        x = x.permute(0, 3, 2, 1).contiguous(memory_format=torch.channels_last)     # (b, 1, s, m)
+        for i, pool in enumerate(POOLS):
+            x = getattr(self, f"conv_block{i + 1}")(x, pool)
+        x = x.mean(3)                                           # (b, c, s/16)
+        x = F.max_pool1d(x, 3, 1, 1) + F.avg_pool1d(x, 3, 1, 1)
+        x = x.transpose(1, 2)                                   # (b, s/16, c)
+        x = F.relu(self.fc1(F.relu(self.fc1(x))))               # twice with the same weights, as published
+        return self.final_project(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+class CAVP(nn.Module):
+    def __init__(self, config=CAVPConfig()):
+        super().__init__()
+        self.config = config
+        self.video_encoder = SlowOnly(config)
+        self.video_project_head = nn.Linear(self.video_encoder.out_dim, config.embed_dim)
+        self.spec_encoder = Cnn14(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def context(self):
+        """Frames on each side that a frame's feature depends on (9 in the paper preset)."""
+        return sum(n for n, temporal in zip(self.config.video_blocks, self.config.temporal) if temporal)
+
+    def encode_video(self, video, pool=False, normalize=True):
+        """(b, f, 3, h, w) float in [0, 1], no mean or deviation removed -> unit features (b, f, 512);
+        pool: the maximum over every `config.video_pool` frames, (b, f/pool, 512), or (b, 512) where that is one."""
+        return finish(self.video_project_head(self.video_encoder(video)), self.config.video_pool if pool else 1, normalize)
+
+    def encode_audio(self, mel, pool=False, normalize=True):
+        """(b, 128, s) in [0, 1] -> unit features (b, s/16, 512); pool as for video, over `config.audio_pool` steps."""
+        return finish(self.spec_encoder(mel), self.config.audio_pool if pool else 1, normalize)
+
+    @torch.no_grad()
+    def encode_clip(self, frames, chunk=64):
+        """uint8 (f, 3, h, w) of any length -> unit features (f, 512), in chunks that carry `context` frames on each side, so that
+        no feature depends on where a chunk ends."""
+        device, out = self.logit_scale.device, []
+        for i in range(0, len(frames), chunk):
+            first = max(0, i - self.context)
+            video = frames[first:i + chunk + self.context].to(device).float().div_(255)
+            out.append(self.encode_video(video[None])[0, i - first:i - first + chunk].float())
+        return torch.cat(out)
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Ours, or the official cavp_epoch66.ckpt; strict."""
+        config, state = training.read_checkpoint(path)
+        model = cls(CAVPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (config or {}).items()}))
+        model.load_state_dict(state)
+        return model.eval().to(device)
+
+
+def finish(features, pool, normalize):                          # (b, n, d)
+    if pool > 1:
+        features = F.max_pool1d(features.transpose(1, 2), pool).transpose(1, 2)      # (b, n/pool, d)
+        features = features.squeeze(1) if features.shape[1] == 1 else features
+    return F.normalize(features, dim=-1) if normalize else features
+
+
+def symmetric_cross_entropy(logits):
+    """(..., n, n), rows video and columns sound -> mean over both directions of the cross-entropy to the diagonal."""
+    diagonal = logits.diagonal(dim1=-2, dim2=-1)
+    return 0.5 * ((logits.logsumexp(-1) - diagonal).mean() + (logits.logsumexp(-2) - diagonal).mean())
+
+
+def contrastive_loss(video, audio, scale, clips):
+    """video, audio: unit (n*clips, d), the clips of one video in a row -> L_inter, L_intra (Sec. 3.1, Eq. 2-4; REFERENCE 11).
+    The inter term's negatives include the other clips of the same video, as published; L = L_inter + L_intra."""
+    logits = scale * video @ audio.T                            # (n*clips, n*clips)
+    n = len(logits) // clips
+    own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
+    return symmetric_cross_entropy(logits), symmetric_cross_entropy(own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def cut_clips(video, wav, config, generator=None):
+    """One training clip a video (mini), or three whose starts are at least half a clip apart (paper: s1 in [0, 8], s2 in
+    [s1+8, 16], s3 in [s2+8, 24]): (b, f, 3, h, w), (b, n) -> (b*clips, frames, 3, h, w), mel (b*clips, 128, s)."""
+    cfg = config
+    columns = cfg.frames // cfg.video_pool * cfg.audio_pool * AUDIO_STEP
+    videos, wavs = [], []
+    for v, a in zip(video, wav):
+        start, half = 0, cfg.frames // 2
+        for k in range(cfg.clips):
+            low, high = (start + half if k else 0), half * (k + 1)
+            start = torch.randint(low, high + 1, (), generator=generator).item() if cfg.clips > 1 else 0
+            sample = round(start / cfg.fps * data.SAMPLE_RATE)
+            videos.append(v[start:start + cfg.frames])
+            piece = a[sample:sample + columns * data.HOP]
+            wavs.append(F.pad(piece, (0, columns * data.HOP - len(piece))))
+    return torch.stack(videos), data.mel(torch.stack(wavs))
+
+
+def augment(video):
+    """uint8 (b, f, 3, h, w) -> float in [0, 1]; each clip mirrored or not, brighter or darker: neither changes its sound."""
+    b = len(video)
+    video = torch.where(torch.rand(b, 1, 1, 1, 1, device=video.device) < 0.5, video.flip(-1), video).float() / 255
+    gain = torch.empty(b, 1, 1, 1, 1, device=video.device).uniform_(0.7, 1.3)
+    return (video * gain).clamp_(0, 1)
+
+
+def train(args):
+    device = training.settle(args, RECIPES, "cavp")
+    model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
+    config = model.config
+    model = model.train().to(device)
+    for module in (model.spec_encoder,):
+        module.to(memory_format=torch.channels_last)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]      # norms, biases, logit_scale: not decayed, as published
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args.lr)
+    ema = training.EMA(model)
+    span = config.frames + (config.clips - 1) * config.frames // 2 + (8 if config.clips > 1 else 0)
+    clips = data.Clips(args.data, fps=config.fps, size=config.size, frames=span, seed=args.seed)
+    run = training.Run(args, model, optimizer, asdict(config), ema)
+    loader = training.batches(clips, args, start=run.step)
+    for step in run:
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate(step, args)
+        batch = next(loader)
+        video, mel = cut_clips(batch["video"], batch["wav"], config)
+        with training.autocast(args):
+            v = model.encode_video(augment(video.to(device)), pool=True, normalize=False)
+            a = model.encode_audio(mel.to(device), pool=True, normalize=False)
+        v, a = (F.normalize(x.float(), dim=-1).flatten(0, -2) for x in (v, a))           # (b*segments, 512)
+        segments = len(v) // args.batch
+        inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments)
+        loss = inter + intra
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        ema.update(model)
+        right = ((v @ a.T).view(args.batch, segments, args.batch, segments).diagonal(dim1=0, dim2=2).argmax(1)
+                 == torch.arange(segments, device=device)[:, None]).float().mean()
+        run.report(loss=loss.item(), inter=inter.item(), intra=intra.item(), right_moment=right.item())
+    run.save()
+
+
+def extract(args):
+    """A file a clip: features (f, 512) float16 and sound int16 (n,), on one clock: what `ldm.py --data` reads."""
+    training.settle(args, RECIPES, "cavp")
+    if not args.init:
+        raise training.TrainingError("--extract needs the trained network: add --init runs/cavp/last.safetensors")
+    model = CAVP.load(args.init, args.device)
+    clips = data.Clips(args.data, fps=model.config.fps, size=model.config.size)
+    about = {"fps": str(model.config.fps)}
+    for i in tqdm(range(len(clips)), desc="extract"):
+        clip = clips[i]
+        path = Path(args.extract) / f"{Path(clip['name']).with_suffix('').as_posix().replace('/', '__')}.safetensors"
+        if path.exists():
+            continue
+        with training.autocast(args):
+            features = model.encode_clip(clip["video"], chunk=128)
+        sound = (clip["wav"].clamp(-1, 1) * 32767).round().to(torch.int16)
+        training.write_whole(path, safetensors_bytes({"features": features.half().cpu(), "sound": sound}, about))
+
+
+def main(argv=None):
+    p = training.arguments(__doc__, RECIPES)
+    p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
+    args = p.parse_args(argv)
+    try:
+        (extract if args.extract else train)(args)
+    except (training.TrainingError, data.MediaError) as e:
+        sys.exit(f"cavp.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,541 @@
+"""Stage 2: the latent diffusion model, its samplers and the alignment classifier of double guidance (Diff-Foley Sec. 3.2, 3.3).
+
+in   the folder that `cavp.py --extract` wrote: a file a clip with features (f, 512) and sound; a trained autoencoder (--vae)
+out  OUT/last.safetensors: U-Net, conditioner and autoencoder in one file (or the classifier, with --model align)
+
+    python ldm.py --data features/ --vae runs/vae/last.safetensors
+    python ldm.py --data features/ --vae runs/vae/last.safetensors --model align
+
+Sampling is three independent parts: `guided_eps` makes one function eps(x, t) of the networks, the condition and both guidance
+scales; `dpm_solver`, `ddim` and `plms` are pure functions of any such eps; `sample.py` plans windows around them.
+
+Differs from the official code (REFERENCE 12, 13): the unconditional branch is the conditioner of zero features, as in training;
+the classifier sees its own projection of exactly the window's features; every sampler takes every guidance; S steps of DDIM are S;
+log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame starts. The mini preset adds the condition to the
+latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
+"""
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+from vae import PRESETS as VAE_PRESETS
+from vae import AutoencoderKL, VAEConfig, sample_posterior, tuples
+
+LATENT_SCALE = 0.18215              # the one place: latents inside this file are scaled, vae.py's are not
+LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The paper preset's sizes (REFERENCE 5: Stable Diffusion 1.x)."""
+    width: int = 320
+    multipliers: tuple = (1, 2, 4, 4)
+    blocks: int = 2                 # residual blocks a level on the way down, one more on the way up
+    attention: tuple = (1, 2, 4)    # downsampling factors at which a transformer follows each residual block
+    heads: int = 8
+    context_dim: int = 768
+    groups: int = 32
+    aligned: int = 0                # condition tokens added to each latent column; 0: cross-attention alone, as published
+
+
+@dataclass(frozen=True)
+class LDMConfig:
+    fps: float = 4.0                # of the features; must be the CAVP's
+    frames: int = 32                # condition tokens of one window
+    positions: int = 40             # rows of the position table
+    feature_dim: int = 512
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The official double-guidance classifier's sizes (REFERENCE 6)."""
+    fps: float = 4.0
+    frames: int = 32
+    positions: int = 40
+    feature_dim: int = 512
+    unet: UNetConfig = field(default_factory=lambda: UNetConfig(
+        width=128, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), context_dim=512))
+
+
+MINI = dict(fps=15.625, frames=128, positions=128)
+PRESETS = {
+    "paper": (LDMConfig(), AlignmentConfig()),
+    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"], unet=UNetConfig(width=64, multipliers=(1, 2, 3), blocks=1, attention=(2, 4),
+                                                                        heads=4, context_dim=128, groups=32, aligned=2)),
+             AlignmentConfig(**MINI, unet=UNetConfig(width=32, multipliers=(1, 2, 3), blocks=1, attention=(4,), heads=4,
+                                                     context_dim=128, groups=16, aligned=2))),
+}
+RECIPES = {"ldm": {"mini": dict(steps=6000, batch=16, lr=4e-4, warmup=200), "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000)},
+           "align": {"mini": dict(steps=3000, batch=32, lr=5e-4, warmup=100), "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0)}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise schedule (REFERENCE 7)
+
+def make_schedule():
+    """The 12 buffers of the official checkpoints, float32 (1000,), computed in float64; v_posterior = 0."""
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    a = (1 - betas).cumprod(0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
+    variance = betas * (1 - previous) / (1 - a)
+    s = dict(betas=betas, alphas_cumprod=a, alphas_cumprod_prev=previous, sqrt_alphas_cumprod=a.sqrt(),
+             sqrt_one_minus_alphas_cumprod=(1 - a).sqrt(), log_one_minus_alphas_cumprod=(1 - a).log(),
+             sqrt_recip_alphas_cumprod=a.rsqrt(), sqrt_recipm1_alphas_cumprod=(1 / a - 1).sqrt(),
+             posterior_variance=variance, posterior_log_variance_clipped=variance.clamp(min=1e-20).log(),
+             posterior_mean_coef1=betas * previous.sqrt() / (1 - a), posterior_mean_coef2=(1 - previous) * (1 - betas).sqrt() / (1 - a))
+    return {k: v.float() for k, v in s.items()}
+
+
+ALPHAS_CUMPROD = make_schedule()["alphas_cumprod"]
+
+
+def log_alpha(t):
+    """log of the signal scale at (fractional) diffusion time t in [0, 999], float64: linear between the 1000 knots."""
+    table = 0.5 * ALPHAS_CUMPROD.double().log().to(t.device)
+    t = t.double().clamp(0, 999)
+    low = t.floor().long().clamp(max=998)
+    return torch.lerp(table[low], table[low + 1], t - low)
+
+
+def sigma(t):
+    """Noise scale at (fractional) diffusion time t: sqrt(1 - alpha^2)."""
+    return (-torch.expm1(2 * log_alpha(t))).sqrt()
+
+
+def q_sample(z, t, noise):
+    """z (b, 4, 16, w), integer t (b,) -> alpha_t z + sigma_t noise."""
+    a = log_alpha(t).exp().to(z.dtype)[:, None, None, None]
+    return a * z + sigma(t).to(z.dtype)[:, None, None, None] * noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# U-Net blocks; attribute names are those of the official keys
+
+def timestep_embedding(t, dim):
+    """(b,) possibly fractional -> (b, dim), cosines first."""
+    half = dim // 2
+    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, emb_dim, groups):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.out_layers[3].weight)
+        nn.init.zeros_(self.out_layers[3].bias)
+
+    def forward(self, x, emb):                                  # (b, c_in, h, w), (b, emb_dim) -> (b, c_out, h, w)
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x, context):                              # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
+        b, n, dim = x.shape
+        q, k, v = (y.view(b, -1, self.heads, dim // self.heads).transpose(1, 2)          # (b, heads, n or m, d)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        y = F.scaled_dot_product_attention(q, k, v)             # scale d^-0.5
+        return self.to_out(y.transpose(1, 2).reshape(b, n, dim))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.attn1, self.attn2 = Attention(dim, dim, heads), Attention(dim, context_dim, heads)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, context):                              # (b, n, dim)
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    def __init__(self, c, context_dim, heads, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, context_dim, heads)])
+        self.proj_out = nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x, context):                              # (b, c, h, w)
+        b, c, h, w = x.shape
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)          # time fastest
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y.view(b, h, w, c).permute(0, 3, 1, 2))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Blocks(nn.Sequential):
+    """A sequence whose members are called with what each of them takes."""
+
+    def forward(self, x, emb, context):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the networks
+
+class Backbone(nn.Module):
+    """Time embedding, the way down and the middle: shared by the U-Net and the classifier."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.config = cfg
+        emb = 4 * cfg.width
+        self.time_embed = nn.Sequential(nn.Linear(cfg.width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d(LATENT_SHAPE[0], cfg.width, 3, padding=1))])
+        if cfg.aligned:
+            self.aligned = nn.Linear(cfg.aligned * cfg.context_dim, cfg.width)
+        c, self.skip_widths = cfg.width, [cfg.width]
+        for level, multiplier in enumerate(cfg.multipliers):
+            if level:
+                self.input_blocks.append(Blocks(Downsample(c)))
+                self.skip_widths.append(c)
+            for _ in range(cfg.blocks):
+                self.input_blocks.append(self.stage(c, cfg.width * multiplier, level))
+                c = cfg.width * multiplier
+                self.skip_widths.append(c)
+        self.middle_block = Blocks(ResBlock(c, c, emb, cfg.groups), SpatialTransformer(c, cfg.context_dim, cfg.heads, cfg.groups),
+                                   ResBlock(c, c, emb, cfg.groups))
+        self.out_width = c
+
+    def stage(self, c_in, c_out, level):
+        cfg = self.config
+        layers = [ResBlock(c_in, c_out, 4 * cfg.width, cfg.groups)]
+        if 2 ** level in cfg.attention:
+            layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
+        return Blocks(*layers)
+
+    def down(self, x, t, context):
+        """(b, 4, 16, w), (b,), (b, f, context_dim) -> middle map, time embedding, the skips."""
+        emb = self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype))
+        h, skips = x, []
+        for i, block in enumerate(self.input_blocks):
+            h = block(h, emb, context)
+            if i == 0 and self.config.aligned:
+                columns = self.aligned(context.reshape(len(context), x.shape[-1], -1))   # (b, w, c), f = aligned * w
+                h = h + columns.transpose(1, 2)[:, :, None]                              # (b, c, 16, w)
+            skips.append(h)
+        return self.middle_block(h, emb, context), emb, skips
+
+
+class UNet(Backbone):
+    """eps(x, t, context): x (b, 4, 16, w), t (b,) in [0, 999] and possibly fractional, context (b, f, context_dim)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        c, skips = self.out_width, list(self.skip_widths)
+        self.output_blocks = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(cfg.multipliers))):
+            for i in range(cfg.blocks + 1):
+                block = self.stage(c + skips.pop(), cfg.width * multiplier, level)
+                c = cfg.width * multiplier
+                if level and i == cfg.blocks:
+                    block.append(Upsample(c))
+                self.output_blocks.append(block)
+        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1))
+        nn.init.zeros_(self.out[2].weight)
+        nn.init.zeros_(self.out[2].bias)
+
+    def forward(self, x, t, context):
+        h, emb, skips = self.down(x.contiguous(memory_format=torch.channels_last), t, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
+
+
+class Classifier(Backbone):
+    """The way down with a pooled head: (b, 1) logit that sound x at noise level t and the context belong together."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, self.out_width), nn.SiLU(), nn.Conv2d(self.out_width, cfg.width, 3, padding=1))
+        self.classifier = nn.Linear(cfg.width, 1)
+
+    def forward(self, x, t, context):
+        h, _, _ = self.down(x.contiguous(memory_format=torch.channels_last), t, context)
+        return self.classifier(self.out(h).mean((2, 3)))
+
+
+class Conditioner(nn.Module):
+    """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned embedding of the position."""
+
+    def __init__(self, feature_dim, context_dim, positions):
+        super().__init__()
+        self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
+        self.pos_emb = nn.Embedding(positions, context_dim)
+
+    def forward(self, features):
+        return self.embedder(features) + self.pos_emb.weight[:features.shape[1]]
+
+
+def add_schedule(module):
+    for name, value in make_schedule().items():
+        module.register_buffer(name, value)
+
+
+class LDM(nn.Module):
+    """U-Net, conditioner and the autoencoder it was trained on, in one file."""
+
+    def __init__(self, config=LDMConfig()):
+        super().__init__()
+        self.config = config
+        add_schedule(self)
+        self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})      # the official key's two names
+        self.first_stage_model = AutoencoderKL(config.vae)
+        self.cond_stage_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
+
+    @property
+    def unet(self):
+        return self.model["diffusion_model"]
+
+    @property
+    def conditioner(self):
+        return self.cond_stage_model
+
+    @property
+    def vae(self):
+        return self.first_stage_model
+
+    def null_context(self, frames):
+        """The unconditional branch as trained: the conditioner of zero features, (1, f, context_dim)."""
+        return self.conditioner(torch.zeros(1, frames, self.config.feature_dim, device=self.betas.device, dtype=self.conditioner.pos_emb.weight.dtype))
+
+    @torch.no_grad()
+    def encode(self, mel):
+        """(b, 128, s) in [0, 1] -> scaled latents (b, 4, 16, s/8), a sample of the posterior."""
+        return LATENT_SCALE * sample_posterior(*(y.float() for y in self.vae.encode(mel[:, None])))
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w) in [0, 1]: the first channel, clamped."""
+        return self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0].float().clamp(0, 1)
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Ours, or the official ldm_epoch240.ckpt; strict."""
+        config, state = training.read_checkpoint(path)
+        config = LDMConfig() if config is None else read_config(LDMConfig, config)
+        model = cls(config)
+        model.load_state_dict(state)
+        return frozen(model, device)
+
+
+class Alignment(nn.Module):
+    """Probability that sound and picture belong together, at any noise level: the classifier of double guidance (Sec. 3.3)."""
+
+    def __init__(self, config=AlignmentConfig()):
+        super().__init__()
+        self.config = config
+        self.register_buffer("scale_factor", torch.tensor(LATENT_SCALE))
+        add_schedule(self)
+        self.model = Classifier(config.unet)
+        self.cond_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
+
+    def logit(self, x, t, features, project=True):
+        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) -> (b, 1). `project=False` is the official demo's path, which
+        hands the backbone raw features that it never saw in training (REFERENCE 12, oddity 1)."""
+        return self.model(x, t, self.cond_model(features) if project else features)
+
+    def forward(self, x, t, features, project=True):
+        return self.logit(x, t, features, project).sigmoid()
+
+    def log_prob(self, x, t, features, project=True):
+        """log p(aligned); log sigmoid of the logit, which does not underflow where the sigmoid does (oddity 9)."""
+        return F.logsigmoid(self.logit(x, t, features, project).float())
+
+    def grad_log_prob(self, x, t, features, project=True):
+        """d log p / d x, (b, 4, 16, w); through the classifier only, in x's own dtype."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x, t, features, project).sum(), x)[0]
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Ours, or the official double_guidance_classifier.ckpt; strict. An autoencoder that a file carries beside it is left out."""
+        config, state = training.read_checkpoint(path)
+        model = cls(AlignmentConfig() if config is None else read_config(AlignmentConfig, config))
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("first_stage_model.")})
+        return frozen(model, device)
+
+
+def read_config(cls, config):
+    config = dict(config)
+    config["unet"] = UNetConfig(**tuples(config["unet"]))
+    if "vae" in config:
+        config["vae"] = VAEConfig(**tuples(config["vae"]))
+    return cls(**config)
+
+
+def frozen(model, device):
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# guidance and samplers: pure functions of eps(x, t), x (b, 4, 16, w) float32, t (b,)
+
+def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, project=True):
+    """Double guidance (Sec. 3.3, Eq. 9-10; REFERENCE 8) as one function eps(x, t).
+
+    unet(x, t, context); context (b, f, d); null_context (1 or b, f, d) or None; cfg: classifier-free scale, 1 for the conditional
+    branch alone; classifier with grad_log_prob, features (b, f, 512) and cg: the gradient's scale, 0 for none. The gradient is added
+    after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1.
+    """
+    both = None
+    if cfg != 1 and null_context is not None:
+        both = torch.cat([null_context.expand_as(context), context])                     # (2b, f, d): unconditional first
+
+    def eps_fn(x, t):
+        if both is None:
+            eps = unet(x, t, context).float()
+        else:
+            without, given = unet(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+            eps = without + cfg * (given - without)
+        if classifier is not None and cg:
+            gradient = classifier.grad_log_prob(x, t, features, project)
+            eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient
+        return eps
+
+    return eps_fn
+
+
+def dpm_solver(eps_fn, x, steps, callback=None):
+    """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2; REFERENCE 8): `steps` calls of eps_fn.
+    The end point, time 0.001, is not evaluated, and the result still carries the published sigma of 0.0292 there."""
+    u = torch.linspace(1.0, 0.001, steps + 1)                   # continuous time, float32 as published
+    times = (u - 0.001) * 1000                                  # what the network is told: 999, 959.04, ...
+    log_a = log_alpha(times)
+    s, lam = sigma(times), log_a - sigma(times).log()
+    previous = None
+    for i in range(steps):
+        eps = eps_fn(x, times[i].expand(len(x)).to(x.device))
+        m = (x - s[i].item() * eps) * (-log_a[i]).exp().item()  # the predicted clean latent
+        h = (lam[i + 1] - lam[i]).item()
+        if previous is None or (steps < 15 and i == steps - 1):
+            d = m
+        else:
+            r = (lam[i] - lam[i - 1]).item() / h
+            d = m + (m - previous) / (2 * r)
+        x = (s[i + 1] / s[i]).item() * x - (log_a[i + 1].exp() * torch.expm1(lam[i] - lam[i + 1])).item() * d
+        previous = m
+        if callback:
+            callback(i, x)
+    return x
+
+
+def ddim_times(steps):
+    """`steps` integer times, rising; the official 1, 41, ..., 961 where steps divides 1000 (elsewhere it takes a few more)."""
+    return [i * 1000 // steps + 1 for i in range(steps)]
+
+
+def ddim_step(x, eps, t, t_next):
+    """One deterministic DDIM update (Song et al. 2021, eq. 12 with eta 0); t_next None: the end, alphas_cumprod[0]."""
+    a, b = ALPHAS_CUMPROD[t].item(), ALPHAS_CUMPROD[t_next or 0].item()
+    clean = (x - (1 - a) ** 0.5 * eps) / a ** 0.5
+    return b ** 0.5 * clean + (1 - b) ** 0.5 * eps
+
+
+def ddim(eps_fn, x, steps, callback=None, times=None):
+    """Deterministic DDIM, `steps` calls of eps_fn; `times` (rising integers) replaces the default ones."""
+    times = list(reversed(times or ddim_times(steps)))
+    for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
+        x = ddim_step(x, eps_fn(x, torch.full((len(x),), float(t), device=x.device)), t, t_next)
+        if callback:
+            callback(i, x)
+    return x
+
+
+def plms(eps_fn, x, steps, callback=None, times=None):
+    """Pseudo linear multistep (Liu et al. 2022): DDIM's times, steps + 1 calls of eps_fn (the first step takes two: pseudo
+    improved Euler), then Adams-Bashforth of order 2, 3 and 4."""
+    times = list(reversed(times or ddim_times(steps)))
+    history = []
+    for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
+        eps = eps_fn(x, torch.full((len(x),), float(t), device=x.device))
+        if not history:
+            ahead = ddim_step(x, eps, t, t_next)
+            mean = (eps + eps_fn(ahead, torch.full((len(x),), float(t_next or 0), device=x.device))) / 2
+        elif len(history) == 1:
+            mean = (3 * eps - history[-1]) / 2
+        elif len(history) == 2:
+            mean = (23 * eps - 16 * history[-1] + 5 * history[-2]) / 12
+        else:
+            mean = (55 * eps - 59 * history[-1] + 37 * history[-2] - 9 * history[-3]) / 24
+        history = (history + [eps])[-3:]
+        x = ddim_step(x, mean, t, t_next)
+        if callback:
+            callback(i, x)
+    return x
+
+
+SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "plms": plms}

@@ -1,0 +1,282 @@
+"""The spectrogram autoencoder: the first stage of the latent diffusion model (Diff-Foley Sec. 3.2; the layout of Stable Diffusion 1.4's).
+
+in   a folder of clips (only their sound is read): mel (b, 1, 128, s) in [0, 1]
+out  OUT/last.safetensors: mel (b, c, 128, s) -> mean and log-variance (b, 4, 16, s/8), and back
+
+    python vae.py --data clips/
+    python vae.py --data clips/ --preset paper --init sd-v1-4.ckpt
+
+Differs from the official code: it trains here (there the image autoencoder of Stable Diffusion is used as it is); GroupNorm's
+group count is a number in the configuration, so that narrow networks exist; the mini preset reads one channel instead of three
+equal ones; and a trained mini autoencoder leaves with latents of standard deviation 1/0.18215, the one factor `ldm.py` applies.
+"""
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The paper preset's sizes (REFERENCE 3: Stable Diffusion 1.4)."""
+    channels: int = 3                   # of the mel: the official network sees it three times over
+    width: int = 128
+    multipliers: tuple = (1, 2, 4, 4)   # a level each; the map halves between levels
+    blocks: int = 2                     # residual blocks a level on the way down, one more on the way up
+    groups: int = 32
+    z_channels: int = 4
+
+
+PRESETS = {"paper": VAEConfig(), "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8)}
+RECIPES = {"mini": dict(steps=6000, batch=8, lr=1e-3, warmup=200), "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000)}
+LATENT_STD = 1 / 0.18215                # what a latent's standard deviation must be for `ldm.LATENT_SCALE` to make it one
+KL_WEIGHT = 1e-6                        # of the KL sum against the absolute error sum (latent diffusion's kl-f8 recipe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+def norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):                                       # (b, c_in, h, w) -> (b, c_out, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = norm(c, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)                                                        # (b, c, h, w)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))    # (b, h*w, c)
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # (b, h*w, c), scale c^-0.5
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):                                       # padded right and bottom only, as published
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the change to the next; attribute names are those of the official keys."""
+
+    def __init__(self, widths, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        if downsample:
+            self.downsample = Downsample(widths[-1])
+        if upsample:
+            self.upsample = Upsample(widths[-1])
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        for change in ("downsample", "upsample"):
+            if hasattr(self, change):
+                x = getattr(self, change)(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.width * m for m in cfg.multipliers]
+        self.conv_in = nn.Conv2d(cfg.channels, cfg.width, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level([before] + [w] * cfg.blocks, cfg.groups, downsample=i < len(widths) - 1)
+            for i, (before, w) in enumerate(zip([cfg.width] + widths, widths)))
+        self.mid = Middle(widths[-1], cfg.groups)
+        self.norm_out = norm(widths[-1], cfg.groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
+
+    def forward(self, x):                                       # (b, c, 128, s) -> (b, 8, 16, s/8)
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.width * m for m in cfg.multipliers]
+        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], cfg.groups)
+        self.up = nn.ModuleList(                                # up.0 is the highest resolution, so it runs last
+            Level([below] + [w] * (cfg.blocks + 1), cfg.groups, upsample=i > 0)
+            for i, (below, w) in enumerate(zip(widths[1:] + widths[-1:], widths)))
+        self.norm_out = norm(widths[0], cfg.groups)
+        self.conv_out = nn.Conv2d(widths[0], cfg.channels, 3, padding=1)
+
+    def forward(self, z):                                       # (b, 4, 16, s/8) -> (b, c, 128, s)
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """mel (b, c, 128, s) in [0, 1] <-> latents (b, 4, 16, s/8), unscaled. Nothing is mapped to [-1, 1], nothing clamped but
+    the log-variance (REFERENCE 3)."""
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+
+    def encode(self, mel):
+        """(b, c, 128, s), s a multiple of 8 -> mean, log-variance, each (b, 4, 16, s/8). One channel is repeated to the c of the network."""
+        mel = mel.expand(-1, self.config.channels, -1, -1)
+        mean, logvar = self.quant_conv(self.encoder(mel)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, z):
+        """(b, 4, 16, w) -> (b, c, 128, 8w), the network's raw output."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def calibrate(self, mean, std):
+        """Move latents of this mean and standard deviation to 0 and LATENT_STD by changing the two 1x1 convolutions around
+        them; the decoded sound stays the same. The published factor 0.18215 then fits this network too."""
+        n, k = self.config.z_channels, LATENT_STD / std
+        self.quant_conv.weight[:n] *= k
+        self.quant_conv.bias[:n] = (self.quant_conv.bias[:n] - mean) * k
+        self.quant_conv.bias[n:] += 2 * k.log()
+        self.post_quant_conv.bias += self.post_quant_conv.weight[:, :, 0, 0] @ mean
+        self.post_quant_conv.weight /= k[None, :, None, None]
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Ours, a whole LDM file (ours or official: its `first_stage_model.`), or a Stable Diffusion v1 autoencoder; strict."""
+        config, state = training.read_checkpoint(path)
+        config = PRESETS["paper"] if config is None else VAEConfig(**tuples(config.get("vae", config)))
+        inner = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
+        model = cls(config)
+        model.load_state_dict(inner or state)
+        return model.eval().to(device)
+
+
+def tuples(config):
+    """JSON has lists where the configuration has tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def sample_posterior(mean, logvar, generator=None):
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + (0.5 * logvar).exp() * noise
+
+
+def losses(model, mel):
+    """mel (b, 1, 128, s) -> mean absolute error, KL per element of mel (Kingma & Welling 2014, eq. 10)."""
+    mean, logvar = model.encode(mel)
+    out = model.decode(sample_posterior(mean, logvar))
+    kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).sum() / mel.numel()
+    return (out.float() - mel).abs().mean(), kl
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+@torch.no_grad()
+def latent_statistics(model, dataset, device, clips=64):
+    """Mean and standard deviation (4,) of the posterior means over the first clips."""
+    z = torch.cat([model.encode(data.mel(dataset[i]["wav"].to(device))[None, None])[0]
+                   for i in range(min(clips, len(dataset)))])                   # (n, 4, 16, w)
+    return z.mean((0, 2, 3)), z.std((0, 2, 3))
+
+
+def calibrated(model, dataset, device):
+    model.calibrate(*latent_statistics(model, dataset, device))
+    return model
+
+
+def train(args):
+    device = training.settle(args, RECIPES, "vae")
+    config = PRESETS[args.preset]
+    model = AutoencoderKL.load(args.init) if args.init else AutoencoderKL(config)
+    config = model.config
+    model = model.train().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.5, 0.9))     # latent diffusion's autoencoder recipe
+    ema = training.EMA(model)
+    clips = data.Clips(args.data, seconds=data.WINDOW / data.SAMPLE_RATE, seed=args.seed)
+    run = training.Run(args, model, optimizer, asdict(config), ema)
+    loader = training.batches(clips, args, start=run.step)
+    for step in run:
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate(step, args)
+        mel = data.mel(next(loader)["wav"].to(device))[:, None]                      # (b, 1, 128, s)
+        # a quarter of the columns: the network is convolutional, and four times as many clips are seen in the same time
+        s = mel.shape[-1] // 4
+        start = torch.randint(0, mel.shape[-1] - s + 1, ()).item()
+        mel = mel[..., start:start + s].contiguous(memory_format=torch.channels_last)
+        with training.autocast(args):
+            error, kl = losses(model, mel)
+        loss = error + KL_WEIGHT * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model)
+        run.report(loss=loss.item(), error=error.item(), kl=kl.item())
+    run.save(calibrated(ema.model, clips, device))
+
+
+def main(argv=None):
+    args = training.arguments(__doc__, RECIPES).parse_args(argv)
+    try:
+        train(args)
+    except (training.TrainingError, data.MediaError) as e:
+        sys.exit(f"vae.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
