@@ -1,0 +1,422 @@
+"""The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are tiny and random, but the real classes."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from cavp import CAVP, CAVPConfig
+from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from ldm import LDM, Alignment, AlignmentConfig, LDMConfig, UNetConfig, log_alpha, sigma
+from training import save_model
+from vae import VAEConfig
+
+ROOT = Path(sample.__file__).parent
+FPS = 15.625
+UNET = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=8, groups=4, aligned=2)
+TIME = dict(fps=FPS, frames=128, positions=128, feature_dim=16)
+
+
+def shuffled(model, seed):
+    """Every weight random, the zero-initialised ones too, so that each input reaches the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def models():
+    torch.manual_seed(0)
+    cavp = CAVP(CAVPConfig(fps=FPS, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(True,) * 4, audio_widths=(4,) * 6, embed_dim=16))
+    ldm = LDM(LDMConfig(**TIME, unet=UNET, vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)))
+    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(Alignment(AlignmentConfig(**TIME, unet=UNET)), 3), name="tiny")
+
+
+@pytest.fixture(scope="session")
+def weights(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    for name in ("cavp", "ldm", "align"):
+        model = getattr(models, name)
+        save_model(folder / f"{name}.safetensors", model, asdict(model.config))
+    return folder
+
+
+def make_video(path, seconds, fps=25, flashes=(), sound=None, size=32):
+    """A dark picture that turns white for 0.1 s at each flash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "30", "bf": "0"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        track = out.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
+        for i in range(round(seconds * fps)):
+            white = any(f - 1e-6 <= i / fps < f + 0.1 for f in flashes)
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 250 if white else 10, np.uint8), "rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        if track:
+            frame = av.AudioFrame.from_ndarray(np.asarray(sound, np.float32)[None], "fltp", "mono")
+            frame.rate = SAMPLE_RATE
+            out.mux(track.encode(frame))
+            out.mux(track.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """Two seconds with sound of their own, a 1 kHz tone."""
+    tone = 0.25 * np.sin(2 * np.pi * 1000 * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE)
+    return make_video(tmp_path_factory.mktemp("clip") / "clip.mp4", 2, flashes=(0.4, 1.2), sound=tone)
+
+
+def run(capsys, *argv):
+    """-> exit status, lines of stdout, lines of stderr"""
+    try:
+        status = sample.main([str(a) for a in argv])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# windows
+
+@pytest.mark.parametrize("fps", [15.625, 4.0, 12.5, 24.0, 25.0, 30.0])
+def test_windows_cover_overlap_and_never_slip(fps):
+    frame = Fraction(SAMPLE_RATE) / Fraction(fps)
+    lengths = [1, 4800, WINDOW - 1, WINDOW, WINDOW + 1, 20 * SAMPLE_RATE, 600 * SAMPLE_RATE]
+    lengths += torch.randint(1, 600 * SAMPLE_RATE, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    for samples in lengths:
+        starts = sample.plan_windows(samples, fps)
+        assert starts[0] == 0 and starts[-1] + WINDOW >= samples
+        assert all(s % HOP == 0 and (s / frame).denominator == 1 for s in starts)           # whole columns, whole features
+        assert all(b - a <= WINDOW - SAMPLE_RATE and b > a for a, b in zip(starts, starts[1:]))
+        assert len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4              # no window mostly past the end
+        if fps == 15.625:
+            assert all(s % sample.LATENT == 0 for s in starts)
+
+
+def test_short_clips_take_one_window():
+    assert sample.plan_windows(WINDOW, 15.625) == sample.plan_windows(4800, 4.0) == [0]
+
+
+def test_weights_sum_to_one_inside_their_windows():
+    for seconds in (3, 8.5, 9.7, 16.3, 20, 61.7, 300):
+        starts = sample.plan_windows(round(seconds * SAMPLE_RATE), 15.625)
+        weights = sample.fade_weights(starts)
+        assert weights.min() >= 0 and torch.allclose(weights.sum(0), torch.ones(weights.shape[1]))
+        for row, start in zip(weights, starts):
+            outside = torch.cat([row[:start // HOP], row[start // HOP + 512:]])
+            assert outside.abs().sum() == 0
+            assert row.max() == 1
+
+
+def test_join_keeps_what_windows_agree_on_and_sums_amplitudes():
+    starts = sample.plan_windows(20 * SAMPLE_RATE, 15.625)
+    whole = torch.rand(128, starts[-1] // HOP + 512, generator=torch.Generator().manual_seed(0))
+    mels = torch.stack([whole[:, s // HOP:][:, :512] for s in starts])
+    assert torch.allclose(sample.join_windows(mels, starts), whole, atol=1e-5)
+    mels[0] = 0.0                                                   # halfway through the fade only the other one's half is left
+    middle = (starts[1] + WINDOW) // 2 // HOP
+    joined = sample.join_windows(mels, starts)
+    loss = 20 * 5 * (whole - joined)[:, middle - 1:middle + 1][whole[:, middle - 1:middle + 1] > 0.5]   # dB, well above the floor
+    assert loss.min() > 5 and loss.max() < 7
+
+
+def test_noise_is_shared_where_windows_overlap_and_between_lengths():
+    field = sample.noise_field(3, 0, 500)
+    assert torch.equal(field[..., :96], sample.noise_field(3, 0, 96))
+    assert not torch.equal(field, sample.noise_field(3, 1, 500)) and not torch.equal(field, sample.noise_field(4, 0, 500))
+    assert abs(field.std() - 1) < 0.02 and abs(field.mean()) < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time: a model that sounds a click in the very columns whose frame is white
+
+class Seer:
+    """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a column; a mel with four columns a frame."""
+    config = SimpleNamespace(fps=FPS, size=8, frames=128)
+    context = 0
+
+    def encode_clip(self, frames):
+        return (frames.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 16)
+
+    def conditioner(self, v):
+        return v
+
+    def null_context(self, frames):
+        return torch.zeros(1, frames, 16)
+
+    def unet(self, x, t, context):
+        clean = torch.zeros_like(x)
+        clean[:, 0, 0], clean[:, 0, 1] = context[:, 0::2, 0], context[:, 1::2, 0]
+        shape = (-1, 1, 1, 1)
+        return ((x - log_alpha(t).exp().view(shape) * clean) / sigma(t).view(shape)).float()
+
+    def decode(self, z):
+        lit = torch.stack([z[:, 0, 0], z[:, 0, 1]], dim=-1).flatten(1) > 0.5                # (b, 128)
+        first = torch.cat([lit[:, :1], lit[:, 1:] & ~lit[:, :-1]], dim=1)                   # the hit is where white begins
+        mel = torch.zeros(len(z), 128, 512)
+        mel[:, :, 0::4] = 0.8 * first[:, None]
+        return mel
+
+
+def test_hits_stay_in_time_for_five_minutes(tmp_path):
+    flashes = [1.0 + 2.56 * k for k in range(120)]                                          # to 305.6 s
+    flashes = [round(f * FPS) / FPS for f in flashes]                                       # on frames of the model
+    video = make_video(tmp_path / "long.mp4", 308.0, Fraction(125, 8), flashes, size=16)
+    seer = Seer()
+    starts = sample.plan_windows(308 * SAMPLE_RATE, FPS)
+    features = sample.video_features(video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0)
+    mels, scores = sample.draw(features, starts, sample.Models(seer, seer, None), steps=10, cfg=1.0, cg=0.0, batch=8)
+    assert scores is None
+    heard = sample.join_windows(mels[0], starts).amax(0) > 0.5
+    times = heard.nonzero().flatten() * HOP / SAMPLE_RATE
+    assert len(times) == len(flashes)
+    assert (times - torch.tensor(flashes)).abs().max() < 0.016
+
+
+def test_long_sound_is_vocoded_in_spans_without_slip_or_hole(monkeypatch):
+    monkeypatch.setattr(sample, "SPAN", 256)
+    generator = torch.Generator().manual_seed(0)
+    wav = 0.02 * torch.randn(1000 * HOP, generator=generator)
+    clicks = [int(k) for k in torch.arange(8000, 250_000, 11_000)]
+    for k in clicks:
+        wav[k:k + 64] += 0.5
+    out = sample.vocode(data.mel(wav), 1000 * HOP - 77)
+    assert out.shape == (1000 * HOP - 77,)
+    for k in clicks:
+        near = out[max(0, k - 4000):k + 4000].abs()
+        assert abs(int(near.argmax()) - min(k, 4000)) < 256
+    level = torch.stack([w.square().mean().sqrt() for w in torch.cat([out, torch.zeros(77)]).split(2560)])
+    assert level.min() > 0.01                                                               # nowhere a hole where spans meet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate
+
+@pytest.mark.parametrize("seconds", [0.32, 8.0, 20.0])
+def test_sound_is_exactly_as_long_as_the_picture(models, tmp_path, seconds):
+    video = make_video(tmp_path / "clip.mp4", seconds)
+    result = sample.generate(video, models, steps=2)
+    assert len(result.wav) == round(seconds * SAMPLE_RATE)
+    assert result.mel.shape == (128, math.ceil(seconds * SAMPLE_RATE / HOP))
+    assert torch.isfinite(result.wav).all() and 0 < result.wav.abs().max() <= 1
+
+
+def test_same_seed_same_sound_at_any_batch(models, tmp_path):
+    video = make_video(tmp_path / "clip.mp4", 20, flashes=(3, 9, 15))
+    one = sample.generate(video, models, seed=5, steps=3, batch=1, candidates=2, keep_all=True)
+    all_at_once = sample.generate(video, models, seed=5, steps=3, batch=6, candidates=2, keep_all=True)
+    assert len(one.starts) == 3
+    for k in range(2):
+        assert (one.wavs[k] - all_at_once.wavs[k]).norm() < 1e-2 * one.wavs[k].norm()
+    alone = sample.generate(video, models, seed=5, steps=3, batch=1)
+    assert torch.equal(alone.wav, one.wavs[0])                                              # a candidate does not depend on how many there are
+    other = sample.generate(video, models, seed=6, steps=3, batch=1)
+    assert (alone.wav - other.wav).norm() > 0.1 * alone.wav.norm()
+
+
+def test_the_picture_matters_and_features_do_not_depend_on_spans(models, tmp_path):
+    video = make_video(tmp_path / "clip.mp4", 70, 10, flashes=(3, 59.9, 60.3, 65))
+    features = sample.video_features(video, models.cavp, 1100, 70.0)
+    frames = data.read_frames(video, FPS, 16)
+    frames = torch.cat([frames, frames[-1:].expand(1100 - len(frames), -1, -1, -1)])
+    assert torch.allclose(features, models.cavp.encode_clip(frames), atol=1e-5)
+    assert features.std(0).max() > 1e-3
+
+
+def test_best_candidate_is_the_highest_score_and_scores_see_the_picture(models, tmp_path):
+    a, b = make_video(tmp_path / "a.mp4", 2, flashes=(1.0,)), make_video(tmp_path / "b.mp4", 2, flashes=(0.1, 0.5, 1.7))
+    ra = sample.generate(a, models, steps=2, candidates=3, keep_all=True)
+    assert ra.best == int(np.argmax(ra.scores)) and len(set(ra.scores)) == 3 and torch.equal(ra.wav, ra.wavs[ra.best])
+    assert sample.generate(b, models, steps=2, candidates=3).scores != ra.scores
+
+
+def test_start_and_duration_cut_the_picture(models, clip):
+    result = sample.generate(clip, models, steps=1, start=0.5, duration=1.0)
+    assert len(result.wav) == SAMPLE_RATE
+    assert len(sample.generate(clip, models, steps=1, start=1.5).wav) == SAMPLE_RATE // 2
+    with pytest.raises(MediaError, match="--start"):
+        sample.generate(clip, models, start=5.0)
+
+
+def test_without_classifier_guidance_must_be_off(models, clip):
+    without = sample.Models(models.cavp, models.ldm, None, name="tiny")
+    with pytest.raises(MediaError, match="--cg 0"):
+        sample.generate(clip, without, steps=1)
+    assert sample.generate(clip, without, steps=1, cg=0.0).scores == [None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_path):
+    out = tmp_path / "new" / "folder"
+    status, lines, err = run(capsys, clip, "--out", out, "--weights", weights, "--steps", 2, "--json", "--profile", "--plot")
+    assert status == 0
+    line = json.loads(lines[0])
+    assert set(line) == {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
+    assert line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
+    assert {p.name for p in out.iterdir()} == {"clip.foley.mp4", "clip.foley.wav", "clip.foley.png"}
+    stages = ["loading", "decode", "features", "sampling", "autoencoder", "vocoder", "writing", "plot", "total"]
+    assert list(line["profile"]) == stages and [e.split()[0] for e in err[1:]] == stages
+    parts = sum(line["profile"][s]["seconds"] for s in stages[1:-1])
+    assert 0 < parts <= line["profile"]["total"]["seconds"] and all(v["peak_mib"] > 50 for v in line["profile"].values())
+    assert abs(data.probe(line["output"]).duration - 2.0) < 0.04
+    for name in (line["output"], line["wav"]):
+        sound = data.read_audio(name) if name.endswith("mp4") else None
+        assert sound is None or abs(len(sound) - 2 * SAMPLE_RATE) <= 1024
+        with av.open(name) as media:
+            comment = next(v for k, v in media.metadata.items() if k.lower() == "comment")
+            assert comment.startswith("AI-generated sound: diff-foley tiny, seed 0")
+
+
+def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, tmp_path):
+    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", "--candidates", 3, "--keep-all")
+    line = json.loads(lines[0])
+    assert status == 0 and len(line["candidates"]) == 3
+    assert line["score"] == max(c["score"] for c in line["candidates"])
+    best = max(line["candidates"], key=lambda c: c["score"])
+    assert Path(best["wav"]).read_bytes() == Path(line["wav"]).read_bytes()
+    assert [Path(c["wav"]).name for c in line["candidates"]] == [f"clip.foley.{k}.wav" for k in range(3)]
+    assert len({Path(c["wav"]).read_bytes() for c in line["candidates"]}) == 3
+
+
+def test_keep_audio_mixes_the_clips_own_sound(capsys, clip, weights, tmp_path):
+    def tone(*flags):
+        status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", *flags)
+        assert status == 0
+        with av.open(json.loads(lines[0])["wav"]) as media:
+            wav = np.concatenate([f.to_ndarray().ravel() for f in media.decode(audio=0)]).astype(float)
+        assert len(wav) == 2 * SAMPLE_RATE
+        wave = np.exp(-2j * np.pi * 1000 * np.arange(len(wav)) / SAMPLE_RATE)
+        return abs((wav * wave).mean()) / 32768 * 2
+
+    without, full, quiet = tone(), tone("--keep-audio"), tone("--keep-audio", "-20")
+    assert full > 5 * without and full > 0.1 and quiet < 0.4 * full
+
+
+def test_two_inputs_of_one_name_are_told_apart(capsys, clip, weights, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(clip, tmp_path / folder / "clip.mp4")
+    out = tmp_path / "out"
+    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "b", "--out", out, "--weights", weights, "--steps", 1, "--json")
+    assert status == 1 and len(lines) == 2 and len(err) == 1 and "rename" in err[0]
+    assert "output" in json.loads(lines[0]) and "error" in json.loads(lines[1])
+    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "a" / "clip.mp4", "--weights", weights, "--steps", 1, "--json")
+    assert status == 0 and len(lines) == 1                          # named twice, done once
+    status, lines, err = run(capsys, tmp_path / "a", "--weights", weights, "--steps", 1, "--json")
+    assert status == 0 and len(lines) == 1                          # its own output is no input; written over
+
+
+def test_another_input_does_not_change_a_sound(capsys, clip, weights, tmp_path):
+    other = make_video(tmp_path / "in" / "before.mp4", 1.0)
+    sounds = []
+    for inputs, out in (([clip], "one"), ([other, clip], "two")):
+        assert run(capsys, *inputs, "--out", tmp_path / out, "--weights", weights, "--steps", 2)[0] == 0
+        sounds.append((tmp_path / out / "clip.foley.wav").read_bytes())
+    assert sounds[0] == sounds[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+
+def bad_files(folder):
+    folder.mkdir()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is no film\n" * 50)
+    (folder / "folder").mkdir()
+    data.write_wav(folder / "sound.wav", torch.zeros(1600))
+    return [folder / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "folder", "sound.wav")]
+
+
+def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_path):
+    bad = bad_files(tmp_path / "bad")
+    status, lines, err = run(capsys, *bad, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1, "--json")
+    assert status == 1 and len(lines) == len(bad) + 1 and len(err) == len(bad)
+    for path, line, message in zip(bad, lines, err):
+        assert message.startswith(f"sample.py: {path}: ") and ";" in message
+        assert set(json.loads(line)) == {"input", "error"}
+    assert "output" in json.loads(lines[-1])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.foley.mp4", "clip.foley.wav"]
+
+
+def test_an_output_folder_that_is_a_file(capsys, clip, weights, tmp_path):
+    (tmp_path / "out").write_text("x")
+    status, lines, err = run(capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1)
+    assert status == 1 and not lines and len(err) == 1 and "--out" in err[0]
+
+
+def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypatch):
+    def full_disk(path, *_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_wav", full_disk)                # the second file fails after the first was written
+    status, _, err = run(capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1)
+    assert status == 1 and len(err) == 1 and "No space left" in err[0] and not list((tmp_path / "out").iterdir())
+
+
+def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
+    status, _, err = run(capsys, clip, "--weights", tmp_path / "nowhere")
+    assert status == 1 and len(err) == 1 and "nowhere" in err[0]
+    part = tmp_path / "part"
+    shutil.copytree(weights, part)
+    (part / "align.safetensors").unlink()
+    status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path, "--steps", 1)
+    assert status == 1 and len(err) == 1 and "--cg 0" in err[0]
+    shutil.copy(weights / "cavp.safetensors", part / "ldm.safetensors")
+    status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
+    assert status == 1 and len(err) == 1 and str(part) in err[0]
+    (part / "ldm.safetensors").write_bytes(b"nothing")
+    status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
+    assert status == 1 and len(err) == 1 and "ldm.safetensors" in err[0]
+    (part / "ldm.safetensors").unlink()
+    status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
+    assert status == 1 and len(err) == 1 and "ldm.safetensors" in err[0]
+    assert not [p for p in tmp_path.iterdir() if ".foley" in p.name]
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"], ["--sampler", "euler"],
+                                   ["--duration", "0"], ["--nonsense"], ["--keep-audio", "loud"], []])
+def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
+    status, lines, err = run(capsys, *(["clip.mp4"] if flags else []), *flags)
+    assert status == 2 and not lines and len(err) == 1 and err[0].startswith("sample.py: ") and "--help" in err[0]
+
+
+def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
+    shutil.copy(clip, tmp_path / "-clip.mp4")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "1", "--", "-clip.mp4"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "-clip.foley.mp4").exists() and (tmp_path / "-clip.foley.wav").exists()
+    usage = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"], capture_output=True, text=True)
+    assert usage.returncode == 0 and "--candidates" in usage.stdout and "torch" not in usage.stderr     # answered before the slow import
+
+
+def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
+    make_video(tmp_path / "clip.mp4", 20)
+    job = subprocess.Popen([sys.executable, ROOT / "sample.py", "clip.mp4", "--weights", weights, "--steps", "900"],
+                           cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(6)                                                 # well into sampling
+    job.send_signal(2)
+    _, err = job.communicate(timeout=20)
+    assert job.returncode == 130 and err.splitlines() == ["sample.py: stopped; finished outputs are kept"]
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
