@@ -36,6 +36,7 @@ import safetensors
 import soundfile
 import torch
 from safetensors.numpy import save as to_safetensors
+from safetensors.torch import load_file as load_safetensors
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000
@@ -59,18 +60,23 @@ class MediaError(Exception):
     """A user's file cannot be used: one line naming the file, the reason and the remedy."""
 
 
+FINAL = {}                      # temporary path -> the path it stands for, so that messages name what the user asked for
+
+
 @contextmanager
 def whole(path):
     """A temporary path beside `path` that becomes `path` on success and vanishes on failure: all or nothing."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    part = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")          # short: a name's length has a limit
+    FINAL[part] = FINAL.get(path, path)
     try:
         yield part
         os.replace(part, path)
     except (OSError, av.error.FFmpegError) as error:
         reason = error.strerror or error
-        raise MediaError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+        raise MediaError(f"{FINAL[part]}: cannot be written ({reason}); free some space or choose another folder") from error
     finally:
+        del FINAL[part]
         with suppress(OSError):
             part.unlink()
 
@@ -278,7 +284,7 @@ def _probe(path, _version):
         stream, sound = picture_stream(container, path), container.streams.best("audio")
         still = container.format.name.endswith(("_pipe", "image2", "gif", "apng")) or container.metadata.get(
             "major_brand") in ("avif", "heic", "mif1")
-        header = float((stream.duration or 0) * stream.time_base)
+        header = float(((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base) - start
         for packet in readable(container.demux(*filter(None, (stream, sound)))):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is not None and not packet.is_discard:
@@ -418,15 +424,17 @@ def output_suffix(source):
     return next((s for s in (*own, ".mp4", ".mkv") if holds(s, codec)), ".mp4")
 
 
-def copied_packets(packets, track, first):
+def copied_packets(packets, track, first, end):
     """The source's own packets, moved so that the first shown picture is at 0; what cannot decode before it is left."""
-    begun = False
+    begun, extra = False, 0
     for packet in packets:
         if packet.pts is None and packet.dts is None:            # the demuxer's closing mark
             continue
         packet.pts = (packet.dts if packet.pts is None else packet.pts) - first
         packet.dts = packet.pts if packet.dts is None else packet.dts - first
         begun = begun or packet.is_keyframe or packet.pts >= 0
+        if packet.is_discard and packet.pts >= end:      # behind the edit list's end, yet others may be predicted from it:
+            packet.pts, packet.duration, extra = end + extra, 1, extra + 1           # it stays, for one tick
         if begun:
             packet.stream = track
             yield packet
@@ -438,10 +446,15 @@ def encoded_packets(source, track, start, seconds):
 
     def encode(moment, frame, until):
         image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture(frame, track.width, track.height)))
-        image.pts, image.time_base, image.duration = moment, tick, until - moment
-        return track.encode(image)
+        image.pts, image.time_base, lengths[moment] = moment, tick, until - moment
+        return timed_packets(track.encode(image))
 
-    end, view = round(seconds / tick), None
+    def timed_packets(packets):
+        for packet in packets:
+            packet.duration = lengths.pop(packet.pts)    # the encoder forgets how long the last picture is shown
+            yield packet
+
+    lengths, end, view = {}, round(seconds / tick), None
     for moment, frame in frames_from(source, start):
         moment = min(max(0, round((moment - start) / tick)), end)
         if view and moment > view[0]:
@@ -451,7 +464,7 @@ def encoded_packets(source, track, start, seconds):
         view = moment, frame
     else:
         yield from encode(*view, end)
-    yield from track.encode(None)
+    yield from timed_packets(track.encode(None))
 
 
 def sound_packets(wav, track):
@@ -480,9 +493,10 @@ def write_video(source, wav, out, tags=None, start=0.0, duration=None):
     with whole(out) as part, opened(source) as src, av.open(f"file:{part}", "w", muxer) as dst:
         stream = picture_stream(src, source)
         if seconds > info.duration - 1e-3 and holds(out.suffix.lower(), info.codec):
-            track = dst.add_stream_from_template(stream)
-            track.time_base = stream.time_base   # keeps every time stamp exact where the container allows
-            pictures = copied_packets(readable(src.demux(stream)), track, round(info.start / stream.time_base))
+            track = dst.add_stream_from_template(stream, opaque=True)        # so that no encoder need exist
+            track.metadata.update(stream.metadata)
+            ticks = [round(moment / stream.time_base) for moment in (info.start, info.duration)]
+            pictures = copied_packets(readable(src.demux(stream)), track, *ticks)
         else:
             track = dst.add_stream("libvpx-vp9" if muxer == "webm" else "libx264", options={"crf": "18"})
             track.width, track.height = max(2, info.width // 2 * 2), max(2, info.height // 2 * 2)    # 4:2:0 is even
@@ -497,11 +511,11 @@ def write_video(source, wav, out, tags=None, start=0.0, duration=None):
 
 
 def write_wav(out, wav, tags=None):
-    """Sound (n,) as 16-bit wav; `tags` go, as JSON, into its comment."""
+    """Sound (n,) as 16-bit wav; `tags` by the names that wav knows: title, artist, comment, copyright, software, date ..."""
     memory = io.BytesIO()                        # the file itself is written in one piece, so a full disk is noticed
     with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
-        if tags:
-            file.comment = json.dumps(tags)
+        for name, value in (tags or {}).items():
+            setattr(file, name, value)
         file.write(wav.detach().float().cpu().clamp(-1, 1).numpy())
     with whole(out) as part:
         part.write_bytes(memory.getvalue())
@@ -510,11 +524,7 @@ def write_wav(out, wav, tags=None):
 def read_tags(path):
     """The tags of a file that `write_video` or `write_wav` wrote, names in lower case (Matroska's come in capitals)."""
     with opened(path) as container:
-        found = {key.lower(): value for key, value in container.metadata.items()}
-    with suppress(ValueError):
-        unpacked = json.loads(found.get("comment", ""))
-        found.update(unpacked if isinstance(unpacked, dict) else {})
-    return found
+        return {key.lower(): value for key, value in container.metadata.items()}
 
 
 # ---- training sets -------------------------------------------------------------------------------------------------
