@@ -265,8 +265,7 @@ def train(args):
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
     config = model.config
     model = model.train().to(device)
-    for module in (model.spec_encoder,):
-        module.to(memory_format=torch.channels_last)
+    model.spec_encoder.to(memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]      # norms, biases, logit_scale: not decayed, as published
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args.lr)

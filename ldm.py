@@ -14,8 +14,9 @@ the classifier sees its own projection of exactly the window's features; every s
 log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame starts. The mini preset adds the condition to the
 latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
 """
+import argparse
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,13 +69,15 @@ class AlignmentConfig:
 MINI = dict(fps=15.625, frames=128, positions=128)
 PRESETS = {
     "paper": (LDMConfig(), AlignmentConfig()),
-    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"], unet=UNetConfig(width=64, multipliers=(1, 2, 3), blocks=1, attention=(2, 4),
-                                                                        heads=4, context_dim=128, groups=32, aligned=2)),
-             AlignmentConfig(**MINI, unet=UNetConfig(width=32, multipliers=(1, 2, 3), blocks=1, attention=(4,), heads=4,
+    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"], unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4),
+                                                                        heads=3, context_dim=128, groups=16, aligned=2)),
+             AlignmentConfig(**MINI, unet=UNetConfig(width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4,
                                                      context_dim=128, groups=16, aligned=2))),
 }
-RECIPES = {"ldm": {"mini": dict(steps=6000, batch=16, lr=4e-4, warmup=200), "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000)},
-           "align": {"mini": dict(steps=3000, batch=32, lr=5e-4, warmup=100), "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0)}}
+RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=200, merge=0.5, roll=0, repeats=4),
+                   "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
+           "align": {"mini": dict(steps=2500, batch=16, lr=5e-4, warmup=100, merge=0, roll=1, repeats=4),
+                     "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, merge=0, roll=0, repeats=1)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,3 +542,125 @@ def plms(eps_fn, x, steps, callback=None, times=None):
 
 
 SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "plms": plms}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def start(args, model, parts):
+    """Loader, run and optimizer over `parts` of `model`, whose networks are on the device already."""
+    cfg = model.config
+    parameters = [p for part in parts for p in part.parameters()]
+    # torch's default decay, as published
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
+    ema = training.EMA(model)                       # the published run has none; it costs nothing at sampling time
+    pairs = data.Pairs(args.data, fps=cfg.fps, frames=cfg.frames, merge=args.merge, roll=args.roll, seed=args.seed)
+    run = training.Run(args, model, optimizer, asdict(cfg), ema)
+    return run, optimizer, ema, training.batches(pairs, args, start=run.step)
+
+
+def update(args, step, loss, optimizer, ema, model, final):
+    """One optimizer step; parameters without a gradient (the autoencoder) stay as they are."""
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate(step, args, final)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    ema.update(model)
+
+
+def train_ldm(args, device):
+    """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
+    (REFERENCE 11). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
+    half as much as the small U-Net's training."""
+    if args.init:
+        model = LDM.load(args.init)
+    elif args.vae:
+        first_stage = AutoencoderKL.load(args.vae)
+        model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
+        model.first_stage_model.load_state_dict(first_stage.state_dict())
+    else:
+        raise training.TrainingError("stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
+    model = model.to(device, memory_format=torch.channels_last).train()
+    model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False).eval()
+    run, optimizer, ema, loader = start(args, model, (model.unet, model.conditioner))
+    for step in run:
+        batch = next(loader)
+        mel = data.mel(batch["wav"].to(device))                                          # (b, 128, 512)
+        with training.autocast(args):
+            z = model.encode(mel).repeat_interleave(args.repeats, 0)                     # (b*repeats, 4, 16, 64)
+        features = batch["features"].to(device).repeat_interleave(args.repeats, 0)       # (b*repeats, f, 512)
+        features = features * (torch.rand(len(z), 1, 1, device=device) >= 0.2)
+        t, noise = torch.randint(0, 1000, (len(z),), device=device), torch.randn_like(z)
+        with training.autocast(args):
+            eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
+        loss = F.mse_loss(eps.float(), noise)
+        update(args, step, loss, optimizer, ema, model, final=0.05 if args.preset == "mini" else 1.0)
+        run.report(loss=loss.item())
+    run.save()
+
+
+def pairings(features, generator=None):
+    """features (b, f, d) of the right moments -> the same, moved in time, or another clip's; labels (b, 1) float: 1 for the first half
+    in expectation, 0 for the two quarters (paper, from memory: REFERENCE 11). Moves wrap around; they are between a
+    fortieth (0.2 s) and a half of the window."""
+    b, f, _ = features.shape
+    kind = torch.rand(b, generator=generator)
+    least = max(1, f // 40)
+    shift = torch.randint(least, f // 2 + 1, (b,), generator=generator) * (torch.randint(0, 2, (b,), generator=generator) * 2 - 1)
+    moved = (torch.arange(f) - shift[:, None]) % f                                       # (b, f)
+    row = torch.arange(b)
+    out = features.clone()
+    is_moved, is_other = (kind >= 0.5) & (kind < 0.75), kind >= 0.75
+    out[is_moved] = features[row[is_moved, None], moved[is_moved]]
+    out[is_other] = features[(row[is_other] + b // 2) % b]
+    return out, (kind < 0.5).float()[:, None]
+
+
+def train_align(args, device):
+    """Binary cross-entropy on noised latents, t uniform over 0..999 (REFERENCE 11)."""
+    if not args.vae and not args.init:
+        raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
+    model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
+    model = model.to(device, memory_format=torch.channels_last)
+    first_stage = frozen(AutoencoderKL.load(args.vae), device)
+    run, optimizer, ema, loader = start(args, model, (model,))
+    for step in run:
+        batch = next(loader)
+        with training.autocast(args), torch.no_grad():
+            mean, logvar = first_stage.encode(data.mel(batch["wav"].to(device))[:, None])
+        z = (LATENT_SCALE * sample_posterior(mean.float(), logvar.float())).repeat_interleave(args.repeats, 0)
+        # the clips of a batch once through, then again: the partner half a batch away is another clip
+        features, label = pairings(batch["features"].to(device).repeat_interleave(args.repeats, 0))
+        t, noise = torch.randint(0, 1000, (len(z),), device=device), torch.randn_like(z)
+        with training.autocast(args):
+            logit = model.logit(q_sample(z, t, noise), t, features).float()
+        loss = F.binary_cross_entropy_with_logits(logit, label.to(device))
+        update(args, step, loss, optimizer, ema, model, final=0.05 if args.preset == "mini" else 1.0)
+        right = ((logit > 0) == (label.to(device) > 0.5)).float()
+        clean = (t < 300).float()[:, None]
+        run.report(loss=loss.item(), accuracy=right.mean().item(), accuracy_t300=((right * clean).sum() / clean.sum().clamp(min=1)).item())
+    run.save()
+
+
+def main(argv=None):
+    stage = argparse.ArgumentParser(add_help=False)
+    stage.add_argument("--model", choices=list(RECIPES), default="ldm")
+    model = stage.parse_known_args(argv)[0].model                  # the two trainings differ in their defaults
+    p = training.arguments(__doc__, RECIPES[model])
+    p.add_argument("--model", choices=list(RECIPES), default="ldm", help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
+    p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
+    p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
+    p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
+    p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
+    args = p.parse_args(argv)
+    try:
+        device = training.settle(args, RECIPES[model], model)
+        (train_ldm if model == "ldm" else train_align)(args, device)
+    except (training.TrainingError, data.MediaError) as e:
+        sys.exit(f"ldm.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

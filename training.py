@@ -15,6 +15,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -47,9 +48,12 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
-def save_model(path, model, config, **about):
-    """Weights and the configuration that rebuilds them: one safetensors file, config and `about` as JSON in its header."""
+def save_model(path, model, config, half=False, **about):
+    """Weights and the configuration that rebuilds them: one safetensors file, config and `about` as JSON in its header.
+    half: matrices and convolutions in float16, half the size; norms, biases and schedules stay float32."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if half:
+        tensors = {k: v.half() if v.ndim >= 2 else v for k, v in tensors.items()}
     metadata = {"config": json.dumps(config), **{k: json.dumps(v, default=str) for k, v in about.items()}}
     write_whole(path, safetensors_bytes(tensors, metadata))
 
@@ -97,6 +101,7 @@ def arguments(description, presets):
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
     g.add_argument("--workers", type=int, default=0, help="processes that read data")
+    g.add_argument("--half", action="store_true", help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return p
 
@@ -146,7 +151,7 @@ class Shuffled(torch.utils.data.Sampler):
         while True:
             if position // self.length != epoch:
                 epoch = position // self.length
-                g = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+                g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.length, generator=g).tolist()
             yield epoch * self.length + order[position % self.length]
             position += 1
@@ -191,8 +196,9 @@ class Run:
         run.save()
     """
 
-    def __init__(self, args, model, optimizer, config, ema=None):
-        self.args, self.model, self.optimizer, self.config, self.ema = args, model, optimizer, config, ema
+    def __init__(self, args, model, optimizer, config, ema=None, export=None):
+        # export(model) -> the copy that is written for `load`, where it differs from the network in training
+        self.args, self.model, self.optimizer, self.config, self.ema, self.export = args, model, optimizer, config, ema, export
         self.step, self.elapsed, self.interrupted = 0, 0.0, False
         if args.resume:
             self.restore()
@@ -220,6 +226,8 @@ class Run:
             self.bar.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
+        if self.interrupted:
+            print(f"{self.args.out}: stopped after step {self.step}; go on with --resume", file=sys.stderr)
 
     def report(self, every=20, **values):
         """Means of `values` over the last `every` steps, on the bar and in log.jsonl; stops a run whose loss is not finite."""
@@ -238,11 +246,12 @@ class Run:
     def seconds(self):
         return self.elapsed + time.monotonic() - self.clock
 
-    def save(self, model=None):
-        """Weights for `load`, then the training state; `model` replaces the weights written (a calibrated copy)."""
-        model = model or (self.ema.model if self.ema else self.model)
+    def save(self):
+        """Weights for `load`, then the training state."""
+        model = self.ema.model if self.ema else self.model
+        model = self.export(model) if self.export else model
         about = {"step": self.step, "seconds": round(self.seconds(), 1), "args": vars(self.args)}
-        save_model(self.args.out / "last.safetensors", model, self.config, **about)
+        save_model(self.args.out / "last.safetensors", model, self.config, self.args.half, **about)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
                  "elapsed": self.seconds(), "rng": torch.get_rng_state(),
                  "ema": self.ema.model.state_dict() if self.ema else None, "updates": self.ema.updates if self.ema else 0}

@@ -10,6 +10,7 @@ Differs from the official code: it trains here (there the image autoencoder of S
 group count is a number in the configuration, so that narrow networks exist; the mini preset reads one channel instead of three
 equal ones; and a trained mini autoencoder leaves with latents of standard deviation 1/0.18215, the one factor `ldm.py` applies.
 """
+import copy
 import sys
 from dataclasses import asdict, dataclass
 
@@ -33,9 +34,10 @@ class VAEConfig:
 
 
 PRESETS = {"paper": VAEConfig(), "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8)}
-RECIPES = {"mini": dict(steps=6000, batch=8, lr=1e-3, warmup=200), "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000)}
+# kl weighs the KL sum against the sum of absolute errors; 1e-6 is latent diffusion's kl-f8 recipe
+RECIPES = {"mini": dict(steps=6000, batch=8, lr=1e-3, warmup=200, kl=1e-4), "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, kl=1e-6)}
 LATENT_STD = 1 / 0.18215                # what a latent's standard deviation must be for `ldm.LATENT_SCALE` to make it one
-KL_WEIGHT = 1e-6                        # of the KL sum against the absolute error sum (latent diffusion's kl-f8 recipe)
+CROP = 128                              # mel columns of a training sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,12 +189,12 @@ class AutoencoderKL(nn.Module):
     def calibrate(self, mean, std):
         """Move latents of this mean and standard deviation to 0 and LATENT_STD by changing the two 1x1 convolutions around
         them; the decoded sound stays the same. The published factor 0.18215 then fits this network too."""
-        n, k = self.config.z_channels, LATENT_STD / std
-        self.quant_conv.weight[:n] *= k
+        n, k = self.config.z_channels, LATENT_STD / std                         # k (4,)
+        self.quant_conv.weight[:n] *= k[:, None, None, None]
         self.quant_conv.bias[:n] = (self.quant_conv.bias[:n] - mean) * k
         self.quant_conv.bias[n:] += 2 * k.log()
         self.post_quant_conv.bias += self.post_quant_conv.weight[:, :, 0, 0] @ mean
-        self.post_quant_conv.weight /= k[None, :, None, None]
+        self.post_quant_conv.weight /= k[:, None, None]
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -235,6 +237,8 @@ def latent_statistics(model, dataset, device, clips=64):
 
 
 def calibrated(model, dataset, device):
+    """A copy of the network whose latents have mean 0 and deviation LATENT_STD."""
+    model = copy.deepcopy(model)
     model.calibrate(*latent_statistics(model, dataset, device))
     return model
 
@@ -247,31 +251,32 @@ def train(args):
     model = model.train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.5, 0.9))     # latent diffusion's autoencoder recipe
     ema = training.EMA(model)
-    clips = data.Clips(args.data, seconds=data.WINDOW / data.SAMPLE_RATE, seed=args.seed)
-    run = training.Run(args, model, optimizer, asdict(config), ema)
+    clips = data.Sounds(args.data, data.WINDOW, args.seed)
+    run = training.Run(args, model, optimizer, asdict(config), ema, export=lambda m: calibrated(m, clips, device))
     loader = training.batches(clips, args, start=run.step)
     for step in run:
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, args)
         mel = data.mel(next(loader)["wav"].to(device))[:, None]                      # (b, 1, 128, s)
         # a quarter of the columns: the network is convolutional, and four times as many clips are seen in the same time
-        s = mel.shape[-1] // 4
-        start = torch.randint(0, mel.shape[-1] - s + 1, ()).item()
-        mel = mel[..., start:start + s].contiguous(memory_format=torch.channels_last)
+        first = torch.randint(0, mel.shape[-1] - CROP + 1, ()).item()
+        mel = mel[..., first:first + CROP].contiguous(memory_format=torch.channels_last)
         with training.autocast(args):
             error, kl = losses(model, mel)
-        loss = error + KL_WEIGHT * kl
+        loss = error + args.kl * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update(model)
         run.report(loss=loss.item(), error=error.item(), kl=kl.item())
-    run.save(calibrated(ema.model, clips, device))
+    run.save()
 
 
 def main(argv=None):
-    args = training.arguments(__doc__, RECIPES).parse_args(argv)
+    p = training.arguments(__doc__, RECIPES)
+    p.add_argument("--kl", type=float, help="weight of the KL term; the preset's by default")
+    args = p.parse_args(argv)
     try:
         train(args)
     except (training.TrainingError, data.MediaError) as e:
