@@ -1,0 +1,190 @@
+"""Samplers and guidance against the official code's recorded runs on two analytic networks, and against formulas by hand."""
+import pytest
+import torch
+
+import ldm
+from golden import rule
+
+GOLDEN = rule.recorded("analytic")
+SCHEDULE = rule.recorded("schedule")
+OFFICIAL_30 = list(range(1, 1000, 33))                  # "30 steps" of the official DDIM and PLMS are 31
+
+
+def gather(tokens):
+    """(b, 32, d) -> (b, 4, 16, 64): each latent column reads the token of its own moment, so a swapped order shows."""
+    b, n = tokens.shape[:2]
+    return tokens[:, :, :64].reshape(b, n, 4, 16).repeat_interleave(2, dim=1).permute(0, 2, 3, 1)
+
+
+def eps_a(x, t, context):
+    return torch.tanh(0.5 * x + 0.25 * gather(context) + t[:, None, None, None] / 1000)
+
+
+def eps_b(x, t, context):
+    return ((t[:, None, None, None] + 1) / 1000).sqrt() * x - 0.3 * torch.tanh(x + gather(context))
+
+
+class Judge:
+    """The analytic classifier, with the interface of ldm.Alignment that guidance uses."""
+
+    def logit(self, x, t, features):
+        return (torch.tanh(x) * gather(features)).sum((1, 2, 3))[:, None] / 64 + t[:, None] / 1000 - 0.5
+
+    def grad_log_prob(self, x, t, features, project=True):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.nn.functional.logsigmoid(self.logit(x, t, features)).sum(), x)[0]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return rule.normal("in.sample.x_T", 2, 4, 16, 64), rule.normal("in.sample.cond", 2, 32, 768), rule.normal("in.sample.feat", 2, 32, 512)
+
+
+def recorder(eps_fn):
+    """eps_fn that notes the times it was called with and the first sample it saw."""
+    calls = []
+
+    def recording(x, t):
+        calls.append((t[0].item(), x[0].clone()))
+        return eps_fn(x, t)
+    return recording, calls
+
+
+def run(sampler, steps, inputs, cfg=4.5, cg=0.0, network=eps_a, **options):
+    x, context, features = inputs
+    eps_fn, calls = recorder(ldm.guided_eps(network, context, torch.zeros_like(context), cfg, Judge(), features, cg))
+    return ldm.SAMPLERS[sampler](eps_fn, x, steps, **options), calls
+
+
+def test_analytic_networks_are_the_recorded_ones(inputs):
+    x, context, features = inputs
+    t = torch.full((2,), 500.0)
+    rule.close("eps_a", eps_a(x, t, context), GOLDEN["analytic_eps_at_x_T_t500"], 1e-6)
+    rule.close("eps_b", eps_b(x, t, context), GOLDEN["analytic_eps_b_at_x_T_t500"], 1e-6)
+    rule.close("p", Judge().logit(x, t, features).sigmoid(), GOLDEN["analytic_prob_at_x_T_t500"], 1e-6)
+
+
+@pytest.mark.parametrize("network, sampler, steps, calls, cfg, cg, name", [
+    (eps_a, "dpm", 5, 5, 4.5, 0, "dpm5.cfg4.5"),
+    (eps_a, "dpm", 14, 14, 4.5, 0, "dpm14.cfg4.5"),     # the last step count whose final step is of first order
+    (eps_a, "dpm", 15, 15, 4.5, 0, "dpm15.cfg4.5"),
+    (eps_a, "dpm", 25, 25, 4.5, 0, "dpm25.cfg4.5"),
+    (eps_a, "dpm", 25, 25, 1.0, 0, "dpm25.cfg1"),
+    (eps_a, "dpm", 5, 5, 4.5, 50, "dpm5.cfg4.5.cg50"),
+    (eps_a, "dpm", 25, 25, 4.5, 50, "dpm25.cfg4.5.cg50"),
+    (eps_a, "ddim", 25, 25, 4.5, 0, "ddim25.cfg4.5"),
+    (eps_a, "ddim", 50, 50, 4.5, 0, "ddim50.cfg4.5"),
+    (eps_a, "ddim", 25, 25, 4.5, 50, "ddim25.cfg4.5.cg50"),
+    (eps_a, "ddim", 50, 50, 4.5, 50, "ddim50.cfg4.5.cg50"),
+    (eps_a, "ddim", 25, 25, 1.0, 50, "ddim25.cfg1.cg50"),
+    (eps_a, "ddim", 30, 31, 4.5, 0, "ddim30.cfg4.5"),
+    (eps_a, "ddim", 30, 31, 4.5, 50, "ddim30.cfg4.5.cg50"),
+    (eps_a, "plms", 25, 26, 4.5, 0, "plms25.cfg4.5"),
+    (eps_a, "plms", 50, 51, 4.5, 0, "plms50.cfg4.5"),
+    (eps_a, "plms", 30, 32, 4.5, 0, "plms30.cfg4.5"),
+    (eps_b, "dpm", 25, 25, 4.5, 0, "b.DPM_Solver.25.cfg4.5"),
+    (eps_b, "dpm", 25, 25, 4.5, 50, "b.DPM_Solver.25.cfg4.5.cg50"),
+    (eps_b, "ddim", 25, 25, 4.5, 0, "b.DDIM.25.cfg4.5"),
+    (eps_b, "ddim", 25, 25, 4.5, 50, "b.DDIM.25.cfg4.5.cg50"),
+    (eps_b, "plms", 25, 26, 4.5, 0, "b.PLMS.25.cfg4.5"),
+], ids=lambda v: v if isinstance(v, str) and "." in v else "")
+def test_sampler_equals_the_official_one(inputs, network, sampler, steps, calls, cfg, cg, name):
+    options = {"times": OFFICIAL_30} if steps == 30 else {}
+    x, seen = run(sampler, steps, inputs, cfg, cg, network, **options)
+    assert len(seen) == calls
+    rule.close(name, x, GOLDEN[name])
+    if f"{name}.x_at_model_calls_b0" in GOLDEN:
+        rule.close(f"{name} on the way", torch.stack([x for _, x in seen]), GOLDEN[f"{name}.x_at_model_calls_b0"])
+
+
+def test_classifier_guidance_stays_at_cfg_1(inputs):
+    """The official DPM-Solver drops the classifier there (its cg 0 and cg 50 runs are equal); ours must not."""
+    assert torch.equal(GOLDEN["dpm25.cfg1"], GOLDEN["dpm25.cfg1.cg50"])
+    x, _ = run("dpm", 25, inputs, cfg=1.0, cg=50.0)
+    assert rule.relative(x, GOLDEN["dpm25.cfg1"]) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [5, 25, 50])
+def test_dpm_schedule(steps):
+    eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
+    ldm.dpm_solver(eps_fn, torch.zeros(1, 4, 16, 64), steps)
+    times = SCHEDULE[f"dpm.model_input_time_{steps}"]
+    assert [t for t, _ in calls] == times[:-1].tolist()         # to the last bit: fractional times enter the time embedding
+    log_a, s = ldm.log_alpha(times), ldm.sigma(times)
+    rule.close(f"dpm.log_alpha_{steps}", log_a, SCHEDULE[f"dpm.log_alpha_{steps}"], 1e-5)
+    rule.close(f"dpm.sigma_{steps}", s, SCHEDULE[f"dpm.sigma_{steps}"], 1e-5)
+    rule.close(f"dpm.lambda_{steps}", log_a - s.log(), SCHEDULE[f"dpm.lambda_{steps}"], 1e-5)
+
+
+@pytest.mark.parametrize("steps", [25, 50])
+def test_ddim_times(steps):
+    times = torch.tensor(ldm.ddim_times(steps))
+    assert torch.equal(times, SCHEDULE[f"ddim.timesteps_{steps}"])
+    assert torch.equal(ldm.ALPHAS_CUMPROD[times], SCHEDULE[f"ddim.alphas_{steps}"])
+
+
+def test_recorded_31_times_are_what_we_pass():
+    assert OFFICIAL_30 == SCHEDULE["ddim.timesteps_30"].tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 333, 999])
+@pytest.mark.parametrize("sampler, extra", [("dpm", 0), ("ddim", 0), ("plms", 1)])
+def test_s_steps_are_s_network_calls(sampler, extra, steps):
+    eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
+    reported = []
+    x = ldm.SAMPLERS[sampler](eps_fn, torch.ones(1, 1, 1, 1), steps, callback=lambda i, x: reported.append(i))
+    assert len(calls) == steps + extra and reported == list(range(steps)) and x.isfinite().all()
+    assert all(0 <= t <= 999 for t, _ in calls)
+
+
+def test_guided_eps_by_hand(inputs):
+    """eps_u + w (eps_c - eps_u) - s sigma grad log p, at a fractional time, with a null context of its own."""
+    x, context, features = inputs
+    t, w, s = torch.tensor([321.5, 321.5]), 3.0, 20.0
+    null = rule.normal("null", 1, 32, 768)
+    without, given = eps_a(x, t, null.expand_as(context)), eps_a(x, t, context)
+    gradient = Judge().grad_log_prob(x, t, features)
+    expected = without + w * (given - without) - s * ldm.sigma(t).float()[:, None, None, None] * gradient
+    got = ldm.guided_eps(eps_a, context, null, w, Judge(), features, s)(x, t)
+    rule.close("guided_eps", got, expected, 1e-6)
+    # the sign raises log p: a step against eps is a step up
+    assert (Judge().logit(x - 0.1 * (got - without - w * (given - without)), t, features) > Judge().logit(x, t, features)).all()
+    rule.close("guided_eps, cfg 1", ldm.guided_eps(eps_a, context, null, 1.0, Judge(), features, s)(x, t),
+               given - s * ldm.sigma(t).float()[:, None, None, None] * gradient, 1e-6)
+    rule.close("guided_eps, no null context", ldm.guided_eps(eps_a, context, None, w)(x, t), given, 1e-6)
+
+
+def test_conditional_branch_alone_is_one_network_sample_a_clip(inputs):
+    x, context, _ = inputs
+    sizes = []
+
+    def network(x, t, context):
+        sizes.append(len(x))
+        return eps_a(x, t, context)
+    t = torch.full((2,), 10.0)
+    ldm.guided_eps(network, context, torch.zeros_like(context), 1.0)(x, t)
+    ldm.guided_eps(network, context, torch.zeros_like(context), 4.5)(x, t)
+    assert sizes == [2, 4]
+
+
+@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+def test_a_sample_does_not_depend_on_its_batch(inputs, sampler):
+    x, context, features = inputs
+    together, _ = run(sampler, 10, inputs, cg=50.0)
+    for i in range(2):
+        alone, _ = run(sampler, 10, (x[i:i + 1], context[i:i + 1], features[i:i + 1]), cg=50.0)
+        rule.close(f"{sampler}, sample {i} alone", alone, together[i:i + 1], 1e-6)
+
+
+@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+def test_samplers_leave_their_input_alone(inputs, sampler):
+    before = inputs[0].clone()
+    run(sampler, 3, inputs, cg=50.0)
+    assert torch.equal(inputs[0], before)
+
+
+def test_log_alpha_at_the_knots():
+    t = torch.arange(1000)
+    rule.close("alpha^2", (2 * ldm.log_alpha(t)).exp(), SCHEDULE["alphas_cumprod"], 1e-6)
+    half = ldm.log_alpha(torch.tensor([10.5]))
+    assert torch.allclose(half, ldm.log_alpha(torch.tensor([10, 11])).mean())
