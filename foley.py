@@ -288,7 +288,8 @@ def simulate(bodies, world, gravity, left, right, post):
             end = min(after.time if after else world.duration, world.duration)
             if p.ax and end - p.time > 0.05:
                 speed = np.abs(p.at(np.arange(p.time, end, 1 / FINE))[2])
-                world.rubs.append(Rub(p.time, speed, "roll" if body.ball else "scrape", body.thing))
+                if speed.max() > 0.08:
+                    world.rubs.append(Rub(p.time, speed, "roll" if body.ball else "scrape", body.thing))
 
 
 # ------------------------------------------------------------------------------------------------ acts: each fills one lane of the stage
