@@ -284,7 +284,10 @@ def _probe(path, _version):
         stream, sound = picture_stream(container, path), container.streams.best("audio")
         still = container.format.name.endswith(("_pipe", "image2", "gif", "apng")) or container.metadata.get(
             "major_brand") in ("avif", "heic", "mif1")
-        header = float(((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base) - start
+        if stream.duration is not None:          # what the header promises, on the container's clock
+            promise = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+        else:
+            promise = ((container.start_time or 0) + (container.duration or 0)) / 1e6
         for packet in readable(container.demux(*filter(None, (stream, sound)))):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is not None and not packet.is_discard:
@@ -297,10 +300,10 @@ def _probe(path, _version):
         raise MediaError(f"{path}: is a still image; give a video")
     if not 0 < duration <= LONGEST:
         raise MediaError(f"{path}: its time stamps say {duration:.6g} s of picture; remux it, or cut it to a few hours")
-    if header - duration > 1.0 and header < LONGEST:
-        warnings.warn(f"{path}: cut off: {duration:.2f} of {header:.2f} s of picture are there", stacklevel=3)
     first = min(spans["audio"], default=(start, 0.0))[0]
     last = max((a + b for a, b in spans["audio"]), default=first)
+    if 0.5 < promise - max(start + duration, last if stream.duration is None else 0.0) < LONGEST:
+        warnings.warn(f"{path}: cut off: {duration:.2f} s of picture are there, {promise - start:.2f} s were", stacklevel=3)
     width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
     return MediaInfo(duration, start, width, height, len(shown) / duration, len(shown), codec,
                      bool(spans["audio"]), first - start, last - first)
@@ -340,9 +343,9 @@ def read_frames(path, fps, size, start=0.0, duration=None):
     count = max(1, math.ceil(seconds * fps - 1e-6))
     out = np.empty((count, size, size, 3), np.uint8)
     done, view, image = 0, None, None
-    # Containers round time stamps (to 1 ms in Matroska), so a frame counts as shown from half a millisecond earlier.
     for moment, frame in frames_from(path, start):
-        while view is not None and done < count and start + done / fps < moment - 5e-4:
+        slack = min(5e-4, float(frame.time_base) / 2)    # time stamps are rounded to this, in Matroska to 1 ms
+        while view is not None and done < count and start + done / fps < moment - slack:
             image = picture(view, size, size) if image is None else image
             out[done], done = image, done + 1
         if done == count:
@@ -378,7 +381,8 @@ def read_audio(path, start=0.0, duration=None):
         stream = container.streams.best("audio")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no sound track that decodes; give a video with sound")
-        zero = probe(path).start if has_picture(container) else None         # sound alone starts its own clock
+        info = probe(path) if has_picture(container) else None
+        zero = info and info.start               # sound alone starts its own clock
         if zero is not None and start > SETTLE:
             seek(container, stream, zero + start - 1.0)          # a decoder needs some frames to settle
         runs, resampler, rate, end = [], None, None, 0.0         # a run: (moment of its first sample, its samples)
@@ -399,7 +403,12 @@ def read_audio(path, start=0.0, duration=None):
         raise MediaError(f"{path}: its sound track does not decode; give a video with sound")
     placed = [(round((moment - start) * SAMPLE_RATE), np.concatenate([piece.to_ndarray()[0] for piece in pieces]))
               for moment, pieces in runs if pieces]
-    n = max((at + len(x) for at, x in placed), default=0) if duration is None else round(duration * SAMPLE_RATE)
+    n = max((at + len(x) for at, x in placed), default=0)
+    if info:                                     # the coder filled its last block, but the packets know where sound ends
+        end = round((info.audio_start + info.audio_duration - start) * SAMPLE_RATE)
+        n = end if 0 < n - end < SAMPLE_RATE // 10 else n
+    placed = [(at, x[:max(0, n - at)]) for at, x in placed]
+    n = n if duration is None else round(duration * SAMPLE_RATE)
     wav = np.zeros(max(0, n), np.float32)
     for at, x in placed:
         part = x[max(0, -at):max(0, n - at)]
@@ -426,18 +435,27 @@ def output_suffix(source):
 
 def copied_packets(packets, track, first, end):
     """The source's own packets, moved so that the first shown picture is at 0; what cannot decode before it is left."""
-    begun, extra = False, 0
+    begun, extra, held = False, 0, []
     for packet in packets:
         if packet.pts is None and packet.dts is None:            # the demuxer's closing mark
             continue
         packet.pts = (packet.dts if packet.pts is None else packet.pts) - first
-        packet.dts = packet.pts if packet.dts is None else packet.dts - first
         begun = begun or packet.is_keyframe or packet.pts >= 0
         if packet.is_discard and packet.pts >= end:      # behind the edit list's end, yet others may be predicted from it:
             packet.pts, packet.duration, extra = end + extra, 1, extra + 1           # it stays, for one tick
-        if begun:
-            packet.stream = track
-            yield packet
+        if not begun:
+            continue
+        packet.stream = track
+        held.append(packet)
+        if packet.dts is not None:               # Matroska stores no decoding times: the first few are unknown
+            packet.dts -= first
+            for back, early in enumerate(reversed(held)):
+                early.dts = packet.dts - back
+            yield from held
+            held.clear()
+    for packet in held:
+        packet.dts = packet.pts
+        yield packet
 
 
 def encoded_packets(source, track, start, seconds):
@@ -476,38 +494,52 @@ def sound_packets(wav, track):
     yield from track.encode(None)
 
 
+def mux(out, source, wav, tags, start, seconds, copied):
+    """Write `out`: the picture of `source`, copied or encoded anew, and the sound `wav` (n,), their packets in order."""
+    info, (muxer, codec) = probe(source), CONTAINERS[out.suffix.lower()]
+    with opened(source) as src:
+        stream = picture_stream(src, source)
+        tags = {**{key: value for key, value in src.metadata.items() if key not in STRUCTURE}, **(tags or {})}
+        flags = "faststart" + "+use_metadata_tags" * any("." in key for key in tags)         # com.apple.quicktime.make
+        options = {"movflags": flags} if muxer in ("mp4", "mov") else {}
+        with av.open(f"file:{out}", "w", muxer, container_options=options) as dst:
+            dst.metadata.update(tags)
+            if copied:
+                track = dst.add_stream_from_template(stream, opaque=True)    # so that no encoder need exist
+                track.metadata.update(stream.metadata)
+                ticks = [round(moment / stream.time_base) for moment in (info.start, info.duration)]
+                pictures = copied_packets(readable(src.demux(stream)), track, *ticks)
+            else:
+                track = dst.add_stream("libvpx-vp9" if muxer == "webm" else "libx264", options={"crf": "18"})
+                track.width, track.height = max(2, info.width // 2 * 2), max(2, info.height // 2 * 2)    # 4:2:0: even
+                track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 90000)
+                pictures = encoded_packets(source, track, start, seconds)
+            sound = dst.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
+            sound.bit_rate = 96000               # as much as AAC takes at 16 kHz mono
+            both = heapq.merge(pictures, sound_packets(wav, sound), key=lambda packet: packet.dts * packet.time_base)
+            for packet in both:
+                dst.mux_one(packet)
+
+
 def write_video(source, wav, out, tags=None, start=0.0, duration=None):
     """The picture of `source` with the sound `wav` (n,), cut or padded to be exactly as long as the picture.
 
-    Video packets are copied bit for bit with rotation, colour and tags. Only a cut (start, duration), which rarely
-    falls on a key frame, and a codec that `out` cannot hold are encoded anew (libx264, VP9 in webm)."""
+    Video packets are copied bit for bit with rotation, colour and tags. Encoded anew (libx264; VP9 in webm) are only a
+    cut (start, duration), which rarely falls on a key frame, and packets that `out` cannot hold."""
     info, out = probe(source), Path(out)
     if out.suffix.lower() not in CONTAINERS:
         raise MediaError(f"{out}: we write no sound into this kind of file; end it in {', '.join(CONTAINERS)}")
-    muxer, codec = CONTAINERS[out.suffix.lower()]
     if not 0 <= start < info.duration:
         raise MediaError(f"{source}: --start {start:g} lies outside its {info.duration:.3f} s; choose an earlier start")
     seconds = min(info.duration - start, duration or LONGEST)
     n = round(seconds * SAMPLE_RATE)
     wav = torch.nn.functional.pad(wav.detach().float().cpu().clamp(-1, 1)[:n], (0, max(0, n - len(wav)))).numpy()
-    with whole(out) as part, opened(source) as src, av.open(f"file:{part}", "w", muxer) as dst:
-        stream = picture_stream(src, source)
+    with whole(out) as part:
         if seconds > info.duration - 1e-3 and holds(out.suffix.lower(), info.codec):
-            track = dst.add_stream_from_template(stream, opaque=True)        # so that no encoder need exist
-            track.metadata.update(stream.metadata)
-            ticks = [round(moment / stream.time_base) for moment in (info.start, info.duration)]
-            pictures = copied_packets(readable(src.demux(stream)), track, *ticks)
-        else:
-            track = dst.add_stream("libvpx-vp9" if muxer == "webm" else "libx264", options={"crf": "18"})
-            track.width, track.height = max(2, info.width // 2 * 2), max(2, info.height // 2 * 2)    # 4:2:0 is even
-            track.pix_fmt, track.codec_context.time_base = "yuv420p", Fraction(1, 90000)
-            pictures = encoded_packets(source, track, start, seconds)
-        sound = dst.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
-        sound.bit_rate = 96000                   # as much as AAC takes at 16 kHz mono
-        kept = {key: value for key, value in src.metadata.items() if key not in STRUCTURE}
-        dst.metadata.update({**kept, **(tags or {})})
-        for packet in heapq.merge(pictures, sound_packets(wav, sound), key=lambda packet: packet.dts * packet.time_base):
-            dst.mux_one(packet)
+            with suppress(av.error.ArgumentError, av.error.InvalidDataError):        # time stamps no muxer accepts
+                return mux(part, source, wav, tags, start, seconds, copied=True)
+            warnings.warn(f"{source}: its packets cannot be copied into {out.suffix}; the picture is encoded anew", stacklevel=2)
+        mux(part, source, wav, tags, start, seconds, copied=False)
 
 
 def write_wav(out, wav, tags=None):
