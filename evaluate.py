@@ -1,16 +1,16 @@
 """Do the sounds fall where things happen? Onset scores on clips whose true onsets are known.
 
-In:  a folder of clips with their labels, as foley.py makes; sounds drawn here by sample.py's models, or made elsewhere (--samples).
+In:  a folder of clips with their labels, as foley.py makes; sounds drawn here by the models, or made elsewhere (--samples).
 Out: one table and OUT/evaluate.json, {"rows": {row: {column: value}}, ...}. Rows:
      ours           the model's sound for each video
      ground_truth   the video's own sound: what the detector itself can reach
      wrong_video    our sounds dealt to other videos: what the right rate of onsets at the wrong times is worth
      silence        no sound at all
-     Columns: F1 at 100 and 50 ms, precision and recall at 100 ms, all pooled over the clips' onsets; desync_ms, the mean over clips of
-     the shift (up to 1 s either way) that brings found and labelled onsets together best, over clips that have both; clips.
-     Every row passes through the same mel and the same detector, whose constants were set once, on ground truth of seed 9.
+     Columns: F1 at 100 and 50 ms, precision and recall at 100 ms, all pooled over the clips' onsets; desync_ms, the mean
+     over clips of the shift (up to 1 s either way) that brings found and labelled onsets together best, where there are
+     both; clips. Every row passes the same mel and the same detector, its constants set once on ground truth of seed 9.
 
-Onset agreement stands beside Diff-Foley's alignment accuracy (section 5.1), which needs a classifier and cannot say how late a hit is.
+Stands beside Diff-Foley's alignment accuracy (section 5.1), which needs a classifier and cannot say how late a hit is.
 
     python foley.py held_out --clips 64 --seed 7 && python evaluate.py --data held_out --out scores
 """
@@ -32,14 +32,14 @@ LAG = 2                         # columns over which a level has to rise
 QUIET = 0.3                     # mel level below which nothing counts: the room's tone, and residue of coding
 RISE = 0.03                     # mean rise over the bins that makes an onset
 ABOVE = 1.5                     # and by how many times the median rise around it, so that steady noise makes none
-AROUND, APART = 20, 3           # columns on each side: of that median, and within which only the strongest rise is an onset
+AROUND, APART = 20, 3           # columns each side: of that median; where only the strongest rise is an onset
 SMEAR = 0.03                    # seconds: width of an onset when two trains of onsets are slid over each other
 SLIDE = 1.0                     # seconds: how far
 
 
 def onset_strength(level):
     """How much louder each column of a mel (128, s) is than LAG columns before, rises only, mean over the bins -> (s,).
-    Each bin is held against the loudest of its neighbours too, so that a gliding tone is no onset (Boeck and Widmer 2013)."""
+    Each bin is held against its neighbours too, so that a gliding tone is no onset (Boeck and Widmer 2013)."""
     level = np.maximum(np.asarray(level, np.float32) - QUIET, 0) / (1 - QUIET)                      # (m, s)
     padded = np.pad(level, ((1, 1), (LAG, 0)))
     before = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])[:, :level.shape[1]]
@@ -79,12 +79,13 @@ def f1(pairs, found, labelled):
 
 
 def desync(found, labelled):
-    """The shift in seconds that brings two trains of onsets together best (found later: positive), nan if either is empty."""
+    """The shift in seconds that brings two trains of onsets together best (late: positive), nan if one is empty."""
     if not len(found) or not len(labelled):
         return math.nan
     apart = np.subtract.outer(np.asarray(found), np.asarray(labelled)).ravel()
     shifts = np.arange(-round(SLIDE / 0.004), round(SLIDE / 0.004) + 1) * 0.004
-    agreement = np.exp(-0.5 * ((apart[:, None] - shifts) / SMEAR) ** 2).sum(0) - 1e-6 * np.abs(shifts)      # of equals the nearest
+    agreement = np.exp(-0.5 * ((apart[:, None] - shifts) / SMEAR) ** 2).sum(0)
+    agreement -= 1e-6 * np.abs(shifts)              # of equals the nearest
     return float(shifts[agreement.argmax()])
 
 
@@ -103,8 +104,9 @@ def score(found, labelled):
         pairs = sum(len(match(a, b, tolerance)) for a, b in zip(found, labelled))
         counts[tolerance] = f1(pairs, sum(map(len, found)), sum(map(len, labelled)))
     shifts = [abs(s) for s in map(desync, found, labelled) if not math.isnan(s)]
-    return {"onset_f1_100ms": counts[0.1][2], "onset_f1_50ms": counts[0.05][2], "precision_100ms": counts[0.1][0],
-            "recall_100ms": counts[0.1][1], "desync_ms": 1000 * float(np.mean(shifts)) if shifts else None, "clips": len(found)}
+    precision, recall, both = counts[0.1]
+    return {"onset_f1_100ms": both, "onset_f1_50ms": counts[0.05][2], "precision_100ms": precision, "recall_100ms": recall,
+            "desync_ms": 1000 * float(np.mean(shifts)) if shifts else None, "clips": len(found)}
 
 
 def onsets_of(wav):
@@ -116,7 +118,7 @@ def read_labels(video):
     try:
         return sorted(float(onset["time"]) for onset in json.loads(video.with_suffix(".json").read_text())["onsets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{video}: no label {video.stem}.json with its onsets beside it; make clips with python foley.py") from error
+        raise MediaError(f"{video}: no {video.stem}.json with its onsets beside it; make clips with foley.py") from error
 
 
 def find_sample(folder, video):
@@ -124,17 +126,18 @@ def find_sample(folder, video):
     for name in (f"{video.stem}.foley.wav", f"{video.stem}.wav", f"{video.stem}.foley.mp4", f"{video.stem}.mp4"):
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise MediaError(f"{folder}: no {video.stem}.foley.wav, .wav or .mp4 there; make it, or leave --samples out to draw it now")
+    raise MediaError(f"{folder}: no {video.stem}.foley.wav, .wav or .mp4 there; make it, or leave out --samples")
 
 
 def own_sounds(videos, args):
-    """The sound to judge for each video, one after the other: read from --samples, or drawn by the models with seed + clip number."""
+    """The sound to judge for each video in turn: read from --samples, or drawn with seed + clip number."""
     models = None if args.samples else load_models(args.weights, args.device)
     for number, video in enumerate(tqdm(videos, unit="clip")):
         if args.samples:
             yield read_audio(find_sample(args.samples, video))
             continue
-        wav = generate(video, models, seed=args.seed + number, steps=args.steps, cfg=args.cfg, cg=args.cg, sampler=args.sampler).wav
+        wav = generate(video, models, seed=args.seed + number, steps=args.steps, cfg=args.cfg, cg=args.cg,
+                       sampler=args.sampler).wav
         if args.keep:
             write_wav(args.out / f"{video.stem}.foley.wav", wav)
         yield wav
@@ -158,17 +161,20 @@ def evaluate(args):
 
 def table(rows):
     """The rows as aligned text; '-' where a value does not exist."""
+    def cell(column, value):
+        return "-" if value is None else f"{value:.0f}" if column in ("desync_ms", "clips") else f"{value:.3f}"
     columns = list(next(iter(rows.values())))
-    cells = [["", *columns]] + [[name, *("-" if v is None else f"{v:.3f}" if column != "desync_ms" and column != "clips" else f"{v:.0f}"
-                                         for column, v in row.items())] for name, row in rows.items()]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths))) for line in cells)
+    lines = [["", *columns]] + [[name, *(cell(c, row[c]) for c in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])])
+                     for line in lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score sounds by where their onsets fall.")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="clips with labels, as python foley.py makes")
-    parser.add_argument("--samples", type=Path, metavar="DIR", help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4 (else drawn now)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="clips with labels, as foley.py makes")
+    parser.add_argument("--samples", type=Path, metavar="DIR",
+                        help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4 (else drawn now)")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where evaluate.json goes (.)")
     parser.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav")
     parser.add_argument("--clips", type=int, metavar="N", help="only the first N (all)")

@@ -1,15 +1,16 @@
-"""The procedural Foley set: short videos of a small world in which things visibly happen and the sound follows physically.
+"""The procedural Foley set: short videos of a small world in which things happen and the sound follows physically.
 
 In:  a seed and a clip number. Clip i of seed S is a pure function of (S, i, size, fps, duration).
 Out: OUT/00000.mp4 (H.264 and AAC mono 16 kHz, both starting at 0 and equally long) and OUT/00000.json:
-     {"onsets": [{"time", "material", "strength", "kind", "other"}, ...], "sustained": [{"start", "end", "kind", ...}], ...}.
+     {"onsets": [{"time", "material", "strength", "kind", "other"}, ...], "sustained": [{"start", "end", ...}], ...}.
      An onset's time is the instant of first contact in seconds, its strength the loudness of the hit, 0 to 1.
 
     python foley.py OUT --clips 1000 --seed 0
 
-A world is sprites (what is drawn, one position per frame), impacts and rubs (what sounds and is labelled), all three read off the
-same trajectories, so picture, sound and label cannot disagree. Sound is modal synthesis: each material has resonances, damping and
-contact noise; size lowers the pitch, impact speed sets loudness and brightness, and both touching bodies ring.
+The paper trains on VGGSound (section 4.1); this set stands in for it where true onset times are needed.
+A world is sprites (what is drawn, one position per frame), impacts and rubs (what sounds and is labelled), all read off
+the same trajectories, so picture, sound and label cannot disagree. Sound is modal synthesis: a material has resonances,
+damping and contact noise; size lowers the pitch, impact speed sets loudness and brightness, both touching bodies ring.
 Lengths are in picture widths, y points down, times are seconds, speeds picture widths a second.
 """
 import argparse
@@ -34,7 +35,7 @@ FAINTEST = 0.07                 # impacts weaker than this (-23 dB) neither soun
 LOUDEST_SPEED = 2.0             # an impact at this speed or more has strength 1
 
 
-# ------------------------------------------------------------------------------------------------ materials
+# ------------------------------------------------------------------------------------------------------------ materials
 
 class Material(NamedTuple):
     colour: tuple               # RGB in [0, 1]
@@ -52,16 +53,26 @@ class Material(NamedTuple):
 
 
 MATERIALS = {
-    "wood": Material((.64, .42, .22), (.42, .25, .12), "grain", .15, .55, 380, .22, .7, .5, 900, .010, (1, 2.6, 4.3, 6.1)),
-    "metal": Material((.74, .77, .82), (.50, .54, .62), "brushed", .9, .60, 950, 1.3, .4, .2, 4000, .004, (1, 2.76, 5.4, 8.9)),
-    "brass": Material((.90, .68, .20), (.66, .44, .08), "rings", .8, .50, 480, 2.2, .3, .1, 3000, .004, (1, 1.5, 2, 2.74, 3.76)),
-    "glass": Material((.80, .95, .97), (.30, .62, .74), "rim", 1., .50, 2100, .7, .3, .15, 5500, .003, (1, 1.6, 2.32, 3.3)),
-    "ceramic": Material((.96, .95, .90), (.16, .30, .75), "band", .7, .45, 1250, .28, .4, .35, 3500, .005, (1, 1.83, 2.9, 4.2)),
-    "rubber": Material((.78, .14, .16), (.50, .06, .10), "dots", .1, .80, 115, .22, 1.3, .2, 250, .020, (1, 1.6, 2.3)),
-    "plastic": Material((.25, .80, .32), (.95, .95, .30), "halves", .45, .68, 640, .10, .7, .4, 1800, .006, (1, 1.7, 2.4, 3.9)),
-    "stone": Material((.46, .45, .44), (.26, .25, .27), "mottle", 0., .40, 2500, .06, .3, 1., 2800, .012, (1, 1.41, 1.93, 2.6)),
-    "cardboard": Material((.78, .60, .38), (.90, .84, .68), "tape", 0., .25, 170, .14, 1., 1.6, 520, .030, (1, 1.9, 2.7)),
-    "water": Material((.16, .42, .70), (.30, .60, .85), "waves", .3, 0., 700, .18, .0, .12, 2500, .008, (1,)),
+    "wood": Material((.64, .42, .22), (.42, .25, .12), "grain", .15, .55,
+                     380, .22, .7, .5, 900, .010, (1, 2.6, 4.3, 6.1)),
+    "metal": Material((.74, .77, .82), (.50, .54, .62), "brushed", .9, .60,
+                      950, 1.3, .4, .2, 4000, .004, (1, 2.76, 5.4, 8.9)),
+    "brass": Material((.90, .68, .20), (.66, .44, .08), "rings", .8, .50,
+                      480, 2.2, .3, .1, 3000, .004, (1, 1.5, 2, 2.74, 3.76)),
+    "glass": Material((.80, .95, .97), (.30, .62, .74), "rim", 1., .50,
+                      2100, .7, .3, .15, 5500, .003, (1, 1.6, 2.32, 3.3)),
+    "ceramic": Material((.96, .95, .90), (.16, .30, .75), "band", .7, .45,
+                        1250, .28, .4, .35, 3500, .005, (1, 1.83, 2.9, 4.2)),
+    "rubber": Material((.78, .14, .16), (.50, .06, .10), "dots", .1, .80,
+                       115, .22, 1.3, .2, 250, .020, (1, 1.6, 2.3)),
+    "plastic": Material((.25, .80, .32), (.95, .95, .30), "halves", .45, .68,
+                        640, .10, .7, .4, 1800, .006, (1, 1.7, 2.4, 3.9)),
+    "stone": Material((.46, .45, .44), (.26, .25, .27), "mottle", 0., .40,
+                      2500, .06, .3, 1., 2800, .012, (1, 1.41, 1.93, 2.6)),
+    "cardboard": Material((.78, .60, .38), (.90, .84, .68), "tape", 0., .25,
+                          170, .14, 1., 1.6, 520, .030, (1, 1.9, 2.7)),
+    "water": Material((.16, .42, .70), (.30, .60, .85), "waves", .3, 0.,
+                      700, .18, .0, .12, 2500, .008, (1,)),
 }
 SOLIDS = tuple(name for name in MATERIALS if name != "water")
 FLOORS = ("wood", "stone", "ceramic", "metal", "rubber")
@@ -78,7 +89,7 @@ class Thing(NamedTuple):
         return cls(material, size, tuple(1 + 0.015 * rng.standard_normal(len(MATERIALS[material].ratios))))
 
 
-# ------------------------------------------------------------------------------------------------ what a world consists of
+# --------------------------------------------------------------------------------------------- what a world consists of
 
 class Impact(NamedTuple):
     time: float
@@ -126,7 +137,7 @@ class World:
     tangled: bool = False       # bodies leaning on each other without end: a world to throw away
 
     def audible(self):
-        """The impacts that sound and are labelled: in the picture, in time, not faint, not lost in a far louder one just before."""
+        """The impacts that sound and are labelled: seen, not faint, not lost in a far louder one just before."""
         kept = []
         for hit in sorted(self.impacts):
             seen = 0.02 < hit.x < 0.98 and 0.05 < hit.time < self.duration - 0.1 and hit.strength >= FAINTEST
@@ -138,11 +149,17 @@ class World:
 def jitter(rng, material):
     """The material's look with its colours a little off, as two wooden things differ."""
     look, shift = MATERIALS[material], 0.03 * rng.standard_normal(3) + 0.05 * rng.standard_normal()
-    return look._replace(colour=tuple(np.clip(look.colour + shift, 0, 1)), second=tuple(np.clip(look.second + shift, 0, 1)))
+    colour, second = (tuple(np.clip(c + shift, 0, 1)) for c in (look.colour, look.second))
+    return look._replace(colour=colour, second=second)
 
 
 def plain(colour, shine=0.0):
     return MATERIALS["plastic"]._replace(colour=tuple(colour), second=tuple(colour), pattern="plain", shine=shine)
+
+
+def thread(x, y, alpha=1.0):
+    """A line from the top of the picture down to y."""
+    return Sprite(plain((.2, .2, .2)), x, y / 2, (0.002, np.maximum(y / 2, 0.01)), 0.004, 0.0, alpha)
 
 
 def body_sprite(look, ball, size, x, y, angle=0.0, alpha=1.0):
@@ -150,7 +167,7 @@ def body_sprite(look, ball, size, x, y, angle=0.0, alpha=1.0):
     return Sprite(look, x, y, (straight, straight), size - straight, angle, alpha)
 
 
-# ------------------------------------------------------------------------------------------------ bodies in flight
+# ----------------------------------------------------------------------------------------------------- bodies in flight
 
 class Piece(NamedTuple):
     """A stretch of constant acceleration, from `time` until the next piece."""
@@ -177,7 +194,7 @@ class Body:
     throw: tuple = (0.0, 0.0)   # the velocity it then gets
 
     def moved(self, time, vx, vy, gravity, x, y, rests):
-        """Goes on from (x, y) with a new velocity; on the floor a ball rolls on slowly braked, a box scrapes to a stop."""
+        """Goes on from (x, y) with a new velocity; down on the floor, a ball rolls on, a box scrapes to a stop."""
         self.release = math.inf
         brake = (0.18 if self.ball else 0.9) if rests else 0.0
         self.pieces.append(Piece(time, x, y, vx, 0.0 if rests else vy, -brake * np.sign(vx), 0.0 if rests else gravity))
@@ -197,8 +214,8 @@ def first_root(a, b, c):
     root = b * b - 4 * a * c
     if root < 0:
         return math.inf
-    hits = [s for s in ((-b - math.sqrt(root)) / (2 * a), (-b + math.sqrt(root)) / (2 * a)) if s > 1e-7 and 2 * a * s + b < 0]
-    return min(hits, default=math.inf)
+    both = [(-b + sign * math.sqrt(root)) / (2 * a) for sign in (-1, 1)]
+    return min((s for s in both if s > 1e-7 and 2 * a * s + b < 0), default=math.inf)
 
 
 def next_contact(body, box):
@@ -207,7 +224,8 @@ def next_contact(body, box):
     if body.release < math.inf:
         return body.release, "release"
     options = [(first_root(-p.ay / 2, -p.vy, floor - r - p.y), "floor") if p.ay else (math.inf, ""),
-               (first_root(p.ax / 2, p.vx, p.x - r - left), "left"), (first_root(-p.ax / 2, -p.vx, right - r - p.x), "right")]
+               (first_root(p.ax / 2, p.vx, p.x - r - left), "left"),
+               (first_root(-p.ax / 2, -p.vx, right - r - p.x), "right")]
     if p.ax:
         options.append((-p.vx / p.ax, "stop"))
     wait, what = min(options)
@@ -241,7 +259,7 @@ def collide(a, b, time, gravity, floor):
             push = push * (1, 0)                    # the floor takes what presses down on it
         sides.append((grounded, push / body.thing.size ** 2))
         give += push @ push / body.thing.size ** 2
-    impulse = (closing * (1 + bounce) + 0.05) / max(give, 1e-9)     # with a little push, so that two bodies never lean on each other
+    impulse = (closing * (1 + bounce) + 0.05) / max(give, 1e-9)     # a little push keeps bodies from leaning
     for body, x, y, vx, vy, (grounded, kick) in ((a, xa, ya, vxa, vya, sides[0]), (b, xb, yb, vxb, vyb, sides[1])):
         vx, vy = vx + impulse * kick[0], vy + impulse * kick[1]
         body.moved(time, vx, vy, gravity, x, floor - body.thing.size if grounded else y, grounded and vy > -0.2)
@@ -249,7 +267,7 @@ def collide(a, b, time, gravity, floor):
 
 
 def simulate(bodies, world, gravity, left, right, post):
-    """Moves the bodies from contact to contact until the clip ends; the world gets every impact, and the rubs on the floor."""
+    """Moves the bodies from contact to contact until the clip ends; the world gets all impacts and rubs."""
     box = (left, right, world.floor)
     for _ in range(300):
         ends = [next_contact(body, box) + (i,) for i, body in enumerate(bodies)]
@@ -292,7 +310,7 @@ def simulate(bodies, world, gravity, left, right, post):
                     world.rubs.append(Rub(p.time, speed, "roll" if body.ball else "scrape", body.thing))
 
 
-# ------------------------------------------------------------------------------------------------ acts: each fills one lane of the stage
+# ------------------------------------------------------------------------------- acts: each fills one lane of the stage
 
 def posts(world, rng, left, right, height):
     """A wall at each side of the lane, standing on the floor."""
@@ -305,23 +323,25 @@ def posts(world, rng, left, right, height):
 def shadow(world, x, y, size):
     """Darkens the floor's edge under a body, the more the nearer it is: a cue to contact."""
     near = np.clip(1 - (world.floor - y - size) / 0.3, 0, 1)
-    return Sprite(plain((0, 0, 0)), x, world.floor + 0.008, (0.8 * size, 0.0), 0.008, 0.0, 0.55 * near * (y < world.floor))
+    dark = 0.55 * near * (y < world.floor)
+    return Sprite(plain((0, 0, 0)), x, world.floor + 0.008, (0.8 * size, 0.0), 0.008, 0.0, dark)
 
 
 def act_bodies(world, rng, left, right):
-    """One to three balls, or one box, dropped from a thread or thrown in: they fall, bounce, collide, roll or scrape to rest."""
+    """One to three balls, or one box, let go or thrown in: they fall, bounce, collide, roll or scrape to rest."""
     ball = rng.random() < 0.75
     count = int(rng.choice([1, 2, 3], p=[.35, .5, .15])) if ball and right - left > 0.4 else 1
     walled = count > 1 or rng.random() < 0.85
     post = posts(world, rng, left, right, world.floor) if walled else world.ground
     bounds = (left + 0.02, right - 0.02) if walled else (-9.0, 9.0)
     gravity, bodies, looks = rng.uniform(1.5, 4.5), [], []
-    target = count > 1 and rng.random() < 0.7                       # the first ball lies there for the others to be thrown at
+    target = count > 1 and rng.random() < 0.7       # the first ball lies there, the others are thrown at it
+    unfit = ("cardboard",) if ball else ("rubber", "glass")
     for place in rng.permutation(count):
         size = min(rng.uniform(0.05, 0.11), 0.42 * (right - left) / count)
         x = left + 0.02 + (right - left - 0.04) * (place + rng.uniform(0.4, 0.6)) / count
-        choices = [m for m in SOLIDS if m != "cardboard"] if ball else [m for m in SOLIDS if m not in ("rubber", "glass")]
-        thing, release = Thing.make(rng, str(rng.choice(choices)), size), rng.uniform(0.2, 0.62 * world.duration)
+        thing = Thing.make(rng, str(rng.choice([m for m in SOLIDS if m not in unfit])), size)
+        release = rng.uniform(0.2, 0.62 * world.duration)
         looks, lies, hung = looks + [jitter(rng, thing.material)], target and not bodies, rng.random() < 0.45
         y, throw = -size - 0.02, (rng.uniform(-0.7, 0.7), rng.uniform(0, 0.8))
         if target and bodies and not hung:
@@ -337,8 +357,7 @@ def act_bodies(world, rng, left, right):
         angle = (x - x[0]) / body.thing.size if ball else 0.0
         first, loose = body.pieces[0], body.pieces[1].time if body.pieces[1:] else world.duration
         if 0 < first.y < world.floor - body.thing.size:             # hung: its thread shows until it falls
-            reach = (first.y - body.thing.size) / 2
-            world.sprites.append(Sprite(plain((.2, .2, .2)), first.x, reach, (0.002, reach), 0.004, 0.0, world.times < loose))
+            world.sprites.append(thread(first.x, first.y - body.thing.size, world.times < loose))
         world.sprites += [shadow(world, x, y, body.thing.size), body_sprite(look, ball, body.thing.size, x, y, angle)]
 
 
@@ -353,70 +372,83 @@ def rhythm(rng, duration, shortest):
     return times
 
 
+def ease(u):
+    """From 0 to 1 with a soft start and end."""
+    return (1 - np.cos(np.pi * u)) / 2
+
+
 def act_hammer(world, rng, left, right):
     """A mallet strikes a plate on the floor; some swings stop short of it and make no sound."""
-    width, middle = right - left, (left + right) / 2
+    width, middle, floor = right - left, (left + right) / 2, world.floor
     plate = Thing.make(rng, str(rng.choice(SOLIDS)), min(rng.uniform(0.09, 0.18), 0.32 * width))
     head = Thing.make(rng, str(rng.choice(["wood", "metal", "rubber", "stone", "plastic"])), rng.uniform(0.045, 0.075))
     thick, arm, side = rng.uniform(0.025, 0.045), min(rng.uniform(0.25, 0.45), 0.6 * width), rng.choice([-1, 1])
-    top = world.floor - 0.03 - 2 * thick
-    world.scenery += [Sprite(jitter(rng, plate.material), middle, top + thick, (plate.size - 0.01, thick - 0.01), 0.01)]
-    world.scenery += [Sprite(plain((.25, .25, .28)), middle + k * plate.size * 0.6, world.floor - 0.015, (0.01, 0.01), 0.005) for k in (-1, 1)]
+    top, flat = floor - 0.03 - 2 * thick, (plate.size - 0.01, thick - 0.01)
+    world.scenery.append(Sprite(jitter(rng, plate.material), middle, top + thick, flat, 0.01))
+    for foot in (middle - 0.6 * plate.size, middle + 0.6 * plate.size):
+        world.scenery.append(Sprite(plain((.25, .25, .28)), foot, floor - 0.015, (0.01, 0.01), 0.005))
     rest, fine = rng.uniform(0.35, 0.6), np.arange(round(world.duration * FINE)) / FINE
-    angle, last = np.full(len(fine), rest), 0.0
+    angle, last = np.full(len(fine), rest), 0.0                     # 0 is on the plate, positive above it
     for time in rhythm(rng, world.duration, 0.32):
-        raised, swing, wind = rng.uniform(0.45, 1.2), min(rng.uniform(0.09, 0.2), 0.3 * (time - last)), min(0.35, 0.35 * (time - last))
-        lowest = 0.0 if rng.random() < 0.85 else rng.uniform(0.22, 0.3)
-        u = np.clip((fine - (time - swing - wind)) / wind, 0, 1)
-        angle = np.where(fine > time - swing - wind, rest + (raised - rest) * (1 - np.cos(np.pi * u)) / 2, angle)
-        u = np.clip((fine - (time - swing)) / swing, 0, 1)
-        fall = u * u if lowest == 0 else (1 - np.cos(np.pi * u)) / 2         # speeds up into the plate, or brakes in the air
-        angle = np.where(fine > time - swing, raised + (lowest - raised) * fall, angle)
-        u = np.clip((fine - time) / 0.22, 0, 1)
-        angle = np.where(fine > time, lowest + (rest - lowest) * (1 - (1 - u) ** 2), angle)
-        if lowest == 0:
+        raised, swing = rng.uniform(0.45, 1.2), min(rng.uniform(0.09, 0.2), 0.3 * (time - last))
+        wind, misses = min(0.35, 0.35 * (time - last)), rng.random() >= 0.85
+        lowest = rng.uniform(0.22, 0.3) if misses else 0.0
+
+        def phase(start, length):
+            return np.clip((fine - start) / length, 0, 1)
+        up = ease(phase(time - swing - wind, wind))
+        down = ease(phase(time - swing, swing)) if misses else phase(time - swing, swing) ** 2      # braked, or not
+        angle = np.where(fine > time - swing - wind, rest + (raised - rest) * up, angle)
+        angle = np.where(fine > time - swing, raised + (lowest - raised) * down, angle)
+        angle = np.where(fine > time, lowest + (rest - lowest) * (1 - (1 - phase(time, 0.22)) ** 2), angle)
+        if not misses:
             speed = 0.22 * 2 * raised * arm / swing                 # a mallet carries less than a falling body
             world.impacts.append(Impact(time, middle, speed, "hammer", plate, head))
         last = time
     angle = np.interp(world.times, fine, angle)
     pivot, level = middle - side * arm, top - head.size
-    x, y = pivot + side * arm * np.cos(angle), level - arm * np.sin(angle)
-    handle = Sprite(plain((.45, .32, .2)), (x + pivot) / 2, (y + level) / 2, (arm / 2, 0.002), 0.009, -side * angle)
-    world.scenery.append(Sprite(plain((.3, .3, .33)), pivot, (level + world.floor) / 2, (0.004, (world.floor - level) / 2), 0.008))
-    world.sprites += [handle, Sprite(jitter(rng, head.material), x, y, (head.size * 0.4, head.size * 0.75), head.size * 0.25, -side * angle)]
+    x, y, turn = pivot + side * arm * np.cos(angle), level - arm * np.sin(angle), -side * angle
+    world.scenery.append(Sprite(plain((.3, .3, .33)), pivot, (level + floor) / 2, (0.004, (floor - level) / 2), 0.008))
+    world.sprites.append(Sprite(plain((.45, .32, .2)), (x + pivot) / 2, (y + level) / 2, (arm / 2, 0.002), 0.009, turn))
+    half = (head.size * 0.4, head.size * 0.75)
+    world.sprites.append(Sprite(jitter(rng, head.material), x, y, half, head.size * 0.25, turn))
 
 
 def act_drip(world, rng, left, right):
     """Drops form at a tap, fall and splash into a trough of water."""
     middle, half, gravity = (left + right) / 2, min(0.2, 0.4 * (right - left)), rng.uniform(1.8, 4.0)
     tap, surface = rng.uniform(0.06, 0.3), world.floor - rng.uniform(0.05, 0.12)
-    water, deep = jitter(rng, "water"), (world.floor - surface) / 2
+    look, deep = jitter(rng, "water"), (world.floor - surface) / 2
     rim = jitter(rng, str(rng.choice(["stone", "metal", "ceramic", "wood"])))
-    world.scenery += [Sprite(rim, middle + k * (half + 0.01), world.floor - deep - 0.012, (0.004, deep + 0.002), 0.01) for k in (-1, 1)]
-    world.scenery += [Sprite(water, middle, surface + deep, (half - 0.005, deep - 0.005), 0.005),
-                      Sprite(jitter(rng, "metal"), middle, tap / 2 - 0.02, (0.02, tap / 2), 0.015)]
+    for x in (middle - half - 0.01, middle + half + 0.01):
+        world.scenery.append(Sprite(rim, x, world.floor - deep - 0.012, (0.004, deep + 0.002), 0.01))
+    world.scenery.append(Sprite(look, middle, surface + deep, (half - 0.005, deep - 0.005), 0.005))
+    world.scenery.append(Sprite(jitter(rng, "metal"), middle, tap / 2 - 0.02, (0.02, tap / 2), 0.015))
     for time in rhythm(rng, world.duration, 0.3):
         size = rng.uniform(0.022, 0.042)
         fall = math.sqrt(2 * (surface - tap - 2 * size) / gravity)
         since = world.times - (time - fall)                         # since the drop let go
         y = tap + size + gravity * np.clip(since, 0, None) ** 2 / 2
-        shown = np.clip(1 + since / 0.25, 0, 1) * (world.times < time)
-        world.sprites.append(Sprite(water, middle, y, (0.0, 0.1 * size), size, 0.0, shown))
-        after = world.times - time
-        spread = np.clip(after, 0, None)
-        fade = np.clip(1 - after / 0.5, 0, 1) * (after >= 0)
-        for k in (-1, 1):
-            world.sprites.append(Sprite(plain((.85, .95, 1.)), middle + k * np.minimum(spread * 0.35, half - 0.03), surface + 0.004, (0.012, 0.0), 0.007, 0.0, fade))
-            hop = surface - spread * (0.6 + 4 * size) + gravity * spread ** 2
-            world.sprites.append(Sprite(water, middle + k * spread * 0.25, hop, (0, 0), 0.3 * size + 0.006, 0.0, (after >= 0) * (hop < surface + 0.01)))
-        world.impacts.append(Impact(time, middle, gravity * fall * math.sqrt(size / 0.05), "drip", Thing.make(rng, "water", size), Thing.make(rng, "water", size)))
+        world.sprites.append(Sprite(look, middle, y, (0.0, 0.1 * size), size, 0.0,
+                                    np.clip(1 + since / 0.25, 0, 1) * (world.times < time)))
+        splashed, after = world.times >= time, np.clip(world.times - time, 0, None)
+        hop = surface - after * (0.6 + 4 * size) + gravity * after ** 2
+        for k in (-1, 1):                                           # a ripple and a droplet to each side
+            x, fade = middle + k * np.minimum(after * 0.35, half - 0.03), np.clip(1 - after / 0.5, 0, 1) * splashed
+            world.sprites.append(Sprite(plain((.85, .95, 1.)), x, surface + 0.004, (0.012, 0.0), 0.007, 0.0, fade))
+            world.sprites.append(Sprite(look, middle + k * after * 0.25, hop, (0, 0), 0.3 * size + 0.006, 0.0,
+                                        splashed * (hop < surface + 0.01)))
+        bubble, basin = Thing.make(rng, "water", size), Thing.make(rng, "water", size)
+        world.impacts.append(Impact(time, middle, gravity * fall * math.sqrt(size / 0.05), "drip", bubble, basin))
 
 
 def act_glide(world, rng, left, right):
     """A ball rolls, or a rod pushes a block, in smooth bursts; the end of a burst may run into a post."""
     ball = rng.random() < 0.5
-    thing = Thing.make(rng, str(rng.choice([m for m in SOLIDS if not ball or m != "cardboard"])), min(rng.uniform(0.05, 0.09), 0.25 * (right - left)))
-    post, size, fine = posts(world, rng, left, right, rng.uniform(0.2, 0.45)), thing.size, np.arange(round(world.duration * FINE)) / FINE
+    material = str(rng.choice([m for m in SOLIDS if not ball or m != "cardboard"]))
+    thing = Thing.make(rng, material, min(rng.uniform(0.05, 0.09), 0.25 * (right - left)))
+    post, size = posts(world, rng, left, right, rng.uniform(0.2, 0.45)), thing.size
+    fine, bounce = np.arange(round(world.duration * FINE)) / FINE, MATERIALS[material].bounce
     low, high = left + 0.02 + size, right - 0.02 - size
     here, now, x = rng.uniform(low, high), rng.uniform(0.2, 2.0), np.zeros(len(fine))
     x += here
@@ -436,7 +468,7 @@ def act_glide(world, rng, left, right):
             hit = int(np.argmax((path - wall) * np.sign(wall - here) >= 0))
             time, speed = fine[hit], abs(path[hit] - path[hit - 1]) * FINE
             back = np.clip((fine - time) / 0.3, 0, 1)
-            away = wall - np.sign(wall - here) * 0.5 * MATERIALS[thing.material].bounce * speed * 0.3 * (1 - (1 - back) ** 2)
+            away = wall - np.sign(wall - here) * 0.5 * bounce * speed * 0.3 * (1 - (1 - back) ** 2)
             path, target, span = np.where(fine < time, path, away), float(away[-1]), time + 0.3 - now
             world.impacts.append(Impact(time, wall, speed, "wall", thing, post))
         x, here = np.where(later, path, x), target
@@ -447,36 +479,45 @@ def act_glide(world, rng, left, right):
     y = world.floor - size
     if not ball and rng.random() < 0.7:
         world.sprites.append(Sprite(plain((.35, .35, .4)), x, (y - size) / 2, (0.006, (y - size) / 2), 0.006))
-    world.sprites += [shadow(world, x, np.full(len(x), y), size), body_sprite(jitter(rng, thing.material), ball, size, x, y, (x - x[0]) / size if ball else 0.0)]
+    angle = (x - x[0]) / size if ball else 0.0
+    world.sprites += [shadow(world, x, np.full(len(x), y), size),
+                      body_sprite(jitter(rng, material), ball, size, x, y, angle)]
 
 
 def distract(world, rng):
     """Something that moves and never touches anything, and so makes no sound."""
     t, kind = world.times, rng.choice(["float", "pendulum", "bird", "car", "yoyo", "arc"])
-    material, size, f, p = str(rng.choice(SOLIDS)), rng.uniform(0.04, 0.09), rng.uniform(0.15, 0.7, 3), rng.uniform(0, 7, 3)
-    look = jitter(rng, material)
+    material, size = str(rng.choice(SOLIDS)), rng.uniform(0.04, 0.09)
+    f, p, look, put = rng.uniform(0.15, 0.7, 3), rng.uniform(0, 7, 3), jitter(rng, material), world.sprites.append
     if kind == "float":
         x, y = 0.5 + 0.45 * np.sin(f[0] * t + p[0]), 0.3 + 0.2 * np.sin(f[1] * 2 * t + p[1])
-        world.sprites.append(body_sprite(plain(rng.uniform(0.2, 0.95, 3)), rng.random() < 0.5, size, x, y, f[2] * 3 * t))
+        colour = plain(rng.uniform(0.2, 0.95, 3))
+        put(body_sprite(colour, rng.random() < 0.5, size, x, y, f[2] * 3 * t))
     elif kind == "pendulum":
-        length, x0, swing = rng.uniform(0.2, 0.45), rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.9) * np.sin(t * (2 + 3 * f[0]) + p[0])
+        length, x0 = rng.uniform(0.2, 0.45), rng.uniform(0.2, 0.8)
+        swing = rng.uniform(0.3, 0.9) * np.sin(t * (2 + 3 * f[0]) + p[0])
         x, y = x0 + length * np.sin(swing), length * np.cos(swing)
-        world.sprites += [Sprite(plain((.2, .2, .2)), (x + x0) / 2, y / 2, (0.002, length / 2), 0.004, -swing), body_sprite(look, True, size * 0.8, x, y)]
+        put(Sprite(plain((.2, .2, .2)), (x + x0) / 2, y / 2, (0.002, length / 2), 0.004, -swing))
+        put(body_sprite(look, True, size * 0.8, x, y))
     elif kind == "bird":
-        x, y, flap = (rng.choice([-1, 1]) * 0.25 * f[0] * 3 * t + p[0]) % 1.4 - 0.2, 0.15 + 0.05 * np.sin(t + p[1]), 0.6 * np.sin(t * 9 + p[2])
+        x, y = (rng.choice([-1, 1]) * 0.25 * f[0] * 3 * t + p[0]) % 1.4 - 0.2, 0.15 + 0.05 * np.sin(t + p[1])
+        flap = 0.6 * np.sin(t * 9 + p[2])
         for k in (-1, 1):
-            world.sprites.append(Sprite(plain((.12, .12, .15)), x + k * 0.03, y - 0.02 * flap, (0.03, 0.0), 0.008, -k * flap))
+            put(Sprite(plain((.12, .12, .15)), x + k * 0.03, y - 0.02 * flap, (0.03, 0.0), 0.008, -k * flap))
     elif kind == "car":
         x, y = (rng.choice([-1, 1]) * 0.6 * f[0] * t + p[0]) % 1.8 - 0.4, world.floor - 0.16
-        world.sprites.append(Sprite(plain(rng.uniform(0.2, 0.9, 3), 0.4), x, y, (0.09, 0.02), 0.015))
-        world.sprites.append(Sprite(plain((.7, .8, .9)), x, y - 0.045, (0.045, 0.015), 0.012))
-        world.sprites += [body_sprite(plain((.1, .1, .1)), True, 0.024, x + k * 0.06, y + 0.035) for k in (-1, 1)]
+        put(Sprite(plain(rng.uniform(0.2, 0.9, 3), 0.4), x, y, (0.09, 0.02), 0.015))
+        put(Sprite(plain((.7, .8, .9)), x, y - 0.045, (0.045, 0.015), 0.012))
+        for k in (-1, 1):
+            put(body_sprite(plain((.1, .1, .1)), True, 0.024, x + k * 0.06, y + 0.035))
     elif kind == "yoyo":                                            # turns back in the air, always clear of the floor
         x, y = rng.uniform(0.15, 0.85), 0.35 * world.floor + 0.25 * np.cos(t * (1.5 + 4 * f[0]) + p[0])
-        world.sprites += [Sprite(plain((.2, .2, .2)), x, y / 2, (0.002, np.maximum(y / 2, 0.01)), 0.004), body_sprite(look, True, size, x, y)]
+        put(thread(x, y))
+        put(body_sprite(look, True, size, x, y))
     else:                                                           # flies through the picture and out again
         s, speed = t - rng.uniform(1, world.duration - 1), rng.choice([-1, 1]) * rng.uniform(0.5, 1.2)
-        world.sprites.append(body_sprite(look, rng.random() < 0.5, size, 0.5 + speed * s, 0.25 + s * s * rng.uniform(0.2, 0.5), 4 * s, np.abs(s) < 1.2))
+        ball, sag = rng.random() < 0.5, rng.uniform(0.2, 0.5)
+        put(body_sprite(look, ball, size, 0.5 + speed * s, 0.25 + sag * s * s, 4 * s, np.abs(s) < 1.2))
 
 
 def imagine(rng, times, duration):
@@ -512,7 +553,7 @@ def make_world(rng, times, duration):
     return world
 
 
-# ------------------------------------------------------------------------------------------------ picture
+# -------------------------------------------------------------------------------------------------------------- picture
 
 def pattern(name, u, v):
     """How much of the second colour there is at (u, v), the body's own coordinates in [-1, 1]."""
@@ -540,12 +581,14 @@ def pattern(name, u, v):
 
 
 def place(sprite, first, canvas, scale, pad):
-    """The stretch of a sprite that this canvas (f, h, w, 3) shows, in pixels: frame numbers, and (n, 1, 1) columns of numbers."""
+    """The frames of this canvas (f, h, w, 3) that show a sprite, and there, in pixels (n, 1, 1): x, y, half width and
+    height with the corners, angle, alpha, and the half size of a patch that holds it."""
     def each(value, factor=1.0, shift=0.0):
         value = np.asarray(value, np.float32)
-        return (value[first:first + len(canvas)] if value.ndim else np.full(len(canvas), value)) * np.float32(factor) + np.float32(shift)
+        value = value[first:first + len(canvas)] if value.ndim else np.full(len(canvas), value)
+        return value * np.float32(factor) + np.float32(shift)
     x, y = each(sprite.x, scale, pad), each(sprite.y, scale, pad)
-    wide, high = (each(value, scale, sprite.round * scale) for value in sprite.half)                # half sizes, corners included
+    wide, high = (each(value, scale, sprite.round * scale) for value in sprite.half)
     angle, alpha = each(sprite.angle), each(sprite.alpha)
     turns = np.any(angle) and np.any(np.asarray(sprite.half))
     across, down = (np.hypot(wide, high),) * 2 if turns else (wide, high)
@@ -555,14 +598,16 @@ def place(sprite, first, canvas, scale, pad):
 
 
 def paint(sprite, canvas, first, scale, pad, cover=None):
-    """Draws a sprite into canvas (f, h, w, 3) of frames `first`..., edges one pixel soft, all its frames computed together."""
+    """Draws a sprite into canvas (f, h, w, 3) of frames `first`..., edges one pixel soft, all frames at once."""
     seen, (x, y, wide, high, angle, alpha, across, down) = place(sprite, first, canvas, scale, pad)
     if not len(seen):
         return
     left, top = np.floor(x - across.max() - 1), np.floor(y - down.max() - 1)
     dx = left + 0.5 - x + np.arange(math.ceil(2 * across.max()) + 4, dtype=np.float32)              # (n, 1, q)
     dy = top + 0.5 - y + np.arange(math.ceil(2 * down.max()) + 4, dtype=np.float32)[:, None]        # (n, p, 1)
-    u, v = (np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx) if np.any(angle) else (dx, dy)
+    u, v = dx, dy                                   # the body's own axes
+    if np.any(angle):
+        u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx     # (n, p, q)
     r, look = np.float32(sprite.round * scale), sprite.look
     out = np.hypot(np.maximum(np.abs(u) - (wide - r), 0), np.maximum(np.abs(v) - (high - r), 0))     # (n, p, q)
     alpha = (np.clip(r + 0.5 - out, 0, 1) * alpha)[..., None]
@@ -573,7 +618,8 @@ def paint(sprite, canvas, first, scale, pad, cover=None):
         colour = colour + mix[..., None] * (np.float32(look.second) - colour)
     if look.pattern != "plain" or look.shine:
         light = 1 - np.float32(0.2) * (dx / wide + dy / high)       # from above left, however the body is turned
-        spot = np.float32(look.shine) * np.exp(-10 * ((dx / wide + np.float32(0.35)) ** 2 + (dy / high + np.float32(0.4)) ** 2))
+        away = (dx / wide + np.float32(0.35)) ** 2 + (dy / high + np.float32(0.4)) ** 2
+        spot = np.float32(look.shine) * np.exp(-10 * away)
         colour = colour * light[..., None] + spot[..., None]
     paint_colour = np.broadcast_to(colour, alpha.shape[:3] + (3,))
     for k, frame in enumerate(seen):
@@ -588,7 +634,8 @@ def paint(sprite, canvas, first, scale, pad, cover=None):
 
 def backdrop(rng, size):
     """A soft picture (size, size, 3) to stand behind everything: a gradient, checks, stripes or clouds."""
-    kind, (a, b), turn = rng.choice(["gradient", "checks", "stripes", "clouds"]), rng.uniform(0.15, 0.95, (2, 3)), rng.uniform(0, 2 * np.pi)
+    kind, (a, b) = rng.choice(["gradient", "checks", "stripes", "clouds"]), rng.uniform(0.15, 0.95, (2, 3))
+    turn = rng.uniform(0, 2 * np.pi)
     b = b if kind in ("gradient", "clouds") else a + rng.uniform(0.1, 0.5) * (b - a)
     x, y = np.meshgrid(*[np.arange(size, dtype=np.float32) / size] * 2)
     u, v, cells = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn), rng.uniform(3, 9)
@@ -610,26 +657,29 @@ def shaking(rng, times):
 
 
 def draw(world, rng, size):
-    """The world's frames, uint8 (f, h, w, 3). The stage is drawn a little larger than the picture, which the camera moves over."""
+    """The world's frames, uint8 (f, h, w, 3). The stage is a little larger than the picture: room for the camera."""
     total, pad = len(world.times), math.ceil(0.021 * size) + 1
     side, roam = size + 2 * pad, round(0.3 * size)
     back, other = backdrop(rng, side + roam), backdrop(rng, side + roam)
-    speed, turns, changes = rng.uniform(-1, 1, 2) * roam * rng.choice([0, 1, 3], p=[.5, .3, .2]) / world.duration, rng.uniform(0, roam, 2), rng.random() < 0.25
+    drift = rng.uniform(-1, 1, 2) * roam * rng.choice([0, 1, 3], p=[.5, .3, .2]) / world.duration
+    origin, changes = rng.uniform(0, roam, 2), rng.random() < 0.25
     light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(-0.08, 0.08, 3)) * 255
-    flicker = 1 + rng.choice([0.0, 0.03, 0.1], p=[.6, .25, .15]) * np.sin(world.times * rng.uniform(1, 25) + rng.uniform(0, 7))
+    flicker = rng.choice([0.0, 0.03, 0.1], p=[.6, .25, .15])
+    flicker = 1 + flicker * np.sin(world.times * rng.uniform(1, 25) + rng.uniform(0, 7))
     shake, start = shaking(rng, world.times) * size + pad, rng.uniform(0, world.duration)
     over, cover = np.zeros((1, side, side, 3), np.float32), np.zeros((1, side, side, 1), np.float32)
     for sprite in world.scenery:
         paint(sprite, over, 0, size, pad, cover)
-    frames, stretch = np.empty((total, size, size, 3), np.uint8), 16       # a stretch of frames at a time stays in the cache
+    frames, stretch = np.empty((total, size, size, 3), np.uint8), 16       # so many at a time stay in the cache
     for first in range(0, total, stretch):
         count = min(stretch, total - first)
         canvas = np.empty((count, side, side, 3), np.float32)
         for k, time in enumerate(world.times[first:first + count]):
-            x, y = (np.abs((turns + speed * time + roam) % (2 * roam) - roam)).astype(int)      # to and fro
+            x, y = (np.abs((origin + drift * time + roam) % (2 * roam) - roam)).astype(int)      # to and fro
             canvas[k] = back[y:y + side, x:x + side]
             if changes:
-                canvas[k] += np.float32(np.clip((time - start) / 1.5, 0, 1)) * (other[y:y + side, x:x + side] - canvas[k])
+                mix = np.float32(np.clip((time - start) / 1.5, 0, 1))
+                canvas[k] += mix * (other[y:y + side, x:x + side] - canvas[k])
         canvas *= 1 - cover
         canvas += over
         for sprite in world.sprites:
@@ -645,7 +695,7 @@ def draw(world, rng, size):
     return frames
 
 
-# ------------------------------------------------------------------------------------------------ sound
+# ---------------------------------------------------------------------------------------------------------------- sound
 
 def ring(thing, strength, rng):
     """The resonances and contact noise of one struck thing, peak 1. A harder hit is brighter."""
@@ -659,7 +709,9 @@ def ring(thing, strength, rng):
         weight = ratio ** -(m.tilt + 0.8 * (1 - strength)) * rng.uniform(0.7, 1.3)
         if f < 0.47 * SAMPLE_RATE:
             s = time[:round(decay * SAMPLE_RATE)]
-            turns = f * s * (1 + 0.6 * np.minimum(s / 0.06, 1.5)) if thing.material == "water" else f * s      # a bubble's note rises
+            turns = f * s
+            if thing.material == "water":
+                turns = turns * (1 + 0.6 * np.minimum(s / 0.06, 1.5))       # a bubble's note rises
             wave[:len(s)] += weight * np.sin(2 * np.pi * turns, dtype=np.float32) * np.exp(-6.9 / decay * s)
     wave /= max(np.abs(wave).max(), 1e-6)
     s = time[:round(7 * m.hiss_decay * SAMPLE_RATE)]
@@ -689,7 +741,7 @@ def rubbing(rub, rng):
 
 
 def sound(world, rng, samples):
-    """Every audible impact at its sample, the rubbing, a small room around them and its quiet tone: float32 (n,), peak below 1."""
+    """Every audible impact at its sample, the rubbing, a small room and its quiet tone: float32 (n,), peak below 1."""
     dry = np.zeros(samples + 3 * SAMPLE_RATE, np.float32)
     for hit in world.audible():
         first, other = ring(hit.thing, hit.strength, rng), ring(hit.other, hit.strength, rng)
@@ -709,7 +761,7 @@ def sound(world, rng, samples):
     return (wet * min(1.0, 0.95 / np.abs(wet).max())).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------ clips and files
+# ------------------------------------------------------------------------------------------------------ clips and files
 
 class Clip(NamedTuple):
     frames: np.ndarray          # uint8 (f, h, w, 3)
@@ -722,12 +774,13 @@ def make_clip(seed, index, size=96, fps=15.625, duration=8.192):
     world_rng, draw_rng, sound_rng = (np.random.default_rng([seed, index, k]) for k in range(3))
     total = max(1, round(duration * fps))
     world = make_world(world_rng, np.arange(total) / fps, total / fps)
-    onsets = [{"time": round(float(h.time), 5), "material": h.thing.material, "strength": round(float(h.strength), 4), "kind": h.kind,
-               "other": h.other.material} for h in world.audible()]
-    sustained = [{"start": round(float(r.start), 5), "end": round(float(r.start) + len(r.speed) / FINE, 5), "kind": r.kind,
-                  "material": r.thing.material, "strength": round(float(min(r.speed.max() / 0.8, 1.2)), 4)} for r in world.rubs]
-    labels = {"onsets": onsets, "sustained": sustained, "seed": seed, "index": index, "duration": total / fps, "fps": fps,
-              "size": size, "floor": world.ground.material}
+    onsets = [{"time": round(float(h.time), 5), "material": h.thing.material, "strength": round(float(h.strength), 4),
+               "kind": h.kind, "other": h.other.material} for h in world.audible()]
+    sustained = [{"start": round(float(r.start), 5), "end": round(float(r.start) + len(r.speed) / FINE, 5),
+                  "kind": r.kind, "material": r.thing.material,
+                  "strength": round(float(min(r.speed.max() / 0.8, 1.2)), 4)} for r in world.rubs]
+    labels = {"onsets": onsets, "sustained": sustained, "seed": seed, "index": index, "duration": total / fps,
+              "fps": fps, "size": size, "floor": world.ground.material}
     return Clip(draw(world, draw_rng, size), sound(world, sound_rng, round(total / fps * SAMPLE_RATE)), labels)
 
 
@@ -766,7 +819,7 @@ def make_file(job):
 
 
 def standing(out, indices, kind):
-    """The indices still to make. A clip of another seed or kind under the same name is an error, not a thing to keep."""
+    """The indices still to make. A clip of another seed or kind under the same name is an error, not one to keep."""
     missing = []
     for index in indices:
         path = Path(out) / f"{index:05d}.mp4"
@@ -792,7 +845,7 @@ def set_up(event):
 
 
 def make_set(out, clips, workers=1, start=0, **kind):
-    """Writes clips start ... start + clips - 1 into `out`; gives how many are there. Ctrl-C stops after the clips in hand."""
+    """Writes clips start ... start + clips - 1 into `out`; gives how many stand. Ctrl-C finishes those in hand."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -800,7 +853,8 @@ def make_set(out, clips, workers=1, start=0, **kind):
     missing = standing(out, range(start, start + clips), kind)
     context = multiprocessing.get_context("spawn" if sys.platform != "linux" else "fork")
     stop = context.Event()
-    with context.Pool(workers, set_up, (stop,)) as pool, tqdm(total=clips, initial=clips - len(missing), unit="clip", smoothing=0.05) as bar:
+    bar = tqdm(total=clips, initial=clips - len(missing), unit="clip", smoothing=0.05)
+    with context.Pool(workers, set_up, (stop,)) as pool, bar:
         try:
             for _ in pool.imap_unordered(make_file, [(out, index, kind) for index in missing]):
                 bar.update()
@@ -813,9 +867,9 @@ def make_set(out, clips, workers=1, start=0, **kind):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the procedural Foley set.")
-    parser.add_argument("out", metavar="OUT", help="folder for 00000.mp4, 00000.json, ...; whole clips already there are kept")
+    parser.add_argument("out", metavar="OUT", help="folder for 00000.mp4, 00000.json, ...; clips there are kept")
     parser.add_argument("--clips", type=int, default=1000, metavar="N", help="how many (1000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which set; clip i of a seed is always the same (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which set; its clip i is always the same (0)")
     parser.add_argument("--start", type=int, default=0, metavar="I", help="number of the first clip (0)")
     parser.add_argument("--size", type=int, default=96, help="width and height in pixels, even (96)")
     parser.add_argument("--fps", type=float, default=15.625, help="frames a second (15.625)")
@@ -824,8 +878,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for flag, fine, need in (("--clips", args.clips > 0, "1 or more"), ("--seed", args.seed >= 0, "0 or more"),
                              ("--start", args.start >= 0, "0 or more"), ("--workers", args.workers > 0, "1 or more"),
-                             ("--size", 32 <= args.size <= 2048 and args.size % 2 == 0, "an even number from 32 to 2048"),
-                             ("--fps", 4 <= args.fps <= 120, "4 to 120"), ("--duration", 2 <= args.duration <= 120, "2 to 120")):
+                             ("--size", args.size in range(32, 2049, 2), "an even number from 32 to 2048"),
+                             ("--fps", 4 <= args.fps <= 120, "4 to 120"),
+                             ("--duration", 2 <= args.duration <= 120, "2 to 120")):
         if not fine:
             parser.error(f"{flag}: must be {need}")
     try:
@@ -835,7 +890,7 @@ def main(argv=None):
         print(f"foley.py: {error}", file=sys.stderr)
         return 1
     if made < args.clips:
-        print(f"foley.py: interrupted after {made} of {args.clips} clips; the same command makes the rest", file=sys.stderr)
+        print(f"foley.py: stopped at {made} of {args.clips} clips; the same command makes the rest", file=sys.stderr)
         return 130
     return 0
 
