@@ -1,14 +1,14 @@
 """Do the sounds fall where things happen? Onset scores on clips whose true onsets are known.
 
-In:  a folder of clips with their labels, as foley.py makes; sounds drawn here by the models, or made elsewhere (--samples).
+In:  a folder of clips with their labels, as foley.py makes; sounds drawn here, or made elsewhere (--samples).
 Out: one table and OUT/evaluate.json, {"rows": {row: {column: value}}, ...}. Rows:
      ours           the model's sound for each video
      ground_truth   the video's own sound: what the detector itself can reach
      wrong_video    our sounds dealt to other videos: what the right rate of onsets at the wrong times is worth
      silence        no sound at all
-     Columns: F1 at 100 and 50 ms, precision and recall at 100 ms, all pooled over the clips' onsets; desync_ms, the mean
-     over clips of the shift (up to 1 s either way) that brings found and labelled onsets together best, where there are
-     both; clips. Every row passes the same mel and the same detector, its constants set once on ground truth of seed 9.
+     Columns: F1 at 100 and 50 ms, precision and recall at 100 ms, all pooled over the clips' onsets; desync_ms, the
+     mean over clips of the shift (up to 1 s either way) that brings found and labelled onsets together best, where
+     there are both; clips. All rows pass the same mel and detector, its constants set once on ground truth of seed 9.
 
 Stands beside Diff-Foley's alignment accuracy (section 5.1), which needs a classifier and cannot say how late a hit is.
 
@@ -105,8 +105,8 @@ def score(found, labelled):
         counts[tolerance] = f1(pairs, sum(map(len, found)), sum(map(len, labelled)))
     shifts = [abs(s) for s in map(desync, found, labelled) if not math.isnan(s)]
     precision, recall, both = counts[0.1]
-    return {"onset_f1_100ms": both, "onset_f1_50ms": counts[0.05][2], "precision_100ms": precision, "recall_100ms": recall,
-            "desync_ms": 1000 * float(np.mean(shifts)) if shifts else None, "clips": len(found)}
+    return {"onset_f1_100ms": both, "onset_f1_50ms": counts[0.05][2], "precision_100ms": precision,
+            "recall_100ms": recall, "desync_ms": 1000 * float(np.mean(shifts)) if shifts else None, "clips": len(found)}
 
 
 def onsets_of(wav):
@@ -118,7 +118,7 @@ def read_labels(video):
     try:
         return sorted(float(onset["time"]) for onset in json.loads(video.with_suffix(".json").read_text())["onsets"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{video}: no {video.stem}.json with its onsets beside it; make clips with foley.py") from error
+        raise MediaError(f"{video}: no {video.stem}.json with onsets beside it; make clips with foley.py") from error
 
 
 def find_sample(folder, video):

@@ -464,7 +464,8 @@ def act_glide(world, rng, left, right):
         u = np.clip((fine - now) / span, 0, 1)
         path = here + (target - here) * (u - np.sin(2 * np.pi * u) / (2 * np.pi))
         later = fine > now
-        if wall is not None:
+        reached = wall is not None and (path[-1] - wall) * np.sign(wall - here) >= 0        # else the clip ends before
+        if reached:
             hit = int(np.argmax((path - wall) * np.sign(wall - here) >= 0))
             time, speed = fine[hit], abs(path[hit] - path[hit - 1]) * FINE
             back = np.clip((fine - time) / 0.3, 0, 1)
@@ -806,6 +807,13 @@ def write_clip(clip, path):
         out.mux(audio.encode(None))
 
 
+def set_up(event):
+    """A worker ignores Ctrl-C and finishes the clip in hand; the parent's event tells it to begin no other."""
+    global stop
+    stop = event
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_file(job):
     """One clip and its label; the video is written last and whole, so that its presence means that both are there."""
     out, index, kind = job
@@ -837,13 +845,6 @@ def standing(out, indices, kind):
     return missing
 
 
-def set_up(event):
-    """A worker ignores Ctrl-C and finishes the clip in hand; the parent's event tells it to begin no other."""
-    global stop
-    stop = event
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def make_set(out, clips, workers=1, start=0, **kind):
     """Writes clips start ... start + clips - 1 into `out`; gives how many stand. Ctrl-C finishes those in hand."""
     try:
@@ -859,10 +860,12 @@ def make_set(out, clips, workers=1, start=0, **kind):
             for _ in pool.imap_unordered(make_file, [(out, index, kind) for index in missing]):
                 bar.update()
         except KeyboardInterrupt:
+            pass
+        finally:                    # whatever happened, let the workers finish what they write
             stop.set()
             pool.close()
             pool.join()
-    return bar.n
+    return clips - len(standing(out, range(start, start + clips), kind))
 
 
 def main(argv=None):
