@@ -48,7 +48,7 @@ class CAVPConfig:
 PRESETS = {
     "paper": CAVPConfig(),
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 2, 2, 1), temporal=(True,) * 4,
-                       audio_widths=(16, 32, 64, 128, 256, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
+                       audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
 RECIPES = {"mini": dict(steps=2500, batch=16, lr=1e-3, warmup=100), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200)}
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
@@ -204,8 +204,9 @@ class CAVP(nn.Module):
     def load(cls, path, device="cpu"):
         """Ours, or the official cavp_epoch66.ckpt; strict."""
         config, state = training.read_checkpoint(path)
-        model = cls(CAVPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (config or {}).items()}))
-        model.load_state_dict(state)
+        with training.fitting(path, cls):
+            model = cls(CAVPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (config or {}).items()}))
+            model.load_state_dict(state)
         return model.eval().to(device)
 
 
@@ -274,6 +275,8 @@ def train(args):
     clips = data.Clips(args.data, fps=config.fps, size=config.size, frames=span, seed=args.seed)
     run = training.Run(args, model, optimizer, asdict(config), ema)
     loader = training.batches(clips, args, start=run.step)
+    # consecutive segments of one window could be told apart by their distance to its zero-padded ends: leave out those that feel them
+    edge = math.ceil(model.context / config.video_pool) if config.clips == 1 else 0
     for step in run:
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, args)
@@ -282,8 +285,10 @@ def train(args):
         with training.autocast(args):
             v = model.encode_video(augment(video.to(device)), pool=True, normalize=False)
             a = model.encode_audio(mel.to(device), pool=True, normalize=False)
-        v, a = (F.normalize(x.float(), dim=-1).flatten(0, -2) for x in (v, a))           # (b*segments, 512)
-        segments = len(v) // args.batch
+        v, a = (F.normalize(x.float(), dim=-1).view(args.batch, -1, config.embed_dim) for x in (v, a))   # (b, segments, 512)
+        v, a = v[:, edge:v.shape[1] - edge], a[:, edge:a.shape[1] - edge]
+        segments = v.shape[1]
+        v, a = v.flatten(0, 1), a.flatten(0, 1)                                          # (b*segments, 512)
         inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments)
         loss = inter + intra
         optimizer.zero_grad(set_to_none=True)

@@ -388,9 +388,9 @@ class LDM(nn.Module):
     def load(cls, path, device="cpu"):
         """Ours, or the official ldm_epoch240.ckpt; strict."""
         config, state = training.read_checkpoint(path)
-        config = LDMConfig() if config is None else read_config(LDMConfig, config)
-        model = cls(config)
-        model.load_state_dict(state)
+        with training.fitting(path, cls):
+            model = cls(LDMConfig() if config is None else read_config(LDMConfig, config))
+            model.load_state_dict(state)
         return frozen(model, device)
 
 
@@ -427,8 +427,9 @@ class Alignment(nn.Module):
     def load(cls, path, device="cpu"):
         """Ours, or the official double_guidance_classifier.ckpt; strict. An autoencoder that a file carries beside it is left out."""
         config, state = training.read_checkpoint(path)
-        model = cls(AlignmentConfig() if config is None else read_config(AlignmentConfig, config))
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("first_stage_model.")})
+        with training.fitting(path, cls):
+            model = cls(AlignmentConfig() if config is None else read_config(AlignmentConfig, config))
+            model.load_state_dict({k: v for k, v in state.items() if not k.startswith("first_stage_model.")})
         return frozen(model, device)
 
 
@@ -620,7 +621,7 @@ def pairings(features, generator=None):
 
 def train_align(args, device):
     """Binary cross-entropy on noised latents, t uniform over 0..999 (REFERENCE 11)."""
-    if not args.vae and not args.init:
+    if not args.vae:
         raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
     model = model.to(device, memory_format=torch.channels_last)

@@ -11,9 +11,11 @@ Nothing is half-written (temporary name, then rename) and nothing is unpickled (
 import argparse
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -73,10 +75,23 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TrainingError(f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file") from None
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        raise TrainingError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:120]}); fetch or train it again") from None
+    except pickle.UnpicklingError:                          # not a pickle at all, or one that asks for more than tensors
+        raise TrainingError(f"{path}: not a checkpoint of plain tensors, so it is not opened; fetch or train it again") from None
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as e:
+        reason = (str(e).splitlines() or ["empty"])[0][:120]
+        raise TrainingError(f"{path}: not a readable checkpoint ({reason}); fetch or train it again") from None
     state = state.get("state_dict", state)
     return None, {k.removeprefix("module."): v for k, v in state.items()}
+
+
+@contextlib.contextmanager
+def fitting(path, cls):
+    """Around building and filling a network of `cls`: what a strange configuration or another network's weights raise, as one line."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise TrainingError(f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +121,16 @@ def arguments(description, presets):
     return p
 
 
+def keep_freed_memory():
+    """glibc returns large blocks to the system on every free and faults them in anew at the next use: a quarter to a half of the time on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):            # not glibc
+        return
+    mallopt(-3, 2**30)                                      # M_MMAP_THRESHOLD
+    mallopt(-1, 2**30)                                      # M_TRIM_THRESHOLD
+
+
 def settle(args, presets, stage):
     """Fill what the user left to the preset and the machine, seed everything; returns the device. Writes to `args`."""
     for name, value in presets[args.preset].items():
@@ -120,6 +145,7 @@ def settle(args, presets, stage):
         args.dtype = "bfloat16" if native else "float32"
     if args.steps < 1 or args.batch < 1:
         raise TrainingError("--steps and --batch must be at least 1")
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     return torch.device(args.device)
 
@@ -161,8 +187,9 @@ def batches(dataset, args, start=0):
     """Endless iterator of collated batches, the same for any number of workers and after any interruption."""
     if len(dataset) == 0:
         raise TrainingError(f"--data {args.data}: no usable clip")
+    # a generator of its own: the loader's draw from the global one would make a resumed run differ from an uninterrupted one
     loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start),
-                                         num_workers=args.workers, pin_memory=args.device == "cuda", persistent_workers=args.workers > 0)
+                                         generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, pin_memory=args.device == "cuda", persistent_workers=args.workers > 0)
     return iter(loader)
 
 
@@ -235,7 +262,7 @@ class Run:
             raise TrainingError(f"step {self.step}: the loss is not finite; go on from the last checkpoint with --resume and a lower --lr")
         for k, v in values.items():
             self.totals.setdefault(k, []).append(v)
-        if (self.step + 1) % every == 0:
+        if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps or self.interrupted:
             means = {k: sum(v) / len(v) for k, v in self.totals.items()}
             self.totals = {}
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})

@@ -200,10 +200,10 @@ class AutoencoderKL(nn.Module):
     def load(cls, path, device="cpu"):
         """Ours, a whole LDM file (ours or official: its `first_stage_model.`), or a Stable Diffusion v1 autoencoder; strict."""
         config, state = training.read_checkpoint(path)
-        config = PRESETS["paper"] if config is None else VAEConfig(**tuples(config.get("vae", config)))
         inner = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
-        model = cls(config)
-        model.load_state_dict(inner or state)
+        with training.fitting(path, cls):
+            model = cls(PRESETS["paper"] if config is None else VAEConfig(**tuples(config.get("vae", config))))
+            model.load_state_dict(inner or state)
         return model.eval().to(device)
 
 

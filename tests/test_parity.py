@@ -18,6 +18,8 @@ from golden import rule
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
+    """The full networks take 5 GB; what they free is reused at once instead of being faulted in anew."""
+    training.keep_freed_memory()
     yield
     gc.collect()
 
@@ -26,7 +28,7 @@ def network(cls, config, prefix):
     """The paper preset's network of weights alone, without the seconds its random initialization would take."""
     with torch.device("meta"):
         model = cls(config)
-    return rule.fill(model, prefix)
+    return rule.fill(model, prefix).to(memory_format=torch.channels_last)         # as `load` leaves it; convolutions are faster so
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +172,11 @@ def test_autoencoder_encode(autoencoder):
 
 @torch.no_grad()
 def test_autoencoder_decode(autoencoder):
+    """A latent as it is, and a sampler's result at the one scale."""
+    golden = rule.recorded("sample")
     rule.close("decode", autoencoder.decode(rule.normal("in.vae.latent", 1, 4, 16, 64)), rule.recorded("vae")["decode.image"])
+    sampled = autoencoder.decode(golden["dpm5.cfg4.5"] / ldm.LATENT_SCALE)[:, 0]
+    rule.close("decode a sample", sampled, golden["dpm5.cfg4.5.decoded_channel0"])
 
 
 @torch.no_grad()
@@ -253,14 +259,122 @@ def test_log_probability_does_not_underflow(classifier):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cg, project, name", [(0, False, "dpm5.cfg4.5"), (50, False, "dpm5.cfg4.5.cg50"),
-                                               (5000, True, "dpm5.cfg4.5.cg5000.with_cond_model")])
-def test_sampling_with_the_full_networks(unet, classifier, autoencoder, cg, project, name):
+@pytest.mark.parametrize("cg, project, name", [(50, False, "dpm5.cfg4.5.cg50"), (5000, True, "dpm5.cfg4.5.cg5000.with_cond_model")])
+def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
+    """The official demo's guidance as it is; and the classifier used as it was trained, at a scale where nothing else matters."""
     golden = rule.recorded("sample")
-    x, context, features = (rule.normal(f"in.sample.{n}", 1, *s) for n, s in
-                            (("x_T", (4, 16, 64)), ("cond", (32, 768)), ("feat", (32, 512))))
+    x, features = rule.normal("in.sample.x_T", 1, 4, 16, 64), rule.normal("in.sample.feat", 1, 32, 512)
+    context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
     eps_fn = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, classifier, features, cg, project)
-    z = ldm.dpm_solver(eps_fn, x, 5)
-    rule.close(name, z, golden[name], 1e-4)
-    if not cg:
-        rule.close("decoded", autoencoder.decode(z / ldm.LATENT_SCALE)[:, 0], golden["dpm5.cfg4.5.decoded_channel0"])
+    rule.close(name, ldm.dpm_solver(eps_fn, x, 5), golden[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints in and out
+
+MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
+MINI = [(cavp.CAVP, cavp.PRESETS["mini"]), (vae.AutoencoderKL, vae.PRESETS["mini"]), (ldm.LDM, MINI_UNET), (ldm.Alignment, MINI_CLASSIFIER)]
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("cls, config", MINI, ids=[c.__name__ for c, _ in MINI])
+def test_mini_presets_load_what_they_save(tmp_path, cls, config):
+    model = rule.fill(cls(config))
+    training.save_model(tmp_path / "m.safetensors", model, asdict(config), step=3)
+    loaded = cls.load(tmp_path / "m.safetensors")
+    assert loaded.config == config and same(model, loaded) and not loaded.training
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    training.save_model(tmp_path / "half.safetensors", model, asdict(config), half=True)
+    half = cls.load(tmp_path / "half.safetensors")
+    size = (tmp_path / "half.safetensors").stat().st_size / (tmp_path / "m.safetensors").stat().st_size
+    assert size < 0.55 and all(v.dtype == model.state_dict()[k].dtype for k, v in half.state_dict().items())
+    assert all(torch.allclose(v, model.state_dict()[k], rtol=1e-3, atol=1e-6) for k, v in half.state_dict().items())
+
+
+def official_pickle(path, model, prefix="module."):
+    """The form of a published checkpoint: a torch pickle, Lightning's wrapper, DistributedDataParallel's prefix."""
+    torch.save({"epoch": 66, "state_dict": {prefix + k: v for k, v in model.state_dict().items()}}, path)
+
+
+def test_official_files_load_strictly(tmp_path):
+    """A file without a configuration is of the published sizes."""
+    model = rule.fill(ldm.Alignment())
+    official_pickle(tmp_path / "classifier.ckpt", model)
+    assert same(ldm.Alignment.load(tmp_path / "classifier.ckpt"), model)
+    state = {**model.state_dict(), "first_stage_model.quant_conv.bias": torch.zeros(8)}     # some releases carry an autoencoder along
+    torch.save(state, tmp_path / "with_vae.ckpt")
+    assert same(ldm.Alignment.load(tmp_path / "with_vae.ckpt"), model)
+    for change in ({"surplus": torch.zeros(1)}, {"model.classifier.bias": torch.zeros(2)}):
+        torch.save({**model.state_dict(), **change}, tmp_path / "wrong.ckpt")
+        with pytest.raises(training.TrainingError, match="wrong.ckpt"):
+            ldm.Alignment.load(tmp_path / "wrong.ckpt")
+    short = model.state_dict()
+    del short["model.classifier.bias"]
+    torch.save(short, tmp_path / "short.ckpt")
+    with pytest.raises(training.TrainingError, match="classifier.bias"):
+        ldm.Alignment.load(tmp_path / "short.ckpt")
+
+
+def test_autoencoder_loads_out_of_an_ldm_file(tmp_path, autoencoder):
+    whole = rule.fill(ldm.LDM(MINI_UNET))
+    training.save_model(tmp_path / "ldm.safetensors", whole, asdict(MINI_UNET))
+    inner = vae.AutoencoderKL.load(tmp_path / "ldm.safetensors")
+    assert inner.config == MINI_UNET.vae and same(inner, whole.vae)
+    official_pickle(tmp_path / "official.ckpt", autoencoder, prefix="first_stage_model.")
+    assert same(vae.AutoencoderKL.load(tmp_path / "official.ckpt"), autoencoder)
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
+def test_unreadable_checkpoint_is_one_line(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(training.TrainingError) as e:
+        training.read_checkpoint(tmp_path / name)
+    assert name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").write_text, ("",))
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
+    with pytest.raises(training.TrainingError):
+        training.read_checkpoint(tmp_path / "trap.ckpt")
+    assert not (tmp_path / "sprung").exists()
+
+
+@torch.no_grad()
+def test_calibration_keeps_the_sound_and_scales_the_latents():
+    model = rule.fill(vae.AutoencoderKL(vae.PRESETS["mini"]))
+    mel = rule.uniform("mel", 3, 1, 128, 128)
+    before, logvar = model.encode(mel)
+    decoded = model.decode(before)
+    model.calibrate(before.mean((0, 2, 3)), before.std((0, 2, 3)))
+    after, logvar_after = model.encode(mel)
+    rule.close("decoded after calibration", model.decode(after), decoded, 1e-5)
+    assert after.mean((0, 2, 3)).abs().max() < 1e-4
+    rule.close("latent deviation", after.std((0, 2, 3)) * ldm.LATENT_SCALE, torch.ones(4), 1e-5)
+    # the posterior's spread moves with the latents
+    rule.close("spread", (logvar_after / 2).exp() / after.std((0, 2, 3), keepdim=True),
+               (logvar / 2).exp() / before.std((0, 2, 3), keepdim=True), 1e-5)
+
+
+@torch.no_grad()
+def test_ldm_decode_is_the_first_channel_clamped():
+    model = rule.fill(ldm.LDM(MINI_UNET)).eval()
+    z = 3 * rule.normal("z", 2, 4, 16, 64)
+    raw = model.vae.decode(z / 0.18215)[:, 0]
+    assert raw.min() < 0 and raw.max() > 1
+    assert model.decode(z).shape == (2, 128, 512) and torch.equal(model.decode(z), raw.clamp(0, 1))
+
+
+@torch.no_grad()
+def test_null_context_is_the_conditioner_of_zero_features():
+    model = rule.fill(ldm.LDM(MINI_UNET))
+    assert torch.equal(model.null_context(128), model.conditioner(torch.zeros(1, 128, 512)))
+    assert model.null_context(128).abs().max() > 0

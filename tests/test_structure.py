@@ -1,0 +1,101 @@
+"""How the code is put together: imports go down the ranks, checkpoints are opened safely, README's line counts are the real ones."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {                                              # local modules; tests may import anything and nothing imports tests
+    "data": set(), "training": set(), "kernels": set(),
+    "foley": {"data"},
+    "vae": {"data", "kernels", "training"}, "cavp": {"data", "kernels", "training"},
+    "ldm": {"vae", "data", "kernels", "training"},
+    "sample": {"ldm", "vae", "cavp", "data", "foley", "training"},
+    "evaluate": {"sample", "ldm", "vae", "cavp", "foley", "data", "training"},
+}
+THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
+SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
+TREES = {p: ast.parse(p.read_text(), p.name) for p in SOURCES}
+
+
+def module(path):
+    """The module's name; those of a package count as the package."""
+    return path.stem if path.parent == ROOT else path.parent.name
+
+
+def imports(tree):
+    """(top-level package, whether a function holds it) of every import."""
+    inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." if node.level else node.module.split(".")[0], node in inside
+
+
+def calls(tree):
+    """(dotted name, call) of every call."""
+    return ((ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call))
+
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def test_the_stages_are_there():
+    assert {"data", "foley", "training", "vae", "cavp", "ldm", "sample"} <= {module(p) for p in SOURCES} <= set(MAY_IMPORT)
+
+
+@each_source
+def test_imports_go_down_the_ranks(path):
+    own = module(path)
+    for name, inside in imports(TREES[path]):
+        if name == "." or name == own and path.parent != ROOT:
+            continue                                        # within a package
+        local = name in MAY_IMPORT or (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()
+        if local:
+            assert name in MAY_IMPORT[own], f"{path.name} imports {name}"
+        elif name == "matplotlib":
+            assert inside, f"{path.name}: matplotlib takes a second to import; import it where a picture is drawn"
+        else:
+            assert name in THIRD_PARTY | sys.stdlib_module_names, f"{path.name} imports {name}, which requirements.txt does not have"
+
+
+def test_requirements_are_exact_and_complete():
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    names = [re.match(r"([a-z]+)==[\d.]+(; platform_system == \"Linux\")?$", line).group(1) for line in lines if line]
+    assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
+
+
+@each_source
+def test_nothing_is_unpickled_and_everything_loads_strictly(path):
+    for name, call in calls(TREES[path]):
+        given = {k.arg: k.value for k in call.keywords}
+        if name == "torch.load":
+            assert "weights_only" in given and given["weights_only"].value is True, f"{path.name}:{call.lineno}"
+        assert not name.startswith("pickle.load"), f"{path.name}:{call.lineno}"
+        if name.endswith("load_state_dict"):
+            assert "strict" not in given and len(call.args) == 1, f"{path.name}:{call.lineno}"
+
+
+@each_source
+def test_errors_are_caught_by_name(path):
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
+
+
+@each_source
+def test_functions_fit_on_a_screen(path):
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 80, f"{path.name}: {node.name} has {lines} lines"
+    assert ast.get_docstring(TREES[path]), f"{path.name} does not say what goes in and what comes out"
+
+
+def test_readme_names_every_file_with_its_length():
+    readme = (ROOT / "README.md").read_text()
+    rows = {name: int(lines.replace(",", "")) for name, lines in re.findall(r"^\| *`([\w/]+\.py)` *\| *([\d,]+) *\|", readme, re.M)}
+    assert rows == {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}

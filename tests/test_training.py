@@ -1,0 +1,210 @@
+"""Every training command as a user types it, on four clips and a few steps; then the main job with what they wrote.
+
+The three steps of each stage run in a process of their own. What must then hold (a seed gives one result, an interruption changes
+nothing) is checked in this process against what those wrote.
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import cavp
+import ldm
+import training
+import vae
+
+ROOT = Path(__file__).resolve().parent.parent
+MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
+LOADS = {"vae": vae.AutoencoderKL.load, "cavp": cavp.CAVP.load, "ldm": ldm.LDM.load, "align": ldm.Alignment.load}
+
+
+def command(script, *args, **options):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
+
+
+def checked(*args):
+    done = command(*args)
+    assert done.returncode == 0, f"{args}: {done.stderr[-2000:]}"
+    return done
+
+
+def arguments(home, stage, out, steps=3):
+    """What follows the script's name to train one stage."""
+    args = ["--data", home / ("clips" if stage in ("vae", "cavp") else "features"), "--out", out, "--steps", steps, "--batch", 2, "--seed", 5]
+    if stage in ("ldm", "align"):
+        args += ["--model", stage, "--vae", home / "vae" / "last.safetensors", "--repeats", 1]
+    return [str(a) for a in args]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """clips/, and what each stage made of them."""
+    home = tmp_path_factory.mktemp("runs")
+    checked("foley.py", home / "clips", "--clips", 4, "--seed", 1, "--size", 64)
+    checked("vae.py", *arguments(home, "vae", home / "vae"))
+    checked("cavp.py", *arguments(home, "cavp", home / "cavp"))
+    checked("cavp.py", "--data", home / "clips", "--init", home / "cavp" / "last.safetensors", "--extract", home / "features")
+    for stage in ("ldm", "align"):
+        checked("ldm.py", *arguments(home, stage, home / stage))
+    return home
+
+
+def header(path):
+    with safe_open(path, "pt") as f:
+        return {k: json.loads(v) for k, v in f.metadata().items()}
+
+
+def left_behind(folder):
+    return [p.name for p in folder.rglob("*") if ".part" in p.name or p.name.endswith(".tmp")]
+
+
+def same_weights(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_a_run_leaves_what_it_promises(home, stage):
+    out = home / stage
+    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "last.safetensors", "last.state.pt", "log.jsonl"]
+    about = header(out / "last.safetensors")
+    assert about["step"] == 3 and about["args"]["seed"] == 5 and about["args"]["batch"] == 2
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 3 and math.isfinite(rows[-1]["loss"])
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = LOADS[stage](out / "last.safetensors")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_trained_autoencoder_has_unit_latents(home):
+    """The published latent scale must fit every autoencoder that leaves vae.py."""
+    model = vae.AutoencoderKL.load(home / "vae" / "last.safetensors")
+    clips = vae.data.Sounds(home / "clips", vae.data.WINDOW, seed=5)
+    mean, std = vae.latent_statistics(model, clips, torch.device("cpu"))
+    assert torch.allclose(std * ldm.LATENT_SCALE, torch.ones(4), atol=0.05)
+    assert (mean * ldm.LATENT_SCALE).abs().max() < 0.05
+
+
+def test_stage_2_carries_the_autoencoder_it_was_trained_on(home):
+    inner = ldm.LDM.load(home / "ldm" / "last.safetensors").vae.state_dict()
+    own = vae.AutoencoderKL.load(home / "vae" / "last.safetensors").state_dict()
+    assert inner.keys() == own.keys() and all(torch.equal(inner[k], own[k]) for k in own)
+
+
+def test_extracted_features_are_the_towers(home):
+    files = sorted((home / "features").iterdir())
+    assert [p.name for p in files] == [f"{i:05d}.safetensors" for i in range(4)]
+    model = cavp.CAVP.load(home / "cavp" / "last.safetensors")
+    clip = cavp.data.Clips(home / "clips", fps=model.config.fps, size=model.config.size)[0]
+    stored = load_file(files[0])
+    with torch.no_grad():
+        features = model.encode_video(clip["video"][None].float() / 255)[0]
+    assert stored["features"].shape == features.shape
+    assert (stored["features"].float() - features).norm() / features.norm() < 0.02        # float16, and bfloat16 where it is fast
+    assert (stored["sound"].float() / 32767 - clip["wav"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkeypatch):
+    """Two steps, Ctrl-C, one more step after --resume: bit for bit what three steps of the same seed gave in another process."""
+    report = training.Run.report
+
+    def interrupting(run, **values):
+        report(run, **values)
+        if run.step == 1:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(training.Run, "report", interrupting)
+    MAINS[stage](arguments(home, stage, tmp_path / stage))
+    assert header(tmp_path / stage / "last.safetensors")["step"] == 2
+    MAINS[stage](arguments(home, stage, tmp_path / stage) + ["--resume"])
+    assert header(tmp_path / stage / "last.safetensors")["step"] == 3
+    assert same_weights(tmp_path / stage / "last.safetensors", home / stage / "last.safetensors")
+    assert not left_behind(tmp_path)
+
+
+def test_another_seed_gives_other_weights(home, tmp_path):
+    vae.main(arguments(home, "vae", tmp_path / "vae") + ["--seed", "6"])
+    assert not same_weights(tmp_path / "vae" / "last.safetensors", home / "vae" / "last.safetensors")
+
+
+def test_ctrl_c_saves_and_ends(home, tmp_path):
+    """Exit status 0 and a line that says how to go on; what was trained so far loads."""
+    args = [sys.executable, ROOT / "vae.py", *arguments(home, "vae", tmp_path / "vae", steps=100_000)]
+    run = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        seen, limit = b"", time.monotonic() + 120
+        while b"3/100000" not in seen and time.monotonic() < limit:          # the progress bar: training is under way
+            seen += os.read(run.stderr.fileno(), 4096)
+        run.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, rest = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 0 and time.monotonic() - start < 20
+    assert b"stopped after step" in rest and b"--resume" in rest and b"Traceback" not in seen + rest
+    vae.AutoencoderKL.load(tmp_path / "vae" / "last.safetensors")
+    assert header(tmp_path / "vae" / "last.safetensors")["step"] >= 3
+    assert not left_behind(tmp_path)
+
+
+# what the user did: (stage, arguments, words that the one line must hold); CLIPS and the like are put in below
+MISTAKES = {
+    "no such folder": ("vae", "--data NOWHERE", ["nowhere: no such folder"]),
+    "folder without videos": ("cavp", "--data EMPTY", ["empty"]),
+    "clips where features belong": ("ldm", "--data CLIPS --vae WEIGHTS", ["clips", "--extract"]),
+    "no autoencoder": ("ldm", "--data FEATURES", ["--vae"]),
+    "no autoencoder for the classifier": ("align", "--model align --data FEATURES", ["--vae"]),
+    "classifier's weights alone": ("align", "--model align --data FEATURES --init CLASSIFIER", ["--vae"]),
+    "--extract without weights": ("cavp", "--data CLIPS --extract NOWHERE", ["--init"]),
+    "checkpoint that is none": ("vae", "--data CLIPS --init JUNK", ["junk.ckpt"]),
+    "checkpoint that is missing": ("vae", "--data CLIPS --init NOWHERE", ["nowhere"]),
+    "checkpoint of another stage": ("cavp", "--data CLIPS --init WEIGHTS", ["last.safetensors", "CAVP"]),
+    "nothing to resume": ("vae", "--data CLIPS --resume", ["--resume"]),
+    "a run already there": ("vae", "--data CLIPS --out RUN", ["--resume", "--out"]),
+    "no steps": ("vae", "--data CLIPS --steps 0", ["--steps"]),
+}
+
+
+@pytest.mark.parametrize("stage, typed, words", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line(home, tmp_path, stage, typed, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk.ckpt").write_bytes(b"not a checkpoint")
+    places = {"NOWHERE": tmp_path / "nowhere", "EMPTY": tmp_path / "empty", "JUNK": tmp_path / "junk.ckpt", "CLIPS": home / "clips",
+              "FEATURES": home / "features", "WEIGHTS": home / "vae" / "last.safetensors", "RUN": home / "vae",
+              "CLASSIFIER": home / "align" / "last.safetensors"}
+    args = [str(places.get(word, word)) for word in typed.split()]
+    if "--out" not in args:
+        args += ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as e:
+        MAINS[stage](args)
+    line = str(e.value)
+    assert "\n" not in line and line.startswith(("vae.py: ", "cavp.py: ", "ldm.py: "))
+    assert all(word in line for word in words), line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "junk.ckpt"]
+
+
+def test_a_mistake_shows_no_traceback(home, tmp_path):
+    done = command("vae.py", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
+    assert command("vae.py", cwd=tmp_path).returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_main_job_runs_on_trained_weights(home, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for stage in ("cavp", "ldm", "align"):
+        (weights / f"{stage}.safetensors").symlink_to(home / stage / "last.safetensors")
+    done = checked("sample.py", home / "clips" / "00000.mp4", "--weights", weights, "--out", tmp_path / "out", "--steps", 2, "--json")
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert Path(line["output"]).exists() and Path(line["wav"]).exists()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.foley.mp4", "00000.foley.wav"]
