@@ -658,6 +658,8 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, root, fps, size, frames=None, seed=0, random_start=True):
         self.root, self.fps, self.size, self.frames = Path(root), fps, size, frames
+        if not self.root.is_dir():
+            raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
         self.seed, self.random_start = seed, random_start and frames is not None
         self.shards, self.process = {}, None     # open files, and the process that opened them
         index = self.root / "index.json"
