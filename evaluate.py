@@ -145,6 +145,8 @@ def own_sounds(videos, args):
 
 def evaluate(args):
     """All rows: {row: {column: value}}."""
+    if not args.data.is_dir():
+        raise MediaError(f"{args.data}: no such folder; give one that python foley.py made")
     videos = find_videos([args.data])[:args.clips]
     if len(videos) < 2:
         raise MediaError(f"{args.data}: one clip; at least two are needed, so that sounds can be dealt to wrong videos")
