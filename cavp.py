@@ -11,7 +11,7 @@ other videos (L_inter) and against other moments of the same video (L_intra).
 
 Differs from the official code: mels are cut at the sample where their first frame starts, hop 256 (there at hop 250, which drifts
 by 2.4 %); the pooled features of a long clip are normalised over the 512 features (there over time). The mini preset sees
-15.625 small frames a second, has temporal convolutions in all four stages, and contrasts the consecutive quarter seconds of one
+15.625 small frames a second, has temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one
 window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function.
 """
 import math
@@ -36,7 +36,7 @@ class CAVPConfig:
     size: int = 224                                     # of the square frames
     video_width: int = 64
     video_blocks: tuple = (3, 4, 6, 3)
-    temporal: tuple = (False, False, True, True)        # stages whose blocks look one frame back and ahead
+    temporal: tuple = (False, False, False, True, True) # stem and stages whose convolutions look one frame back and ahead
     audio_widths: tuple = (64, 128, 256, 512, 1024, 2048)
     embed_dim: int = 512
     frames: int = 16                                    # of one training clip
@@ -47,7 +47,7 @@ class CAVPConfig:
 
 PRESETS = {
     "paper": CAVPConfig(),
-    "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 2, 2, 1), temporal=(True,) * 4,
+    "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
 RECIPES = {"mini": dict(steps=2500, batch=16, lr=1e-3, warmup=100), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200)}
@@ -61,7 +61,8 @@ POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its 
 class ConvUnit(nn.Module):
     """Convolution over (frames, height, width) without bias, then BatchNorm. Parameters have the official 3-D shapes; the work
     is done by 2-D convolutions on channels-last maps with the frames folded into the batch, several times faster on a CPU:
-    a purely spatial kernel sees b*f images, and a purely temporal one sees one image of f rows and h*w columns a clip."""
+    a spatial kernel sees b*f images (a spatio-temporal one with the neighbouring frames as further channels), and a purely temporal
+    one sees one image of f rows and h*w columns a clip."""
 
     def __init__(self, c_in, c_out, kernel, stride=1):
         super().__init__()
@@ -69,11 +70,16 @@ class ConvUnit(nn.Module):
         self.bn = nn.BatchNorm2d(c_out)
 
     def forward(self, x, frames):                               # (b*f, c, h, w)
-        weight = self.conv.weight
-        if weight.shape[2] == 1:
-            x = F.conv2d(x, weight[:, :, 0], stride=self.conv.stride[1:], padding=self.conv.padding[1:])
+        weight = self.conv.weight                               # (c_out, c_in, k_f, k_h, k_w)
+        h, w = x.shape[2:]
+        if weight.shape[2] == 1 or weight.shape[3] > 1:
+            if weight.shape[2] == 3:
+                clips = F.pad(x.view(-1, frames, *x.shape[1:]), (0, 0, 0, 0, 0, 0, 1, 1))            # (b, f + 2, c, h, w)
+                x = torch.cat([clips[:, :-2], clips[:, 1:-1], clips[:, 2:]], 2).flatten(0, 1)        # (b*f, 3c, h, w)
+                x = x.contiguous(memory_format=torch.channels_last)
+            weight = weight.transpose(1, 2).flatten(1, 2)       # (c_out, k_f * c_in, k_h, k_w)
+            x = F.conv2d(x, weight, stride=self.conv.stride[1:], padding=self.conv.padding[1:])
         else:
-            h, w = x.shape[2:]
             x = x.permute(0, 2, 3, 1).reshape(-1, frames, h * w, x.shape[1]).permute(0, 3, 1, 2)     # (b, c, f, h*w)
             x = F.conv2d(x, weight[..., 0], padding=(1, 0))
             x = x.permute(0, 2, 3, 1).reshape(-1, h, w, x.shape[1]).permute(0, 3, 1, 2)              # (b*f, c, h, w)
@@ -101,9 +107,9 @@ class SlowOnly(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.conv1 = ConvUnit(3, cfg.video_width, (1, 7, 7), 2)
+        self.conv1 = ConvUnit(3, cfg.video_width, (3 if cfg.temporal[0] else 1, 7, 7), 2)
         c = cfg.video_width
-        for i, (blocks, temporal) in enumerate(zip(cfg.video_blocks, cfg.temporal)):
+        for i, (blocks, temporal) in enumerate(zip(cfg.video_blocks, cfg.temporal[1:])):
             width = cfg.video_width * 2 ** i
             stage = nn.ModuleList()
             for j in range(blocks):
@@ -178,7 +184,7 @@ class CAVP(nn.Module):
     @property
     def context(self):
         """Frames on each side that a frame's feature depends on (9 in the paper preset)."""
-        return sum(n for n, temporal in zip(self.config.video_blocks, self.config.temporal) if temporal)
+        return sum(n for n, temporal in zip((1, *self.config.video_blocks), self.config.temporal) if temporal)
 
     def encode_video(self, video, pool=False, normalize=True):
         """(b, f, 3, h, w) float in [0, 1], no mean or deviation removed -> unit features (b, f, 512);

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 
 import data
 
@@ -544,3 +545,70 @@ def test_clips_in_worker_processes(raw, tmp_path):
     here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard here, before the workers start
     loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=2)
     assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
+
+
+# ---- windows for stage 2 and for the autoencoder --------------------------------------------------------------------
+
+FPS = 15.625                                     # 1024 samples a frame
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """Three extracted clips whose features and sound both say which clip and which frame they belong to."""
+    folder = tmp_path_factory.mktemp("features")
+    for k in range(3):
+        frame = torch.arange(160) + 200 * k                                          # (f,)
+        save_tensors({"features": frame[:, None].half().expand(-1, 512).contiguous(),
+                      "sound": frame.to(torch.int16).repeat_interleave(1024)}, folder / f"{k}.safetensors", {"fps": str(FPS)})
+    return folder
+
+
+def spoken(item):
+    """The frame number that the sound of each feature says: its samples must all agree."""
+    sound = (item["wav"] * 32767).round().view(-1, 1024)
+    assert (sound == sound[:, :1]).all()
+    return sound[:, 0]
+
+
+@pytest.mark.parametrize("kind", [{}, {"merge": 1.0}, {"roll": 1.0}, {"merge": 1.0, "roll": 1.0}])
+def test_pairs_keep_sound_and_features_together(extracted, kind):
+    pairs = data.Pairs(extracted, FPS, 128, **kind)
+    joins, seams = set(), set()
+    for index in range(24):
+        item = pairs[index]
+        assert item["features"].shape == (128, 512) and item["wav"].shape == (data.WINDOW,)
+        frame = item["features"][:, 0]
+        assert torch.equal(frame, spoken(item))
+        jumps = (frame.diff() != 1).nonzero().flatten().tolist()
+        joins.add(len(jumps))
+        seams.update(jumps)
+    assert max(joins) == {0: 0, 1: 1, 2: 2}[len(kind)] and len(seams) >= 5 * len(kind)
+
+
+def test_pairs_are_a_function_of_seed_and_index(extracted):
+    a, b = (data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=seed) for seed in (1, 1))
+    other = data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=2)
+    assert all(torch.equal(a[k]["wav"], b[k]["wav"]) for k in range(9))
+    assert any(not torch.equal(a[k]["wav"], other[k]["wav"]) for k in range(9))
+    assert not torch.equal(a[0]["wav"], a[3]["wav"])                                 # the same clip one epoch later
+
+
+def test_pairs_name_the_remedy(extracted, tmp_path):
+    with pytest.raises(data.MediaError, match="--extract"):
+        data.Pairs(tmp_path, FPS, 128)
+    with pytest.raises(data.MediaError, match="15.625"):
+        data.Pairs(extracted, 4.0, 32)
+
+
+def test_sounds_start_on_mel_columns(tmp_path):
+    ramp = (torch.arange(3 * data.HOP * 64) // data.HOP).to(torch.int16).numpy()       # each sample says its mel column
+    frames = np.zeros((1, 3, 2, 2), np.uint8)
+    (tmp_path / "shard-00000.safetensors").write_bytes(data.to_safetensors({"a/frames": frames, "a/sound": ramp}))
+    (tmp_path / "index.json").write_text(json.dumps(
+        {"fps": 4, "size": 2, "clips": [{"name": "a", "shard": 0, "frames": 1, "samples": len(ramp)}], "left_out": []}))
+    sounds = data.Sounds(tmp_path, 64 * data.HOP)
+    starts = {int((sounds[k]["wav"][0] * 32767).round()) for k in range(20)}
+    assert len(starts) > 10
+    for k in range(5):
+        columns = (sounds[k]["wav"] * 32767).round().view(-1, data.HOP)
+        assert (columns == columns[:, :1]).all() and (columns[:, 0].diff() == 1).all()
