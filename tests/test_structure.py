@@ -12,7 +12,7 @@ MAY_IMPORT = {                                              # local modules; tes
     "foley": {"data"},
     "vae": {"data", "kernels", "training"}, "cavp": {"data", "kernels", "training"},
     "ldm": {"vae", "data", "kernels", "training"},
-    "sample": {"ldm", "vae", "cavp", "data", "foley", "training"},
+    "sample": {"ldm", "vae", "cavp", "data", "training"},
     "evaluate": {"sample", "ldm", "vae", "cavp", "foley", "data", "training"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
