@@ -129,7 +129,8 @@ def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
 
 def test_mistakes_are_one_line(foley_set, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for flags, word in ((["--data", str(tmp_path / "none")], "no such folder"), (["--data", str(tmp_path / "empty")], "empty"),
+    for flags, word in ((["--data", str(tmp_path / "none")], "no such folder"),
+                        (["--data", str(tmp_path / "empty")], "empty"),
                         (["--data", str(foley_set), "--samples", str(tmp_path / "empty")], "--samples"),
                         (["--data", str(foley_set), "--weights", str(tmp_path / "empty")], "empty")):
         assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 1

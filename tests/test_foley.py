@@ -110,7 +110,7 @@ def test_interrupt_leaves_whole_clips_only(tmp_path):
 
 
 def test_sound_rises_at_the_labels_and_not_before(clips):
-    """There is more in the 5 ms after a label than in the 5 ms before; the first hit of a clip begins there, in silence.
+    """There is more in the 5 ms after a label than in the 5 ms before; a clip's first hit begins there, in silence.
     (A dull hit in the ring of a bright one may change less than the ring does, so not quite all can rise.)"""
     rises = []
     for clip in clips:
