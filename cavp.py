@@ -12,7 +12,8 @@ other videos (L_inter) and against other moments of the same video (L_intra).
 Differs from the official code: mels are cut at the sample where their first frame starts, hop 256 (there at hop 250, which drifts
 by 2.4 %); the pooled features of a long clip are normalised over the 512 features (there over time). The mini preset sees
 15.625 small frames a second, has temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one
-window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function.
+window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent
+moments hardly count as anchors.
 """
 import math
 import sys
@@ -50,7 +51,7 @@ PRESETS = {
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
-RECIPES = {"mini": dict(steps=2500, batch=16, lr=1e-3, warmup=100), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200)}
+RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
 
@@ -223,19 +224,31 @@ def finish(features, pool, normalize):                          # (b, n, d)
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def symmetric_cross_entropy(logits):
-    """(..., n, n), rows video and columns sound -> mean over both directions of the cross-entropy to the diagonal."""
+def symmetric_cross_entropy(logits, weights):
+    """(..., n, n), rows video and columns sound, weights (..., n) -> weighted mean over both directions of the cross-entropy
+    to the diagonal."""
     diagonal = logits.diagonal(dim1=-2, dim2=-1)
-    return 0.5 * ((logits.logsumexp(-1) - diagonal).mean() + (logits.logsumexp(-2) - diagonal).mean())
+    both = 0.5 * (logits.logsumexp(-1) + logits.logsumexp(-2)) - diagonal
+    return (both * weights).sum() / weights.sum()
 
 
-def contrastive_loss(video, audio, scale, clips):
+def contrastive_loss(video, audio, scale, clips, weights=None):
     """video, audio: unit (n*clips, d), the clips of one video in a row -> L_inter, L_intra (Sec. 3.1, Eq. 2-4; REFERENCE 11).
-    The inter term's negatives include the other clips of the same video, as published; L = L_inter + L_intra."""
+    The inter term's negatives include the other clips of the same video, as published; L = L_inter + L_intra.
+    weights (n*clips,): how much each clip counts as an anchor; all count as negatives. None: all alike, as published."""
+    weights = torch.ones(len(video), device=video.device) if weights is None else weights
     logits = scale * video @ audio.T                            # (n*clips, n*clips)
     n = len(logits) // clips
     own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
-    return symmetric_cross_entropy(logits), symmetric_cross_entropy(own)
+    return symmetric_cross_entropy(logits, weights), symmetric_cross_entropy(own, weights.view(n, clips))
+
+
+def loudness_rise(mel, segments):
+    """mel (b, 128, s) -> (b, segments): how far each segment's loudest column stands above the clip's median column, plus a little.
+    Two silent moments are not each other's negatives in any sense a network could learn, and most quarter seconds are silent."""
+    level = mel.mean(1)                                         # (b, s)
+    loudest = level.unflatten(1, (segments, -1)).amax(2)
+    return (loudest - level.median(1, keepdim=True).values).clamp(min=0) + 0.002
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,9 +306,10 @@ def train(args):
             a = model.encode_audio(mel.to(device), pool=True, normalize=False)
         v, a = (F.normalize(x.float(), dim=-1).view(args.batch, -1, config.embed_dim) for x in (v, a))   # (b, segments, 512)
         v, a = v[:, edge:v.shape[1] - edge], a[:, edge:a.shape[1] - edge]
+        weights = loudness_rise(mel.to(device), v.shape[1] + 2 * edge)[:, edge:v.shape[1] + edge].flatten() if args.by_loudness else None
         segments = v.shape[1]
         v, a = v.flatten(0, 1), a.flatten(0, 1)                                          # (b*segments, 512)
-        inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments)
+        inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments, weights)
         loss = inter + intra
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -331,6 +345,7 @@ def extract(args):
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
+    p.add_argument("--by-loudness", type=int, help="1: moments count as anchors by how far their sound rises above the clip's median; 0: all alike, as published")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
     args = p.parse_args(argv)
     try:
