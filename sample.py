@@ -1,21 +1,20 @@
 """Sound for silent video: the main job (Diff-Foley, Sec. 3.3 and 3.4).
 
 in   videos, or folders of them, of any length, frame rate and size
-out  NAME.foley.mp4 (picture copied bit for bit, sound exactly as long) and NAME.foley.wav beside each
+out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as long) and NAME.foley.wav
 
     python sample.py demo.mp4
     python sample.py clips/ --out dubbed/ --candidates 4 --plot
 
-Windows of 131,072 samples (8.192 s) are planned in samples. They start on whole video features and whole mel columns, overlap by
-a second or more, and each is conditioned, classifier included, on the frames of its own seconds. Overlapping windows begin from the
-same slice of one noise field and are faded into each other as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound.
-Sound is scaled down only where it would clip; nothing else touches its level.
+Windows of 131,072 samples (8.192 s) are planned in samples: they start on whole video features and whole mel columns,
+overlap by a second or more, and each is conditioned, classifier included, on the frames of its own seconds. Windows
+that overlap begin from the same slice of one noise field and are faded into each other as spectrograms, so that one
+phase-coherent Griffin-Lim makes the whole sound. It is scaled down where it would clip; nothing else touches its level.
 
-Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops tails, crashes under 8 seconds,
-shows its classifier the frames of the whole clip, and inverts the mel at another rate than it was made with.
+Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops tails, crashes under 8
+s, shows its classifier the frames of the whole clip, and inverts the mel at another rate than it was made with.
 """
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -42,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """--help shows the docstring as written, and every default."""
 
 
 def number(kind, low, high=math.inf):
@@ -54,33 +53,36 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
             limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
         return value
     return parse
 
 
 def parse_arguments(argv=None):
     p = Parser("sample.py", description=__doc__, formatter_class=Formatter)
-    p.add_argument("inputs", nargs="+", metavar="INPUT", help="video files, or folders of them; after -- a name may start with a dash")
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="videos or folders; after -- names may begin with a dash")
     p.add_argument("--out", type=Path, metavar="DIR", help="write there; default: beside each input")
-    p.add_argument("--weights", default="mini", metavar="mini|DIR",
-                   help="the model shipped here, or a folder holding cavp, ldm and align checkpoints, ours or the published ones")
+    p.add_argument("--weights", default="mini", metavar="mini|DIR", help="the model shipped here, or a folder with the "
+                   "checkpoints cavp, ldm and align: ours or the published ones")
     g = p.add_argument_group("sampling; the defaults are the paper's")
-    g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="network calls")
+    g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
     g.add_argument("--cfg", type=number(float, 0), default=4.5, help="classifier-free guidance; 1: off")
     g.add_argument("--cg", type=number(float, 0), default=50.0, help="guidance by the alignment classifier; 0: off")
     g.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS")
     g.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="same seed, same sound")
-    g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N", help="draw N and keep the one that the classifier rates best")
-    g.add_argument("--keep-all", action="store_true", help="write every candidate too, NAME.foley.K.wav")
+    g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N",
+                   help="draw N and keep the one that the classifier rates best")
+    g.add_argument("--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav")
     g = p.add_argument_group("input")
     g.add_argument("--start", type=number(float, 0), default=0.0, metavar="S", help="seconds into the picture")
-    g.add_argument("--duration", type=number(float, 1e-3), metavar="S", help="seconds of picture; default: all the rest")
-    g.add_argument("--keep-audio", type=number(float, -100, 100), nargs="?", const=0.0, metavar="dB", help="mix the clip's own sound in, at this gain (0 if none is named)")
+    g.add_argument("--duration", type=number(float, 1e-3), metavar="S", help="seconds of picture; default: the rest")
+    g.add_argument("--keep-audio", type=number(float, -100, 100), nargs="?", const=0.0, metavar="dB",
+                   help="mix the clip's own sound in, at this gain (0 if none is given)")
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the networks; auto: bfloat16 on a GPU")
-    g.add_argument("--batch", type=number(int, 1, 4096), metavar="N", help="windows in one network call; default: 2 on a CPU, 16 on a GPU")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
+                   help="windows in one network call; default: 4 on a CPU, 16 on a GPU")
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, spectrogram, waveform on one time axis")
     g.add_argument("--profile", action="store_true", help="print seconds and peak memory of each stage")
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
@@ -93,33 +95,22 @@ def stop(signum, _frame):
     sys.exit(128 + signum)
 
 
-def keep_freed_memory():
-    """glibc returns large blocks to the system on every free and faults them in anew at the next use: a quarter of the time on a CPU."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):            # not glibc
-        return
-    mallopt(-3, 2**30)                                      # M_MMAP_THRESHOLD
-    mallopt(-1, 2**30)                                      # M_TRIM_THRESHOLD
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     parse_arguments()
-    keep_freed_memory()
 
-import torch                                                                                                   # noqa: E402
-from tqdm import tqdm                                                                                          # noqa: E402
+import torch
+from tqdm import tqdm
 
-import data                                                                                                    # noqa: E402
-from cavp import CAVP                                                                                          # noqa: E402
-from data import HOP, SAMPLE_RATE, WINDOW, MediaError                                                          # noqa: E402
-from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, guided_eps                                             # noqa: E402
-from training import TrainingError                                                                             # noqa: E402
+import data
+from cavp import CAVP
+from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, guided_eps
+from training import TrainingError
 
 COLUMNS = WINDOW // HOP             # mel columns of a window
-LATENT = 8 * HOP                    # samples of a latent column
+LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384                     # samples that neighbouring windows share at least
 FADE = 32                           # mel columns of a cross-fade: long against a hit, short against the overlap
 SPAN = 4096                         # mel columns vocoded at once: 65 s, which bounds memory
@@ -131,51 +122,48 @@ SPAN = 4096                         # mel columns vocoded at once: 65 s, which b
 def plan_windows(samples, fps):
     """Start samples of the windows that cover `samples` of sound.
 
-    Starts are multiples of a grid on which video features and mel columns coincide (and latent columns, where those can), counted
-    from the clip's beginning: rounding never adds up. Windows are spread evenly: where the last one would end long after
-    the clip, all overlap more instead.
+    Starts are multiples of a grid on which video features and mel columns coincide (and latent columns, where those
+    can), counted from the clip's beginning: nothing adds up. Windows are spread evenly: where the last one would end
+    long after the clip, all overlap more instead.
     """
     frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)                 # samples of one video feature
-    for column in (LATENT, HOP):
-        grid = math.lcm(frame.numerator, column * frame.denominator) // frame.denominator
-        if grid <= WINDOW // 4:
-            break
-    else:
-        raise ValueError(f"{fps} frames a second never fall on mel columns within a window")
-    last = math.ceil(max(0, samples - WINDOW) / grid)                           # all further counts in steps of the grid
+    grids = [math.lcm(frame.numerator, n * frame.denominator) // frame.denominator for n in (LATENT, HOP)]
+    grid = next((g for g in grids if g <= WINDOW // 4), None)
+    if grid is None:
+        raise ValueError(f"{fps} frames a second meet mel columns too rarely to place windows")
+    last = math.ceil(max(0, samples - WINDOW) / grid)                           # in steps of the grid, as all below
     steps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
     return [last * k // max(1, steps) * grid for k in range(steps + 1)]
 
 
 def fade_weights(starts):
-    """(n, columns): the share of each window in each mel column; shares of a column sum to one.
-
-    Windows hand over linearly in the middle of their overlap, where both have heard and seen what comes before and after.
-    """
+    """(n, columns): the share of each window in each mel column; the shares of a column sum to one. Windows hand over
+    linearly in the middle of their overlap, where both have seen what comes before and after."""
     column = torch.arange(starts[-1] // HOP + COLUMNS, dtype=torch.float64)
-    taken = [torch.ones_like(column)]                                           # how far the window before has handed over
-    for before, after in zip(starts, starts[1:]):
+    begun = [torch.ones_like(column)]                                           # how far each window has taken over
+    for before, after in itertools.pairwise(starts):
         middle = (before + WINDOW + after) / 2 / HOP
-        taken.append(((column + 0.5 - middle) / FADE + 0.5).clamp(0, 1))
-    taken = torch.stack(taken + [torch.zeros_like(column)])                     # (n + 1, columns)
-    return (taken[:-1] - taken[1:]).float()
+        begun.append(((column + 0.5 - middle) / FADE + 0.5).clamp(0, 1))
+    begun = torch.stack([*begun, torch.zeros_like(column)])                     # (n + 1, columns)
+    return (begun[:-1] - begun[1:]).float()
 
 
 def join_windows(mels, starts):
-    """(..., n, 128, 512) -> (..., 128, columns), cross-faded as amplitudes: a hit that one window lacks loses 6 dB in a fade, not half its decibels."""
+    """(n, 128, 512) -> (128, columns). Faded as amplitudes: halfway, what one window lacks loses 6 dB; the mean of two
+    logarithms would take half its decibels."""
     if len(starts) == 1:
-        return mels[..., 0, :, :]
-    weights = fade_weights(starts).to(mels.device)
-    out = mels.new_zeros(*mels.shape[:-3], mels.shape[-2], weights.shape[1])
-    for k, first in enumerate(s // HOP for s in starts):
+        return mels[0]
+    weights = fade_weights(starts)
+    out = mels.new_zeros(mels.shape[1], weights.shape[1])
+    for mel, weight, first in zip(mels, weights, (s // HOP for s in starts)):
         own = slice(first, first + COLUMNS)
-        out[..., own] += weights[k, own] * 10 ** (5 * mels[..., k, :, :])       # mel is 0.2 log10 of amplitude, and a constant that cancels
+        out[:, own] += weight[own] * 10 ** (5 * mel)        # mel is 0.2 log10 of amplitude, and a constant that cancels
     return 0.2 * out.log10()
 
 
 def noise_field(seed, candidate, columns):
-    """(4, 16, columns) of noise: the start of a whole clip's diffusion. Windows take slices, so what two share they start from alike;
-    a longer clip begins with the noise of a shorter one."""
+    """(4, 16, columns) of noise, the start of a whole clip's diffusion. Windows take slices of it, so what they share
+    they start from alike; a longer clip begins with the noise of a shorter one."""
     generator = torch.Generator().manual_seed((seed << 16) + candidate)
     return torch.randn(columns, *LATENT_SHAPE[:2], generator=generator).permute(1, 2, 0)
 
@@ -184,31 +172,35 @@ def noise_field(seed, candidate, columns):
 # measuring
 
 class Profile:
-    """`with profile("stage"):` adds up seconds; memory is the peak so far: of the process on a CPU, of allocations on a GPU."""
+    """`with profile("stage"):` adds up seconds; memory is the peak so far: the process's, or on a GPU what was
+    allocated there."""
 
     def __init__(self, device="cpu", started=None):
         self.cuda, self.rows = torch.device(device).type == "cuda", {}
         self.started = time.perf_counter() if started is None else started
 
-    def peak(self):
+    def add(self, stage, seconds):
         if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
-        import resource             # not on every system
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            import resource         # not on every system
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        seconds += self.rows.get(stage, {"seconds": 0.0})["seconds"]
+        self.rows[stage] = {"seconds": seconds, "peak_mib": round(peak, 1)}
 
     @contextmanager
-    def __call__(self, stage, started=None):
-        start = time.perf_counter() if started is None else started
+    def __call__(self, stage):
+        start = time.perf_counter()
         yield
         if self.cuda:
-            torch.cuda.synchronize()                # what was only queued belongs to this stage
-        seconds = self.rows.get(stage, {"seconds": 0.0})["seconds"] + time.perf_counter() - start
-        self.rows[stage] = {"seconds": seconds, "peak_mib": self.peak()}
+            torch.cuda.synchronize()                        # what was only queued belongs to this stage
+        self.add(stage, time.perf_counter() - start)
 
     def table(self):
-        """The rows and the total by the wall clock, which no row sums: what lies between them counts too."""
-        rows = dict(self.rows, total={"seconds": time.perf_counter() - self.started, "peak_mib": self.peak()})
-        return {k: {"seconds": round(v["seconds"], 3), "peak_mib": round(v["peak_mib"], 1)} for k, v in rows.items()}
+        """Every row, and the total by the clock: what lies between the stages counts too."""
+        self.rows.pop("total", None)
+        self.add("total", time.perf_counter() - self.started)
+        return {stage: row | {"seconds": round(row["seconds"], 3)} for stage, row in self.rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,38 +210,43 @@ class Profile:
 class Models:
     cavp: torch.nn.Module
     ldm: torch.nn.Module
-    align: torch.nn.Module | None   # only needed for guidance by it (cg) and for ranking candidates
+    align: torch.nn.Module | None   # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     name: str = "mini"
 
 
 def find_checkpoint(folder, *patterns):
-    found = next((sorted(folder.glob(p)) for p in patterns if list(folder.glob(p))), [])
-    if len(found) > 1:
-        raise MediaError(f"{folder}: {' and '.join(f.name for f in found)} both fit {patterns[-1]}; leave only one there")
-    return found[0] if found else None
+    for pattern in patterns:
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise MediaError(f"{folder}: {found[0].name} and {found[1].name} both fit {pattern}; leave only one there")
+        if found:
+            return found[0]
+    return None
 
 
 def load_models(weights="mini", device="cpu", dtype=torch.float32):
-    """`mini`, or a folder with our three files or the published ones."""
+    """The networks of `mini`, or of a folder with our three files or the published ones."""
     folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
     if not folder.is_dir():
-        raise MediaError(f"{folder}: no such folder of weights; give --weights mini or a folder holding cavp, ldm and align checkpoints")
-    paths = {"cavp": find_checkpoint(folder, "cavp.safetensors", "cavp*.ckpt"), "ldm": find_checkpoint(folder, "ldm.safetensors", "ldm*.ckpt"),
-             "align": find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt")}
-    for name in ("cavp", "ldm"):
-        if paths[name] is None:
-            raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; put the checkpoint there, or give another --weights DIR")
+        raise MediaError(f"{folder}: no such folder of weights; give --weights a folder that has them")
+    cavp, ldm = (find_checkpoint(folder, f"{name}.safetensors", f"{name}*.ckpt") for name in ("cavp", "ldm"))
+    align = find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt")
+    for name, path in (("cavp", cavp), ("ldm", ldm)):
+        if path is None:
+            raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another --weights")
     try:
-        cavp, ldm = CAVP.load(paths["cavp"], device), LDM.load(paths["ldm"], device)
-        align = Alignment.load(paths["align"], device) if paths["align"] else None
+        cavp, ldm, align = CAVP.load(cavp, device), LDM.load(ldm, device), align and Alignment.load(align, device)
     except TrainingError as e:
         raise MediaError(str(e)) from None
-    except (RuntimeError, KeyError, TypeError) as e:            # what load_state_dict and a strange configuration raise
+    except (RuntimeError, KeyError, TypeError) as e:        # what load_state_dict and a strange configuration raise
         reason = " ".join(str(e).split())[:160]
-        raise MediaError(f"{folder}: a checkpoint there does not fit its network ({reason}); fetch or train it again") from None
-    return Models(cavp, ldm, align, str(device), dtype, Path(folder).name)
+        raise MediaError(f"{folder}: a checkpoint there fits no network ({reason}); fetch or train it again") from None
+    if cavp.config.fps != ldm.config.fps:
+        raise MediaError(f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
+                         "take both from one training")
+    return Models(cavp, ldm, align, str(device), dtype, folder.resolve().name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,13 +255,13 @@ def load_models(weights="mini", device="cpu", dtype=torch.float32):
 def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     """(count, d) unit features of the picture from `start` on; past its `seconds` the last frame stands still.
 
-    Read a minute at a time, with the frames on either side that the features depend on: memory stays bounded, and no feature depends
-    on where a minute ends (REFERENCE 12, oddity 11).
+    Read a minute at a time, with the frames on either side that the features depend on: memory stays bounded, and no
+    feature depends on where a minute ends (REFERENCE 12, oddity 11).
     """
     profile = profile or Profile()
     fps, size = cavp.config.fps, cavp.config.size
     span = round(60 * fps)
-    shown = max(1, math.ceil(seconds * fps - 1e-6))                             # frames that begin before the picture ends
+    shown = max(1, math.ceil(seconds * fps - 1e-6))                             # frames that begin before the end
     features, frames = [], None
     for at in range(0, count, span):
         low, high = max(0, at - cavp.context), min(count, at + span + cavp.context)
@@ -274,62 +271,45 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
                 frames = data.read_frames(path, fps, size, start + low / fps, wanted / fps)[:wanted]
             else:
                 frames = frames[-1:]
-            frames = torch.cat([frames, frames[-1:].expand(high - low - len(frames), -1, -1, -1)])      # (high - low, 3, h, w)
+            still = frames[-1:].expand(high - low - len(frames), -1, -1, -1)
+            frames = torch.cat([frames, still])                                 # (high - low, 3, h, w)
         with profile("features"):
             features.append(cavp.encode_clip(frames)[at - low:][:span])
     return torch.cat(features)[:count]
 
 
 @torch.no_grad()
-def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=50.0, sampler="dpm", batch=2, progress=None, profile=None):
-    """features (f, d) -> mels (candidates, n, 128, 512) on the CPU and scores (candidates,) or None without a classifier.
+def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=50.0, sampler="dpm", batch=4,
+         progress=None, profile=None):
+    """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
-    A window's noise depends on seed, candidate and place alone, so neither the batch nor other inputs change a sound. A score is the
-    classifier's log-probability, at diffusion time 0 and averaged over windows, that sound and picture belong together.
+    A window's noise depends on seed, candidate and place alone, so neither the batch nor other inputs change a sound. A
+    score is the classifier's log-probability, at diffusion time 0 and averaged over windows, that sound and picture
+    belong together.
     """
-    profile, ldm = profile or Profile(models.device), models.ldm
-    length, fps = ldm.config.frames, models.cavp.config.fps
+    profile, ldm, align = profile or Profile(models.device), models.ldm, models.align
+    frames, width = ldm.config.frames, LATENT_SHAPE[2]
     jobs = [(c, s) for c in range(candidates) for s in starts]
-    calls = itertools.count(1)
-    step = lambda *_: progress and progress(next(calls), math.ceil(len(jobs) / batch) * steps)
+    done = itertools.count(1)
+    step = lambda *_: progress and progress(next(done), math.ceil(len(jobs) / batch) * steps)
     mels, scores = [], []
     for i in range(0, len(jobs), batch):
-        some = jobs[i:i + batch]
-        columns = [round(s / LATENT) for _, s in some]
-        x = torch.stack([noise_field(seed, c, k + LATENT_SHAPE[2])[..., k:] for (c, _), k in zip(some, columns)]).to(models.device)        # (b, 4, 16, 64)
-        v = torch.stack([features[round(s * fps / SAMPLE_RATE):][:length] for _, s in some])                                            # (b, f, d)
-        with torch.autocast(torch.device(models.device).type, torch.bfloat16, enabled=models.dtype == torch.bfloat16):
+        x, v = [], []
+        for candidate, start in jobs[i:i + batch]:
+            column = round(start / LATENT)
+            x.append(noise_field(seed, candidate, column + width)[..., column:])
+            v.append(features[round(start * ldm.config.fps / SAMPLE_RATE):][:frames])
+        x, v = torch.stack(x).to(models.device), torch.stack(v)                 # (b, 4, 16, 64), (b, f, d)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=models.dtype == torch.bfloat16):
             with profile("sampling"):
-                eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(length), cfg, models.align, v, cg)
-                z = SAMPLERS[sampler](eps, x, steps, step)
-                if models.align is not None:
-                    scores.append(models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
+                eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg)
+                z = SAMPLERS[sampler](eps, x, steps, step)                      # (b, 4, 16, 64)
+                if align is not None:
+                    scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
             with profile("autoencoder"):
-                mels.append(ldm.decode(z).float().cpu())                                                                      # (b, 128, 512)
-    mels = torch.cat(mels).view(candidates, len(starts), *mels[0].shape[1:])
+                mels.append(ldm.decode(z).float().cpu())                        # (b, 128, 512)
+    mels = torch.cat(mels).unflatten(0, (candidates, len(starts)))
     return mels, torch.cat(scores).view(candidates, -1).mean(1) if scores else None
-
-
-def vocode(mel, samples, device="cpu"):
-    """(128, columns) -> (samples,). A long sound is made in spans, changed over within 16 ms at the quietest column near a span's end:
-    phases of two spans do not fit together, and there it is not heard."""
-    cuts, columns = [0], math.ceil(samples / HOP)
-    while columns - cuts[-1] > SPAN:
-        late = mel[:, cuts[-1] + SPAN - 128:cuts[-1] + SPAN].sum(0)
-        cuts.append(cuts[-1] + SPAN - 128 + int(late.argmin()))
-    out = torch.zeros(columns * HOP)
-    rise = (torch.arange(HOP) + 0.5) / HOP
-    for a, b in zip(cuts, cuts[1:] + [columns]):
-        low, high = max(0, a - 16), min(columns, b + 16)                        # a few columns more, for the phases at the ends
-        wav = data.vocode(mel[:, low:high].to(device)).cpu()                    # ((high - low) * 256,)
-        if a:
-            wav[:(a - low) * HOP] = 0
-            wav[(a - low) * HOP:][:HOP] *= rise
-        if b < columns:
-            wav[(b - low) * HOP:][:HOP] *= 1 - rise
-            wav[(b + 1 - low) * HOP:] = 0
-        out[low * HOP:high * HOP] += wav
-    return limit(out[:samples])
 
 
 def limit(wav):
@@ -337,50 +317,68 @@ def limit(wav):
     return wav / max(1.0, float(wav.abs().max()))
 
 
+def vocode(mel, samples, device="cpu"):
+    """(128, columns) -> (samples,). A long sound is made in spans, whose phases do not fit together: they change over
+    within one column, the quietest near a span's end."""
+    cuts, columns = [0], mel.shape[1]
+    while columns - cuts[-1] > SPAN:
+        late = cuts[-1] + SPAN - 128                                            # the last 2 s of a span
+        cuts.append(late + int(mel[:, late:late + 128].sum(0).argmin()))
+    out = torch.zeros(columns * HOP)
+    rise = (torch.arange(HOP) + 0.5) / HOP
+    for a, b in itertools.pairwise([*cuts, columns]):
+        low, high = max(0, a - 16), min(columns, b + 16)                        # some columns more, for the phases
+        wav = data.vocode(mel[:, low:high].to(device)).cpu()                    # ((high - low) * HOP,)
+        share = torch.ones_like(wav)
+        if a:
+            share[:(a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
+        if b < columns:
+            share[(b - low) * HOP:] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
+        out[low * HOP:high * HOP] += share * wav
+    return limit(out[:samples])
+
+
 @dataclass
 class Result:
     wav: torch.Tensor               # (samples,) the best candidate, as long as the picture
-    wavs: dict                      # candidate -> wav: the best one, or all
+    wavs: dict                      # candidate -> its sound: the best one's, or all
     scores: list                    # of each candidate, higher is better; None without a classifier
-    best: int
+    best: int                       # its number among the candidates
     mel: torch.Tensor               # (128, columns) of the best
     starts: list                    # samples at which the windows start
-    seconds: float
+    seconds: float                  # of picture
     profile: Profile
 
 
-def interval(path, start=0.0, duration=None):
-    """Seconds of picture from `start` on, at most `duration`."""
-    whole = data.probe(path).duration
-    if start >= whole:
-        raise MediaError(f"{path}: --start {start:g} is past the end of the picture ({whole:.2f} s); start earlier")
-    return min(whole - start, math.inf if duration is None else duration)
-
-
 @torch.no_grad()
-def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=50.0, sampler="dpm", candidates=1, start=0.0, duration=None, batch=None,
-             keep_all=False, progress=None, profile=None):
-    """A video file -> Result: round(seconds * 16000) samples in time with the picture. `progress` is called with (done, all) network calls."""
+def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=50.0, sampler="dpm", candidates=1, start=0.0,
+             duration=None, batch=None, keep_all=False, progress=None, profile=None):
+    """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on.
+    `progress(done, all)` is called after every step of the sampler."""
     profile = profile or Profile(models.device)
     if models.align is None and (cg or candidates > 1):
-        raise MediaError(f"{models.name}: no alignment classifier among the weights; put align.safetensors or "
-                         "double_guidance_classifier.ckpt there, or give --cg 0 and one candidate")
+        raise MediaError(f"{models.name}: no alignment classifier among these weights; add align.safetensors or "
+                         "double_guidance_classifier.ckpt, or give --cg 0 and one candidate")
     with profile("decode"):
-        seconds = interval(video_path, start, duration)
+        whole = data.probe(video_path).duration
+    if start >= whole:
+        raise MediaError(f"{video_path}: --start {start:g} is past its end, {whole:.2f} s; start earlier")
+    seconds = min(whole - start, duration or math.inf)
     samples = max(1, round(seconds * SAMPLE_RATE))
-    fps = models.cavp.config.fps
-    starts = plan_windows(samples, fps)
-    count = round(starts[-1] * fps / SAMPLE_RATE) + models.ldm.config.frames
+    starts = plan_windows(samples, models.ldm.config.fps)
+    count = round(starts[-1] * models.ldm.config.fps / SAMPLE_RATE) + models.ldm.config.frames
     features = video_features(video_path, models.cavp, count, seconds, start, profile)
-    batch = batch or (2 if torch.device(models.device).type == "cpu" else 16)
+    batch = batch or (4 if torch.device(models.device).type == "cpu" else 16)
     mels, scores = draw(features, starts, models, seed, candidates, steps, cfg, cg, sampler, batch, progress, profile)
     best = 0 if scores is None else int(scores.argmax())
-    scores = [None] * candidates if scores is None else scores.tolist()
-    wavs, shown = {}, math.ceil(samples / HOP)
+    wavs = {}
     with profile("vocoder"):
+        columns = math.ceil(samples / HOP)
         for k in range(candidates) if keep_all else [best]:
-            wavs[k] = vocode(join_windows(mels[k], starts)[:, :shown], samples, models.device)
-    return Result(wavs[best], wavs, scores, best, join_windows(mels[best], starts)[:, :shown], starts, seconds, profile)
+            wavs[k] = vocode(join_windows(mels[k], starts)[:, :columns], samples, models.device)
+        mel = join_windows(mels[best], starts)[:, :columns]
+    scores = [None] * candidates if scores is None else scores.tolist()
+    return Result(wavs[best], wavs, scores, best, mel, starts, seconds, profile)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,54 +386,60 @@ def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=50.0, sampler="dp
 
 def draw_plot(path, source, result, start):
     """Frames, spectrogram and waveform on one time axis."""
-    from matplotlib.figure import Figure            # slow to import; no window system needed
+    from matplotlib.figure import Figure                    # slow to import, and needed here alone
     seconds, count = result.seconds, 12
-    frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[:count]    # (f, 3, h, w)
     figure = Figure((12, 6), layout="constrained")
     strip, mel, wave = figure.subplots(3, 1, sharex=True, height_ratios=(1, 2, 1))
-    for k, frame in enumerate(frames):
-        strip.imshow(frame.permute(1, 2, 0), extent=(k * seconds / count, (k + 1) * seconds / count, 0, 1), aspect="auto")
+    frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[:count]
+    for k, frame in enumerate(frames):                      # (3, h, w)
+        extent = (k * seconds / count, (k + 1) * seconds / count, 0, 1)
+        strip.imshow(frame.permute(1, 2, 0), extent=extent, aspect="auto")
     strip.set(yticks=[], ylim=(0, 1), title=Path(source).name)
-    mel.imshow(result.mel, origin="lower", aspect="auto", extent=(0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, len(result.mel)), vmin=0, vmax=1)
+    extent = (0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, result.mel.shape[0])
+    mel.imshow(result.mel, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
     mel.set(ylabel="mel band")
     wave.plot(torch.arange(len(result.wav)) / SAMPLE_RATE, result.wav, linewidth=0.5)
     wave.set(xlim=(0, seconds), ylim=(-1, 1), xlabel="seconds", ylabel="sound")
     figure.savefig(path, dpi=100)
 
 
+def mix(source, result, args):
+    """The clip's own sound under every candidate."""
+    if not data.probe(source).has_audio:
+        warnings.warn(f"{source}: has no sound of its own; --keep-audio adds nothing", stacklevel=2)
+        return
+    own = data.read_audio(source, args.start, len(result.wav) / SAMPLE_RATE) * 10 ** (args.keep_audio / 20)
+    result.wavs = {k: limit(wav + own) for k, wav in result.wavs.items()}
+    result.wav = result.wavs[result.best]
+
+
 def dub(source, target, models, args, profile, progress=None):
-    """One input: generate, mix, write every file or none. `target` is the output without its suffix. -> the line for --json."""
-    seconds = interval(source, args.start, args.duration)
-    result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates, args.start, args.duration,
-                      args.batch, args.keep_all, progress, profile)
+    """One input: generate, mix, write all files or none. `target` is the output without its suffix. -> --json's line"""
+    result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates,
+                      args.start, args.duration, args.batch, args.keep_all, progress, profile)
     if args.keep_audio is not None:
         with profile("decode"):
-            own = data.read_audio(source, args.start, seconds)[:len(result.wav)] * 10 ** (args.keep_audio / 20)
-        own = torch.nn.functional.pad(own, (0, len(result.wav) - len(own)))
-        result.wavs = {k: limit(wav + own) for k, wav in result.wavs.items()}
-        result.wav = result.wavs[result.best]
-    tags = {"comment": f"AI-generated sound: diff-foley {models.name}, seed {args.seed}, {VERSION}"}
-    trim = {"start": args.start, "duration": args.duration} if args.start or args.duration is not None else {}
-    video, wave = Path(f"{target}{data.output_suffix(source)}"), Path(f"{target}.wav")
-    with ExitStack() as stack:                      # everything under temporary names first
-        new = lambda path: stack.enter_context(data.whole(path))
+            mix(source, result, args)
+    tags = {"comment": f"AI-generated sound: diff-foley {models.name}, seed {args.seed}, version {VERSION}"}
+    video, wave = f"{target}{data.output_suffix(source)}", f"{target}.wav"
+    every = [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs] if args.keep_all else []
+    with ExitStack() as stack:                              # all under temporary names first
         with profile("writing"):
-            data.write_video(source, result.wav, new(video), tags, **trim)
-            data.write_wav(new(wave), result.wav, tags)
-            kept = []
-            for k, wav in result.wavs.items() if args.keep_all else ():
-                kept.append({"wav": f"{target}.{k}.wav", "score": result.scores[k]})
-                data.write_wav(new(Path(kept[-1]["wav"])), wav, tags)
+            part = stack.enter_context(data.whole(video))
+            data.write_video(source, result.wav, part, tags, args.start, args.duration)
+            for path, wav in [(wave, result.wav), *zip((c["wav"] for c in every), result.wavs.values())]:
+                data.write_wav(stack.enter_context(data.whole(path)), wav, tags)
         if args.plot:
             with profile("plot"):
-                draw_plot(new(Path(f"{target}.png")), source, result, args.start)
-    return {"input": str(source), "output": str(video), "wav": str(wave), "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
-            "windows": len(result.starts), "seed": args.seed, "score": result.scores[result.best], "profile": profile.table(),
-            **({"candidates": kept} if args.keep_all else {})}
+                draw_plot(stack.enter_context(data.whole(f"{target}.png")), source, result, args.start)
+    line = {"input": str(source), "output": video, "wav": wave, "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
+            "windows": len(result.starts), "seed": args.seed, "score": result.scores[result.best],
+            "profile": profile.table()}
+    return line | ({"candidates": every} if every else {})
 
 
 def plan_outputs(inputs, out):
-    """-> [(video, output without suffix, reason why it cannot be done or None)], every video once."""
+    """-> [(video, output without its suffix, or None and why there is none)], every video once."""
     jobs, seen, taken = [], set(), {}
     for given in inputs:
         try:
@@ -449,55 +453,63 @@ def plan_outputs(inputs, out):
             seen.add(video.resolve())
             target = (out or video.parent) / f"{video.stem}.foley"
             other = taken.setdefault(target.resolve(), video)
-            clash = None if other is video else f"{video}: {target}.wav is already the sound of {other}; rename one of the two, or do it alone with another --out"
-            jobs.append((video, target, clash))
+            clash = f"{video}: {other} has the same output {target}; rename one, or do it alone with another --out"
+            jobs.append((video, target, None) if other is video else (video, None, clash))
     return jobs
 
 
-def print_profile(rows, file):
-    print(f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}", *(f"{k:<12}{v['seconds']:>9.2f}{v['peak_mib']:>10.0f}" for k, v in rows.items()), sep="\n", file=file)
+def report(line, args):
+    """What one input came to: on stdout as JSON or in words, mistakes on stderr."""
+    if "error" in line:
+        print(f"sample.py: {line['error']}", file=sys.stderr)
+    elif not args.json:
+        print(f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}", flush=True)
+    if args.json:
+        print(json.dumps(line), flush=True)
+    if args.profile and "error" not in line:
+        print(f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}", *(
+            f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}" for stage, row in line["profile"].items()),
+            sep="\n", file=sys.stderr if args.json else sys.stdout)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("sample.py: --device cuda: torch finds no CUDA device; use --device cpu", file=sys.stderr)
+        print("sample.py: --device cuda: torch finds no CUDA device; give --device cpu", file=sys.stderr)
         return 2
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device == "cuda" else torch.float32
-    profile = Profile(device, STARTED)
+    half = args.dtype == "bfloat16" or args.dtype == "auto" and device == "cuda"
     try:
-        with profile("loading", STARTED):
-            models = load_models(args.weights, device, dtype)
+        models = load_models(args.weights, device, torch.bfloat16 if half else torch.float32)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-    except (MediaError, OSError) as e:
-        print(f"sample.py: {e}" if isinstance(e, MediaError) else f"sample.py: --out {args.out}: {e.strerror}; give another folder", file=sys.stderr)
+    except MediaError as e:
+        print(f"sample.py: {e}", file=sys.stderr)
         return 1
+    except OSError as e:
+        print(f"sample.py: --out {args.out}: {e.strerror}; give another folder", file=sys.stderr)
+        return 1
+    profile = Profile(device, STARTED)
+    profile.add("loading", time.perf_counter() - STARTED)   # imports and weights; counted with the first input
     failed = 0
     for video, target, error in plan_outputs(args.inputs, args.out):
         with warnings.catch_warnings(), tqdm(desc=Path(video).name, unit="step", leave=False, disable=None) as bar:
-            warnings.simplefilter("ignore")                                     # but for what `data` has to say of this file
+            warnings.simplefilter("ignore")                 # but for what `data` has to say about this very file
             warnings.filterwarnings("once", re.escape(str(video)))
             warnings.showwarning = lambda message, *_: print(f"sample.py: {message}", file=sys.stderr)
 
-            def progress(done, all_calls):
-                bar.total = all_calls
+            def progress(done, total):
+                bar.total = total
                 bar.update(done - bar.n)
 
             try:
-                line = {"input": str(video), "error": error} if error else dub(video, target, models, args, profile, progress)
+                line = {"input": str(video), "error": error}
+                if error is None:
+                    line = dub(video, target, models, args, profile, progress)
             except MediaError as e:
-                line = {"input": str(video), "error": str(e)}
-        if "error" in line:
-            failed += 1
-            print(f"sample.py: {line['error']}", file=sys.stderr)
-        if args.json:
-            print(json.dumps(line), flush=True)
-        elif "error" not in line:
-            print(f"{line['output']}  {line['seconds']:.2f} s, {line['windows']} window{'s' * (line['windows'] > 1)}", flush=True)
-        if args.profile and "error" not in line:
-            print_profile(line["profile"], sys.stderr if args.json else sys.stdout)
+                line["error"] = str(e)
+        report(line, args)
+        failed += "error" in line
         profile = Profile(device)
     return 1 if failed else 0
 

@@ -1,4 +1,5 @@
-"""The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are tiny and random, but the real classes."""
+"""The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are tiny and random, but
+of the real classes."""
 import json
 import math
 import shutil
@@ -40,9 +41,11 @@ def shuffled(model, seed):
 @pytest.fixture(scope="session")
 def models():
     torch.manual_seed(0)
-    cavp = CAVP(CAVPConfig(fps=FPS, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(True,) * 4, audio_widths=(4,) * 6, embed_dim=16))
-    ldm = LDM(LDMConfig(**TIME, unet=UNET, vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)))
-    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(Alignment(AlignmentConfig(**TIME, unet=UNET)), 3), name="tiny")
+    cavp = CAVP(CAVPConfig(fps=FPS, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(True,) * 5,
+                           audio_widths=(4,) * 6, embed_dim=16))
+    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
+    ldm, align = LDM(LDMConfig(**TIME, unet=UNET, vae=vae)), Alignment(AlignmentConfig(**TIME, unet=UNET))
+    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
 
 
 @pytest.fixture(scope="session")
@@ -103,9 +106,9 @@ def test_windows_cover_overlap_and_never_slip(fps):
     for samples in lengths:
         starts = sample.plan_windows(samples, fps)
         assert starts[0] == 0 and starts[-1] + WINDOW >= samples
-        assert all(s % HOP == 0 and (s / frame).denominator == 1 for s in starts)           # whole columns, whole features
+        assert all(s % HOP == 0 and (s / frame).denominator == 1 for s in starts)       # whole columns, whole features
         assert all(b - a <= WINDOW - SAMPLE_RATE and b > a for a, b in zip(starts, starts[1:]))
-        assert len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4              # no window mostly past the end
+        assert len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4          # no window mostly past the end
         if fps == 15.625:
             assert all(s % sample.LATENT == 0 for s in starts)
 
@@ -130,17 +133,19 @@ def test_join_keeps_what_windows_agree_on_and_sums_amplitudes():
     whole = torch.rand(128, starts[-1] // HOP + 512, generator=torch.Generator().manual_seed(0))
     mels = torch.stack([whole[:, s // HOP:][:, :512] for s in starts])
     assert torch.allclose(sample.join_windows(mels, starts), whole, atol=1e-5)
-    mels[0] = 0.0                                                   # halfway through the fade only the other one's half is left
+    mels[0] = 0.0                                               # half-way through the fade the other one's half is left
     middle = (starts[1] + WINDOW) // 2 // HOP
     joined = sample.join_windows(mels, starts)
-    loss = 20 * 5 * (whole - joined)[:, middle - 1:middle + 1][whole[:, middle - 1:middle + 1] > 0.5]   # dB, well above the floor
+    there = slice(middle - 1, middle + 1)
+    loss = 20 * 5 * (whole - joined)[:, there][whole[:, there] > 0.5]                       # dB, well above the floor
     assert loss.min() > 5 and loss.max() < 7
 
 
 def test_noise_is_shared_where_windows_overlap_and_between_lengths():
     field = sample.noise_field(3, 0, 500)
     assert torch.equal(field[..., :96], sample.noise_field(3, 0, 96))
-    assert not torch.equal(field, sample.noise_field(3, 1, 500)) and not torch.equal(field, sample.noise_field(4, 0, 500))
+    for seed, candidate in ((3, 1), (4, 0)):
+        assert abs((field * sample.noise_field(seed, candidate, 500)).mean()) < 0.03        # independent
     assert abs(field.std() - 1) < 0.02 and abs(field.mean()) < 0.02
 
 
@@ -148,7 +153,8 @@ def test_noise_is_shared_where_windows_overlap_and_between_lengths():
 # time: a model that sounds a click in the very columns whose frame is white
 
 class Seer:
-    """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a column; a mel with four columns a frame."""
+    """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a column; a mel with
+    four columns a frame."""
     config = SimpleNamespace(fps=FPS, size=8, frames=128)
     context = 0
 
@@ -169,7 +175,7 @@ class Seer:
 
     def decode(self, z):
         lit = torch.stack([z[:, 0, 0], z[:, 0, 1]], dim=-1).flatten(1) > 0.5                # (b, 128)
-        first = torch.cat([lit[:, :1], lit[:, 1:] & ~lit[:, :-1]], dim=1)                   # the hit is where white begins
+        first = torch.cat([lit[:, :1], lit[:, 1:] & ~lit[:, :-1]], dim=1)                   # a hit where white begins
         mel = torch.zeros(len(z), 128, 512)
         mel[:, :, 0::4] = 0.8 * first[:, None]
         return mel
@@ -203,7 +209,7 @@ def test_long_sound_is_vocoded_in_spans_without_slip_or_hole(monkeypatch):
         near = out[max(0, k - 4000):k + 4000].abs()
         assert abs(int(near.argmax()) - min(k, 4000)) < 256
     level = torch.stack([w.square().mean().sqrt() for w in torch.cat([out, torch.zeros(77)]).split(2560)])
-    assert level.min() > 0.01                                                               # nowhere a hole where spans meet
+    assert level.min() > 0.01                                       # no hole where spans meet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ def test_same_seed_same_sound_at_any_batch(models, tmp_path):
     for k in range(2):
         assert (one.wavs[k] - all_at_once.wavs[k]).norm() < 1e-2 * one.wavs[k].norm()
     alone = sample.generate(video, models, seed=5, steps=3, batch=1)
-    assert torch.equal(alone.wav, one.wavs[0])                                              # a candidate does not depend on how many there are
+    assert torch.equal(alone.wav, one.wavs[0])                      # however many candidates there are
     other = sample.generate(video, models, seed=6, steps=3, batch=1)
     assert (alone.wav - other.wav).norm() > 0.1 * alone.wav.norm()
 
@@ -267,27 +273,27 @@ def test_without_classifier_guidance_must_be_off(models, clip):
 
 def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_path):
     out = tmp_path / "new" / "folder"
-    status, lines, err = run(capsys, clip, "--out", out, "--weights", weights, "--steps", 2, "--json", "--profile", "--plot")
+    flags = ("--out", out, "--weights", weights, "--steps", 2)
+    status, lines, err = run(capsys, clip, *flags, "--json", "--profile", "--plot")
     assert status == 0
     line = json.loads(lines[0])
     assert set(line) == {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
     assert line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
     assert {p.name for p in out.iterdir()} == {"clip.foley.mp4", "clip.foley.wav", "clip.foley.png"}
     stages = ["loading", "decode", "features", "sampling", "autoencoder", "vocoder", "writing", "plot", "total"]
-    assert list(line["profile"]) == stages and [e.split()[0] for e in err[1:]] == stages
+    assert list(line["profile"]) == stages and [e.split()[0] for e in err] == ["stage"] + stages
     parts = sum(line["profile"][s]["seconds"] for s in stages[1:-1])
-    assert 0 < parts <= line["profile"]["total"]["seconds"] and all(v["peak_mib"] > 50 for v in line["profile"].values())
+    assert 0 < parts <= line["profile"]["total"]["seconds"]
+    assert all(row["peak_mib"] > 50 for row in line["profile"].values())
     assert abs(data.probe(line["output"]).duration - 2.0) < 0.04
+    assert abs(len(data.read_audio(line["output"])) - 2 * SAMPLE_RATE) <= 1024             # an AAC frame
     for name in (line["output"], line["wav"]):
-        sound = data.read_audio(name) if name.endswith("mp4") else None
-        assert sound is None or abs(len(sound) - 2 * SAMPLE_RATE) <= 1024
-        with av.open(name) as media:
-            comment = next(v for k, v in media.metadata.items() if k.lower() == "comment")
-            assert comment.startswith("AI-generated sound: diff-foley tiny, seed 0")
+        assert data.read_tags(name)["comment"].startswith("AI-generated sound: diff-foley tiny, seed 0")
 
 
 def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, tmp_path):
-    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", "--candidates", 3, "--keep-all")
+    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json",
+                           "--candidates", 3, "--keep-all")
     line = json.loads(lines[0])
     assert status == 0 and len(line["candidates"]) == 3
     assert line["score"] == max(c["score"] for c in line["candidates"])
@@ -316,12 +322,13 @@ def test_two_inputs_of_one_name_are_told_apart(capsys, clip, weights, tmp_path):
         (tmp_path / folder).mkdir()
         shutil.copy(clip, tmp_path / folder / "clip.mp4")
     out = tmp_path / "out"
-    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "b", "--out", out, "--weights", weights, "--steps", 1, "--json")
+    flags = ("--weights", weights, "--steps", 1, "--json")
+    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "b", "--out", out, *flags)
     assert status == 1 and len(lines) == 2 and len(err) == 1 and "rename" in err[0]
     assert "output" in json.loads(lines[0]) and "error" in json.loads(lines[1])
-    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "a" / "clip.mp4", "--weights", weights, "--steps", 1, "--json")
+    status, lines, err = run(capsys, tmp_path / "a", tmp_path / "a" / "clip.mp4", *flags)
     assert status == 0 and len(lines) == 1                          # named twice, done once
-    status, lines, err = run(capsys, tmp_path / "a", "--weights", weights, "--steps", 1, "--json")
+    status, lines, err = run(capsys, tmp_path / "a", *flags)
     assert status == 0 and len(lines) == 1                          # its own output is no input; written over
 
 
@@ -348,7 +355,8 @@ def bad_files(folder):
 
 def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_path):
     bad = bad_files(tmp_path / "bad")
-    status, lines, err = run(capsys, *bad, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1, "--json")
+    flags = ("--out", tmp_path / "out", "--weights", weights, "--steps", 1, "--json")
+    status, lines, err = run(capsys, *bad, clip, *flags)
     assert status == 1 and len(lines) == len(bad) + 1 and len(err) == len(bad)
     for path, line, message in zip(bad, lines, err):
         assert message.startswith(f"sample.py: {path}: ") and ";" in message
@@ -393,8 +401,8 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
     assert not [p for p in tmp_path.iterdir() if ".foley" in p.name]
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"], ["--sampler", "euler"],
-                                   ["--duration", "0"], ["--nonsense"], ["--keep-audio", "loud"], []])
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"],
+                                   ["--nonsense"], ["--sampler", "euler"], ["--duration", "0"], ["--keep-audio", "loud"], []])
 def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
     status, lines, err = run(capsys, *(["clip.mp4"] if flags else []), *flags)
     assert status == 2 and not lines and len(err) == 1 and err[0].startswith("sample.py: ") and "--help" in err[0]
@@ -402,12 +410,14 @@ def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
 
 def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
     shutil.copy(clip, tmp_path / "-clip.mp4")
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "1", "--", "-clip.mp4"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "1", "--", "-clip.mp4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "-clip.foley.mp4").exists() and (tmp_path / "-clip.foley.wav").exists()
-    usage = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"], capture_output=True, text=True)
-    assert usage.returncode == 0 and "--candidates" in usage.stdout and "torch" not in usage.stderr     # answered before the slow import
+    usage = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"],
+                           capture_output=True, text=True)
+    assert usage.returncode == 0 and "--candidates" in usage.stdout
+    assert "argparse" in usage.stderr and "torch" not in usage.stderr           # answered before the slow import
 
 
 def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
@@ -417,6 +427,6 @@ def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         job.wait(6)                                                 # well into sampling
     job.send_signal(2)
-    _, err = job.communicate(timeout=20)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 130 and err.splitlines() == ["sample.py: stopped; finished outputs are kept"]
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
