@@ -1,0 +1,77 @@
+"""What the training loops feed their networks: clips cut together, moments weighed, right and wrong pairings."""
+import dataclasses
+
+import pytest
+import torch
+
+import cavp
+import data
+import ldm
+
+
+@pytest.mark.parametrize("preset", ["mini", "paper"])
+def test_clips_are_cut_where_their_first_frame_starts(preset):
+    config = dataclasses.replace(cavp.PRESETS[preset], size=2)
+    frames = 40 if preset == "paper" else config.frames
+    per_frame = round(data.SAMPLE_RATE / config.fps)
+    number = torch.arange(frames, dtype=torch.uint8)
+    video = number[None, :, None, None, None].expand(2, -1, 3, 2, 2)
+    wav = torch.zeros(2, frames * per_frame)
+    wav[:, 24 * per_frame + per_frame // 2:][:, :16] = 0.9                        # a click in the middle of frame 24
+    videos, mel = cavp.cut_clips(video, wav, config, torch.Generator().manual_seed(3))
+    assert len(videos) == len(mel) == 2 * config.clips and videos.shape[1] == config.frames
+    for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
+        inside = (clip == 24).nonzero().flatten()
+        if len(inside):
+            heard = level.mean(0).argmax().item() * data.HOP / per_frame           # in frames of this clip
+            assert inside[0] <= heard < inside[0] + 1
+    if preset == "paper":
+        starts = videos[:, 0, 0, 0, 0].long().view(2, 3)
+        assert (starts.diff(dim=1) >= 8).all() and (starts[:, 0] <= 8).all() and (starts[:, 2] <= 24).all()
+
+
+def test_loud_moments_weigh_and_silent_ones_are_still_negatives():
+    mel = torch.zeros(1, 128, 64)
+    mel[:, :, 21] = 0.5                                                           # in the second of four segments
+    weights = cavp.loudness_rise(mel, 4)
+    assert weights.argmax() == 1 and weights[0, 1] > 100 * weights[0, [0, 2, 3]].max()
+    g = torch.Generator().manual_seed(0)
+    video, audio = (torch.nn.functional.normalize(torch.randn(4, 8, generator=g), dim=1).requires_grad_() for _ in range(2))
+    only_one = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    inter, intra = cavp.contrastive_loss(video, audio, 10.0, 2, only_one)
+    logits = 10 * video @ audio.T
+    by_hand = (torch.nn.functional.cross_entropy(logits[1:2], torch.tensor([1])) + torch.nn.functional.cross_entropy(logits.T[1:2], torch.tensor([1]))) / 2
+    assert torch.isclose(inter, by_hand)
+    assert intra < inter                                                          # two candidates instead of four
+    inter.backward()
+    assert (audio.grad[[0, 2, 3]].abs().sum(1) > 0).all()                         # pushed away although no anchors themselves
+
+
+def test_pairings_are_what_their_labels_say():
+    b, f = 400, 128
+    clip = torch.arange(b)[:, None].expand(b, f)
+    moment = torch.arange(f).expand(b, f)
+    features, label = ldm.pairings(torch.stack([clip, moment], 2).float(), torch.Generator().manual_seed(0))
+    same_clip = (features[:, :, 0] == clip).all(1)
+    on_time = (features[:, :, 1] == moment).all(1)
+    assert torch.equal(label[:, 0] == 1, same_clip & on_time)
+    moved = same_clip & ~on_time
+    assert 0.4 < label.mean() < 0.6 and 0.15 < moved.float().mean() < 0.35 and 0.15 < (~same_clip).float().mean() < 0.35
+    shift = (features[moved][:, 0, 1]).minimum(f - features[moved][:, 0, 1])       # frames, the short way round
+    assert shift.min() >= f // 40 and shift.max() > f // 3
+
+
+@pytest.mark.parametrize("model", [ldm.LDM(ldm.PRESETS["mini"][0]).unet, ldm.Alignment(ldm.PRESETS["mini"][1]).model], ids=["unet", "classifier"])
+def test_aligned_condition_reaches_its_own_columns(model):
+    """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""
+    context = torch.zeros(1, 128, 128)
+    seen = []
+    hook = model.input_blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for token in (None, 40, 41):
+            if token is not None:
+                context[0, token] = 1
+            model.down(torch.zeros(1, 4, 16, 64), torch.zeros(1), context)
+    hook.remove()
+    changed = (seen[2] - seen[0]).abs().sum((0, 1, 2)) > 0
+    assert changed.nonzero().flatten().tolist() == [20]
