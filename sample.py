@@ -82,7 +82,7 @@ def parse_arguments(argv=None):
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
     g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
-                   help="windows in one network call; default: 4 on a CPU, 16 on a GPU")
+                   help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, spectrogram, waveform on one time axis")
     g.add_argument("--profile", action="store_true", help="print seconds and peak memory of each stage")
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
@@ -279,13 +279,13 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
 
 
 @torch.no_grad()
-def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=50.0, sampler="dpm", batch=4,
+def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=50.0, sampler="dpm", batch=1,
          progress=None, profile=None):
     """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
-    A window's noise depends on seed, candidate and place alone, so neither the batch nor other inputs change a sound. A
-    score is the classifier's log-probability, at diffusion time 0 and averaged over windows, that sound and picture
-    belong together.
+    A window's noise depends on seed, candidate and place alone: other inputs do not change a sound, nor, with a batch of
+    one, do other candidates; a larger batch changes it by float rounding. A score is the classifier's log-probability,
+    at diffusion time 0 and averaged over windows, that sound and picture belong together.
     """
     profile, ldm, align = profile or Profile(models.device), models.ldm, models.align
     frames, width = ldm.config.frames, LATENT_SHAPE[2]
@@ -368,7 +368,7 @@ def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=50.0, sampler="dp
     starts = plan_windows(samples, models.ldm.config.fps)
     count = round(starts[-1] * models.ldm.config.fps / SAMPLE_RATE) + models.ldm.config.frames
     features = video_features(video_path, models.cavp, count, seconds, start, profile)
-    batch = batch or (4 if torch.device(models.device).type == "cpu" else 16)
+    batch = batch or (1 if torch.device(models.device).type == "cpu" else 16)
     mels, scores = draw(features, starts, models, seed, candidates, steps, cfg, cg, sampler, batch, progress, profile)
     best = 0 if scores is None else int(scores.argmax())
     wavs = {}

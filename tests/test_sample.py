@@ -402,7 +402,8 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"],
-                                   ["--nonsense"], ["--sampler", "euler"], ["--duration", "0"], ["--keep-audio", "loud"], []])
+                                   ["--nonsense"], ["--sampler", "euler"], ["--duration", "0"],
+                                   ["--keep-audio", "loud"], []])
 def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
     status, lines, err = run(capsys, *(["clip.mp4"] if flags else []), *flags)
     assert status == 2 and not lines and len(err) == 1 and err[0].startswith("sample.py: ") and "--help" in err[0]
