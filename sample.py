@@ -287,7 +287,7 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=5
     """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
     A window's noise depends on seed, candidate and place alone: other inputs do not change a sound, nor, with a batch
-    of one, do other candidates; a larger batch changes it by float rounding. A score is the classifier's log-probability,
+    of one, do other candidates; a larger batch changes it by rounding. A score is the classifier's log-probability,
     at diffusion time 0 and averaged over windows, that sound and picture belong together.
     """
     profile, ldm, align = profile or Profile(models.device), models.ldm, models.align
