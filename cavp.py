@@ -32,7 +32,7 @@ import training
 
 @dataclass(frozen=True)
 class CAVPConfig:
-    """The paper preset's sizes (REFERENCE 1, 2)."""
+    """The paper preset's sizes (official `cavp_modules.py`, `cavp_model.py`)."""
     fps: float = 4.0
     size: int = 224                                     # of the square frames
     video_width: int = 64
@@ -51,7 +51,8 @@ PRESETS = {
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
-RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1), "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
+RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1),
+           "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
 
@@ -104,7 +105,7 @@ class Bottleneck3d(nn.Module):
 
 
 class SlowOnly(nn.Module):
-    """ResNet-50 over frames, nothing strides over time (Feichtenhofer et al. 2019; REFERENCE 1)."""
+    """ResNet-50 over frames, nothing strides over time (Feichtenhofer et al. 2019)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -147,7 +148,7 @@ class ConvBlock(nn.Module):
 
 
 class Cnn14(nn.Module):
-    """PANNs' Cnn14 (Kong et al. 2020), 16 times shorter in time only (REFERENCE 2)."""
+    """PANNs' Cnn14 (Kong et al. 2020), 16 times shorter in time."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -233,7 +234,8 @@ def symmetric_cross_entropy(logits, weights):
 
 
 def contrastive_loss(video, audio, scale, clips, weights=None):
-    """video, audio: unit (n*clips, d), the clips of one video in a row -> L_inter, L_intra (Sec. 3.1, Eq. 2-4; REFERENCE 11).
+    """video, audio: unit (n*clips, d), the clips of one video in a row -> L_inter, L_intra (Sec. 3.1, Eq. 2-4; official
+    `open_clip/loss.py` 451).
     The inter term's negatives include the other clips of the same video, as published; L = L_inter + L_intra.
     weights (n*clips,): how much each clip counts as an anchor; all count as negatives. None: all alike, as published."""
     weights = torch.ones(len(video), device=video.device) if weights is None else weights
@@ -294,7 +296,7 @@ def train(args):
     clips = data.Clips(args.data, fps=config.fps, size=config.size, frames=span, seed=args.seed)
     run = training.Run(args, model, optimizer, asdict(config), ema)
     loader = training.batches(clips, args, start=run.step)
-    # consecutive segments of one window could be told apart by their distance to its zero-padded ends: leave out those that feel them
+    # consecutive segments of one window could be told apart by their distance to its zero-padded ends, so those are left out
     edge = math.ceil(model.context / config.video_pool) if config.clips == 1 else 0
     for step in run:
         for group in optimizer.param_groups:
@@ -306,8 +308,9 @@ def train(args):
             a = model.encode_audio(mel.to(device), pool=True, normalize=False)
         v, a = (F.normalize(x.float(), dim=-1).view(args.batch, -1, config.embed_dim) for x in (v, a))   # (b, segments, 512)
         v, a = v[:, edge:v.shape[1] - edge], a[:, edge:a.shape[1] - edge]
-        weights = loudness_rise(mel.to(device), v.shape[1] + 2 * edge)[:, edge:v.shape[1] + edge].flatten() if args.by_loudness else None
-        segments = v.shape[1]
+        segments, weights = v.shape[1], None
+        if args.by_loudness:
+            weights = loudness_rise(mel.to(device), segments + 2 * edge)[:, edge:segments + edge].flatten()
         v, a = v.flatten(0, 1), a.flatten(0, 1)                                          # (b*segments, 512)
         inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments, weights)
         loss = inter + intra
@@ -345,7 +348,8 @@ def extract(args):
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
-    p.add_argument("--by-loudness", type=int, help="1: moments count as anchors by how far their sound rises above the clip's median; 0: all alike, as published")
+    p.add_argument("--by-loudness", type=int, choices=(0, 1), help="1: moments count as anchors by how far their sound rises "
+                   "above the clip's median; 0: all alike, as published; the preset's by default")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
     args = p.parse_args(argv)
     try:

@@ -735,7 +735,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 class Sounds(Clips):
-    """Windows of the sound alone, for the autoencoder: item {"wav": float32 (samples,)}. A "frame" is one mel column here."""
+    """Windows of the sound alone, for the autoencoder: {"wav": float32 (samples,)}; a "frame" is one mel column here."""
 
     def __init__(self, root, samples, seed=0):
         super().__init__(root, SAMPLE_RATE / HOP, None, samples // HOP, seed)
@@ -756,7 +756,7 @@ class Pairs(torch.utils.data.Dataset):
     """Features and sound of one model window, for stage 2, from the folder that `cavp.py --extract` wrote.
 
     item  {"features": float32 (frames, 512), "wav": float32 (WINDOW,)}, a pure function of (seed, index), see Clips
-    merge  share of the items that are two clips joined in time (split-and-merge augmentation, Sec. 4; REFERENCE 11), with
+    merge  share of the items that are two clips joined in time (split-and-merge augmentation of stage 2), with
            the sound cut at the sample where the second one's first frame starts (officially up to 0.25 s beside it)
     roll   share of the items whose features and sound are rotated in time by the same amount
     A clip shorter than the window ends in its last feature and in silence."""
@@ -765,11 +765,13 @@ class Pairs(torch.utils.data.Dataset):
         self.fps, self.frames, self.merge, self.roll, self.seed = fps, frames, merge, roll, seed
         self.files = sorted(Path(root).glob("*.safetensors"))
         if not self.files:
-            raise MediaError(f"{root}: no features here; write them with python cavp.py --data CLIPS --init CAVP --extract {root}")
+            raise MediaError(f"{root}: no features here; write them with "
+                             f"python cavp.py --data CLIPS --init CAVP --extract {root}")
         with safetensors.safe_open(self.files[0], "pt") as file:
             made = float((file.metadata() or {}).get("fps", 0))
         if made != fps:
-            raise MediaError(f"{root}: features at {made:g} a second, the model needs {fps:g}; extract them with a CAVP of the same preset")
+            raise MediaError(f"{root}: features at {made:g} a second, the model needs {fps:g}; "
+                             "extract them with a CAVP of the same preset")
 
     def __len__(self):
         return len(self.files)

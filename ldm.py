@@ -9,7 +9,7 @@ out  OUT/last.safetensors: U-Net, conditioner and autoencoder in one file (or th
 Sampling is three independent parts: `guided_eps` makes one function eps(x, t) of the networks, the condition and both guidance
 scales; `dpm_solver`, `ddim` and `plms` are pure functions of any such eps; `sample.py` plans windows around them.
 
-Differs from the official code (REFERENCE 12, 13): the unconditional branch is the conditioner of zero features, as in training;
+Differs from the official code: the unconditional branch is the conditioner of zero features, as in training;
 the classifier sees its own projection of exactly the window's features; every sampler takes every guidance; S steps of DDIM are S;
 log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame starts. The mini preset adds the condition to the
 latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
@@ -34,7 +34,7 @@ LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The paper preset's sizes (REFERENCE 5: Stable Diffusion 1.x)."""
+    """The paper preset's sizes: Stable Diffusion 1.x's, official `diffusionmodules/openai_unetmodel.py`."""
     width: int = 320
     multipliers: tuple = (1, 2, 4, 4)
     blocks: int = 2                 # residual blocks a level on the way down, one more on the way up
@@ -57,7 +57,7 @@ class LDMConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The official double-guidance classifier's sizes (REFERENCE 6)."""
+    """The official double-guidance classifier's sizes (`double_guidance/alignment_backbone.py`)."""
     fps: float = 4.0
     frames: int = 32
     positions: int = 40
@@ -69,8 +69,9 @@ class AlignmentConfig:
 MINI = dict(fps=15.625, frames=128, positions=128)
 PRESETS = {
     "paper": (LDMConfig(), AlignmentConfig()),
-    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"], unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4),
-                                                                        heads=3, context_dim=128, groups=16, aligned=2)),
+    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"],
+                       unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4), heads=3,
+                                       context_dim=128, groups=16, aligned=2)),
              AlignmentConfig(**MINI, unet=UNetConfig(width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4,
                                                      context_dim=128, groups=16, aligned=2))),
 }
@@ -81,7 +82,7 @@ RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=200, merge=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# noise schedule (REFERENCE 7)
+# noise schedule (official `diffusionmodules/util.py`: square roots evenly spaced, called "linear" there)
 
 def make_schedule():
     """The 12 buffers of the official checkpoints, float32 (1000,), computed in float64; v_posterior = 0."""
@@ -135,7 +136,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(),
+                                        nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.out_layers[3].weight)
         nn.init.zeros_(self.out_layers[3].bias)
@@ -322,7 +324,8 @@ class Classifier(Backbone):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, self.out_width), nn.SiLU(), nn.Conv2d(self.out_width, cfg.width, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, self.out_width), nn.SiLU(),
+                                 nn.Conv2d(self.out_width, cfg.width, 3, padding=1))
         self.classifier = nn.Linear(cfg.width, 1)
 
     def forward(self, x, t, context):
@@ -337,6 +340,9 @@ class Conditioner(nn.Module):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
         self.pos_emb = nn.Embedding(positions, context_dim)
+        # features are unit vectors, entries of 0.04: torch's default start would bury them 40 times under the positions
+        nn.init.normal_(self.embedder[0].weight)
+        nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
         return self.embedder(features) + self.pos_emb.weight[:features.shape[1]]
@@ -372,7 +378,7 @@ class LDM(nn.Module):
 
     def null_context(self, frames):
         """The unconditional branch as trained: the conditioner of zero features, (1, f, context_dim)."""
-        return self.conditioner(torch.zeros(1, frames, self.config.feature_dim, device=self.betas.device, dtype=self.conditioner.pos_emb.weight.dtype))
+        return self.conditioner(self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim))
 
     @torch.no_grad()
     def encode(self, mel):
@@ -407,14 +413,14 @@ class Alignment(nn.Module):
 
     def logit(self, x, t, features, project=True):
         """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) -> (b, 1). `project=False` is the official demo's path, which
-        hands the backbone raw features that it never saw in training (REFERENCE 12, oddity 1)."""
+        hands the backbone raw features that it never saw in training (`alignment_classifier.py` 269)."""
         return self.model(x, t, self.cond_model(features) if project else features)
 
     def forward(self, x, t, features, project=True):
         return self.logit(x, t, features, project).sigmoid()
 
     def log_prob(self, x, t, features, project=True):
-        """log p(aligned); log sigmoid of the logit, which does not underflow where the sigmoid does (oddity 9)."""
+        """log p(aligned); log sigmoid of the logit, which does not underflow where the sigmoid does."""
         return F.logsigmoid(self.logit(x, t, features, project).float())
 
     def grad_log_prob(self, x, t, features, project=True):
@@ -449,7 +455,7 @@ def frozen(model, device):
 # guidance and samplers: pure functions of eps(x, t), x (b, 4, 16, w) float32, t (b,)
 
 def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, project=True):
-    """Double guidance (Sec. 3.3, Eq. 9-10; REFERENCE 8) as one function eps(x, t).
+    """Double guidance (Sec. 3.3, Eq. 9-10; official `dpm_solver.py` 1340) as one function eps(x, t).
 
     unet(x, t, context); context (b, f, d); null_context (1 or b, f, d) or None; cfg: classifier-free scale, 1 for the conditional
     branch alone; classifier with grad_log_prob, features (b, f, 512) and cg: the gradient's scale, 0 for none. The gradient is added
@@ -474,7 +480,7 @@ def guided_eps(unet, context, null_context, cfg, classifier=None, features=None,
 
 
 def dpm_solver(eps_fn, x, steps, callback=None):
-    """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2; REFERENCE 8): `steps` calls of eps_fn.
+    """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2): `steps` calls of eps_fn.
     The end point, time 0.001, is not evaluated, and the result still carries the published sigma of 0.0292 there."""
     u = torch.linspace(1.0, 0.001, steps + 1)                   # continuous time, float32 as published
     times = (u - 0.001) * 1000                                  # what the network is told: 999, 959.04, ...
@@ -573,7 +579,7 @@ def update(args, step, loss, optimizer, ema, model, final):
 
 def train_ldm(args, device):
     """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
-    (REFERENCE 11). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
+    (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
     half as much as the small U-Net's training."""
     if args.init:
         model = LDM.load(args.init)
@@ -604,12 +610,13 @@ def train_ldm(args, device):
 
 def pairings(features, generator=None):
     """features (b, f, d) of the right moments -> the same, moved in time, or another clip's; labels (b, 1) float: 1 for the first half
-    in expectation, 0 for the two quarters (paper, from memory: REFERENCE 11). Moves wrap around; they are between a
+    in expectation, 0 for the two quarters (the official set that made its labels is unpublished). Moves wrap around; they are between a
     fortieth (0.2 s) and a half of the window."""
     b, f, _ = features.shape
     kind = torch.rand(b, generator=generator)
     least = max(1, f // 40)
-    shift = torch.randint(least, f // 2 + 1, (b,), generator=generator) * (torch.randint(0, 2, (b,), generator=generator) * 2 - 1)
+    shift = torch.randint(least, f // 2 + 1, (b,), generator=generator)
+    shift *= torch.randint(0, 2, (b,), generator=generator) * 2 - 1                      # either way
     moved = (torch.arange(f) - shift[:, None]) % f                                       # (b, f)
     row = torch.arange(b)
     out = features.clone()
@@ -620,7 +627,7 @@ def pairings(features, generator=None):
 
 
 def train_align(args, device):
-    """Binary cross-entropy on noised latents, t uniform over 0..999 (REFERENCE 11)."""
+    """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232)."""
     if not args.vae:
         raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
@@ -641,7 +648,8 @@ def train_align(args, device):
         update(args, step, loss, optimizer, ema, model, final=0.05 if args.preset == "mini" else 1.0)
         right = ((logit > 0) == (label.to(device) > 0.5)).float()
         clean = (t < 300).float()[:, None]
-        run.report(loss=loss.item(), accuracy=right.mean().item(), accuracy_t300=((right * clean).sum() / clean.sum().clamp(min=1)).item())
+        run.report(loss=loss.item(), accuracy=right.mean().item(),
+                   accuracy_t300=((right * clean).sum() / clean.sum().clamp(min=1)).item())
     run.save()
 
 
@@ -650,7 +658,8 @@ def main(argv=None):
     stage.add_argument("--model", choices=list(RECIPES), default="ldm")
     model = stage.parse_known_args(argv)[0].model                  # the two trainings differ in their defaults
     p = training.arguments(__doc__, RECIPES[model])
-    p.add_argument("--model", choices=list(RECIPES), default="ldm", help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
+    p.add_argument("--model", choices=list(RECIPES), default="ldm", 
+                   help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
     p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")

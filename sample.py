@@ -259,7 +259,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     """(count, d) unit features of the picture from `start` on; past its `seconds` the last frame stands still.
 
     Read a minute at a time, with the frames on either side that the features depend on: memory stays bounded, and no
-    feature depends on where a minute ends (REFERENCE 12, oddity 11).
+    feature depends on where a minute ends (the demo's 40-frame chunks: `demo_util.py` 158).
     """
     profile = profile or Profile()
     fps, size = cavp.config.fps, cavp.config.size

@@ -114,15 +114,18 @@ def arguments(description, presets):
     g.add_argument("--seed", type=int, default=0, help="weights, data order and noise")
     g = p.add_argument_group("run")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                   help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
     g.add_argument("--workers", type=int, default=0, help="processes that read data")
-    g.add_argument("--half", action="store_true", help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
+    g.add_argument("--half", action="store_true", 
+                   help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return p
 
 
 def keep_freed_memory():
-    """glibc returns large blocks to the system on every free and faults them in anew at the next use: a quarter to a half of the time on a CPU."""
+    """glibc returns large blocks to the system on every free and faults them in anew at the next use, which costs a training
+    step on a CPU a quarter of its time and more."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):            # not glibc
@@ -189,7 +192,8 @@ def batches(dataset, args, start=0):
         raise TrainingError(f"--data {args.data}: no usable clip")
     # a generator of its own: the loader's draw from the global one would make a resumed run differ from an uninterrupted one
     loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start),
-                                         generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, pin_memory=args.device == "cuda", persistent_workers=args.workers > 0)
+                                         generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers,
+                                         pin_memory=args.device == "cuda", persistent_workers=args.workers > 0)
     return iter(loader)
 
 

@@ -24,7 +24,7 @@ import training
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The paper preset's sizes (REFERENCE 3: Stable Diffusion 1.4)."""
+    """The paper preset's sizes: Stable Diffusion 1.4's, official `stage1_autoencoder/model.py`."""
     channels: int = 3                   # of the mel: the official network sees it three times over
     width: int = 128
     multipliers: tuple = (1, 2, 4, 4)   # a level each; the map halves between levels
@@ -35,7 +35,8 @@ class VAEConfig:
 
 PRESETS = {"paper": VAEConfig(), "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8)}
 # kl weighs the KL sum against the sum of absolute errors; 1e-6 is latent diffusion's kl-f8 recipe
-RECIPES = {"mini": dict(steps=6000, batch=8, lr=1e-3, warmup=200, kl=1e-4), "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, kl=1e-6)}
+RECIPES = {"mini": dict(steps=1900, batch=8, lr=1e-3, warmup=200, kl=1e-4),
+           "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, kl=1e-6)}
 LATENT_STD = 1 / 0.18215                # what a latent's standard deviation must be for `ldm.LATENT_SCALE` to make it one
 CROP = 128                              # mel columns of a training sample
 
@@ -166,7 +167,7 @@ class Decoder(nn.Module):
 
 class AutoencoderKL(nn.Module):
     """mel (b, c, 128, s) in [0, 1] <-> latents (b, 4, 16, s/8), unscaled. Nothing is mapped to [-1, 1], nothing clamped but
-    the log-variance (REFERENCE 3)."""
+    the log-variance (official `models/autoencoder.py`)."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -176,7 +177,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
     def encode(self, mel):
-        """(b, c, 128, s), s a multiple of 8 -> mean, log-variance, each (b, 4, 16, s/8). One channel is repeated to the c of the network."""
+        """(b, c, 128, s), s a multiple of 8 -> mean, log-variance, each (b, 4, 16, s/8); one channel is repeated to c."""
         mel = mel.expand(-1, self.config.channels, -1, -1)
         mean, logvar = self.quant_conv(self.encoder(mel)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)

@@ -40,7 +40,7 @@ def test_loud_moments_weigh_and_silent_ones_are_still_negatives():
     only_one = torch.tensor([0.0, 1.0, 0.0, 0.0])
     inter, intra = cavp.contrastive_loss(video, audio, 10.0, 2, only_one)
     logits = 10 * video @ audio.T
-    by_hand = (torch.nn.functional.cross_entropy(logits[1:2], torch.tensor([1])) + torch.nn.functional.cross_entropy(logits.T[1:2], torch.tensor([1]))) / 2
+    by_hand = sum(torch.nn.functional.cross_entropy(x[1:2], torch.tensor([1])) for x in (logits, logits.T)) / 2
     assert torch.isclose(inter, by_hand)
     assert intra < inter                                                          # two candidates instead of four
     inter.backward()
@@ -61,10 +61,10 @@ def test_pairings_are_what_their_labels_say():
     assert shift.min() >= f // 40 and shift.max() > f // 3
 
 
-@pytest.mark.parametrize("model", [ldm.LDM(ldm.PRESETS["mini"][0]).unet, ldm.Alignment(ldm.PRESETS["mini"][1]).model], ids=["unet", "classifier"])
-def test_aligned_condition_reaches_its_own_columns(model):
+@pytest.mark.parametrize("network, config", zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"]))
+def test_aligned_condition_reaches_its_own_columns(network, config):
     """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""
-    context = torch.zeros(1, 128, 128)
+    model, context = network(config.unet), torch.zeros(1, 128, 128)
     seen = []
     hook = model.input_blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
