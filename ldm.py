@@ -62,6 +62,7 @@ class AlignmentConfig:
     frames: int = 32
     positions: int = 40
     feature_dim: int = 512
+    guidance: float = 50.0          # the scale of its gradient that suits it in double guidance
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(
         width=128, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), context_dim=512))
 
@@ -72,8 +73,8 @@ PRESETS = {
     "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"],
                        unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4), heads=3,
                                        context_dim=128, groups=16, aligned=2)),
-             AlignmentConfig(**MINI, unet=UNetConfig(width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4,
-                                                     context_dim=128, groups=16, aligned=2))),
+             AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
+                 width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4, context_dim=128, groups=16, aligned=2))),
 }
 RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=200, merge=0.5, roll=0, repeats=4),
                    "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
@@ -340,8 +341,12 @@ class Conditioner(nn.Module):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
         self.pos_emb = nn.Embedding(positions, context_dim)
-        # features are unit vectors, entries of 0.04: torch's default start would bury them 40 times under the positions
+        self.reset()
+
+    def reset(self):
+        """Weights to start from. Features are unit vectors, entries of 0.04: torch's default would bury them under the positions."""
         nn.init.normal_(self.embedder[0].weight)
+        nn.init.zeros_(self.embedder[0].bias)
         nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
@@ -583,6 +588,8 @@ def train_ldm(args, device):
     half as much as the small U-Net's training."""
     if args.init:
         model = LDM.load(args.init)
+        if args.new_conditioner:
+            model.conditioner.reset()
     elif args.vae:
         first_stage = AutoencoderKL.load(args.vae)
         model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
@@ -661,6 +668,8 @@ def main(argv=None):
     p.add_argument("--model", choices=list(RECIPES), default="ldm", 
                    help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
     p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
+    p.add_argument("--new-conditioner", action="store_true", help="with --init: keep U-Net and autoencoder, start the conditioner anew "
+                   "(new features, as the published run did from Stable Diffusion)")
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")

@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the docstring as written, and every default."""
+    """--help shows the docstring as written, and every default that is a value."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def number(kind, low, high=math.inf):
@@ -68,7 +71,8 @@ def parse_arguments(argv=None):
     g = p.add_argument_group("sampling; the defaults are the paper's")
     g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
     g.add_argument("--cfg", type=number(float, 0), default=4.5, help="classifier-free guidance; 1: off")
-    g.add_argument("--cg", type=number(float, 0), default=50.0, help="guidance by the alignment classifier; 0: off")
+    g.add_argument("--cg", type=number(float, 0), help="guidance by the alignment classifier; 0: off; default: what suits the "
+                   "weights' own classifier (published: 50, as in the paper)")
     g.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS")
     g.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="same seed, same sound")
     g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N",
@@ -282,7 +286,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
 
 
 @torch.no_grad()
-def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=50.0, sampler="dpm", batch=1,
+def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=None, sampler="dpm", batch=1,
          progress=None, profile=None):
     """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
@@ -291,6 +295,7 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=5
     at diffusion time 0 and averaged over windows, that sound and picture belong together.
     """
     profile, ldm, align = profile or Profile(models.device), models.ldm, models.align
+    cg = align.config.guidance if cg is None else cg
     frames, width = ldm.config.frames, LATENT_SHAPE[2]
     jobs = [(c, s) for c in range(candidates) for s in starts]
     done = itertools.count(1)
@@ -354,12 +359,12 @@ class Result:
 
 
 @torch.no_grad()
-def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=50.0, sampler="dpm", candidates=1, start=0.0,
+def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=None, sampler="dpm", candidates=1, start=0.0,
              duration=None, batch=None, keep_all=False, progress=None, profile=None):
     """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on.
     `progress(done, all)` is called after every step of the sampler."""
     profile = profile or Profile(models.device)
-    if models.align is None and (cg or candidates > 1):
+    if models.align is None and (cg != 0 or candidates > 1):
         raise MediaError(f"{models.name}: no alignment classifier among these weights; add align.safetensors or "
                          "double_guidance_classifier.ckpt, or give --cg 0 and one candidate")
     with profile("decode"):
