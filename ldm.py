@@ -76,9 +76,9 @@ PRESETS = {
              AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
                  width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4, context_dim=128, groups=16, aligned=2))),
 }
-RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=200, merge=0.5, roll=0, repeats=4),
+RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, merge=0.5, roll=0, repeats=4),
                    "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
-           "align": {"mini": dict(steps=2500, batch=16, lr=5e-4, warmup=100, merge=0, roll=1, repeats=4),
+           "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, merge=0, roll=0, repeats=1)}}
 
 

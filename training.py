@@ -56,7 +56,7 @@ def save_model(path, model, config, half=False, **about):
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if half:
         tensors = {k: v.half() if v.ndim >= 2 else v for k, v in tensors.items()}
-    metadata = {"config": json.dumps(config), **{k: json.dumps(v, default=str) for k, v in about.items()}}
+    metadata = {"config": json.dumps(config), **{k: json.dumps(v) for k, v in about.items()}}
     write_whole(path, safetensors_bytes(tensors, metadata))
 
 
@@ -281,7 +281,9 @@ class Run:
         """Weights for `load`, then the training state."""
         model = self.ema.model if self.ema else self.model
         model = self.export(model) if self.export else model
-        about = {"step": self.step, "seconds": round(self.seconds(), 1), "args": vars(self.args)}
+        # names alone: the folders of whoever trained are nobody's business who loads the file
+        args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args}
         save_model(self.args.out / "last.safetensors", model, self.config, self.args.half, **about)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
                  "elapsed": self.seconds(), "rng": torch.get_rng_state(),
