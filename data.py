@@ -7,7 +7,7 @@ out  frames uint8 (f, 3, h, w), sound float32 (n,) at 16 kHz in [-1, 1], mel flo
 Diff-Foley section 3.1 and its data_preprocess/wav2spec.py fix the mel; fast Griffin-Lim is Perraudin, Balazs and
 Sondergaard 2013. Pictures and sound share one clock: zero is the moment the first picture is shown.
 
-    python data.py prepare RAW OUT --fps 15.625 --size 96 --workers 4
+    python data.py prepare RAW OUT --fps 15.625 --size 64 --workers 4
 
 Differs from the official code: frames are taken from the source by presentation time (there: a lossy re-encode at 4
 fps), and one filterbank at 16 kHz serves mel and its inverse (there: the inverse is at 22,050 Hz, and tones fall).
@@ -610,7 +610,7 @@ def write_shard(path, tensors):
         part.write_bytes(to_safetensors(tensors))
 
 
-def prepare(raw, out, fps=15.625, size=96, workers=1):
+def prepare(raw, out, fps=15.625, size=64, workers=1):
     """Folder of videos to OUT/shard-*.safetensors and OUT/index.json; the same bytes for any number of workers.
     Returns the index. index.json comes last, so an interrupted set is never mistaken for a finished one."""
     out, raw = Path(out), Path(raw)
@@ -815,7 +815,7 @@ def main():
     p.add_argument("raw", type=Path, help="folder of videos")
     p.add_argument("out", type=Path, help="folder to write: shard-*.safetensors and index.json")
     p.add_argument("--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)")
-    p.add_argument("--size", type=int, default=96, help="side of the square frames in pixels (paper: 224)")
+    p.add_argument("--size", type=int, default=64, help="side of the square frames in pixels (mini: 64, paper: 224)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     args = parser.parse_args()
     if not (0 < args.fps <= 240 and 1 <= args.size <= 4096 and args.workers >= 0):

@@ -183,7 +183,7 @@ def main(argv=None):
     parser.add_argument("--weights", default="mini", metavar="mini|DIR", help="the models to draw with (mini)")
     parser.add_argument("--seed", type=int, default=0, help="clip k is drawn with seed + k (0)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    parser.add_argument("--cfg", type=float, default=4.5, help="classifier-free guidance (4.5)")
+    parser.add_argument("--cfg", type=float, help="classifier-free guidance (what suits the weights)")
     parser.add_argument("--cg", type=float, help="guidance by the alignment classifier, 0 for none (what suits it)")
     parser.add_argument("--sampler", choices=["dpm", "ddim", "plms"], default="dpm", help="(dpm)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")

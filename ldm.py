@@ -51,6 +51,7 @@ class LDMConfig:
     frames: int = 32                # condition tokens of one window
     positions: int = 40             # rows of the position table
     feature_dim: int = 512
+    guidance: float = 4.5           # the classifier-free scale that suits it
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
 
@@ -70,7 +71,7 @@ class AlignmentConfig:
 MINI = dict(fps=15.625, frames=128, positions=128)
 PRESETS = {
     "paper": (LDMConfig(), AlignmentConfig()),
-    "mini": (LDMConfig(**MINI, vae=VAE_PRESETS["mini"],
+    "mini": (LDMConfig(**MINI, guidance=2.5, vae=VAE_PRESETS["mini"],
                        unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4), heads=3,
                                        context_dim=128, groups=16, aligned=2)),
              AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
@@ -588,6 +589,7 @@ def train_ldm(args, device):
     half as much as the small U-Net's training."""
     if args.init:
         model = LDM.load(args.init)
+        model.config = replace(model.config, guidance=PRESETS[args.preset][0].guidance)
         if args.new_conditioner:
             model.conditioner.reset()
     elif args.vae:

@@ -68,11 +68,12 @@ def parse_arguments(argv=None):
     p.add_argument("--out", type=Path, metavar="DIR", help="write there; default: beside each input")
     p.add_argument("--weights", default="mini", metavar="mini|DIR", help="the model shipped here, or a folder with the "
                    "checkpoints cavp, ldm and align: ours or the published ones")
-    g = p.add_argument_group("sampling; the defaults are the paper's")
+    g = p.add_argument_group("sampling; steps and sampler are the paper's by default")
     g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
-    g.add_argument("--cfg", type=number(float, 0), default=4.5, help="classifier-free guidance; 1: off")
+    g.add_argument("--cfg", type=number(float, 0), help="classifier-free guidance; 1: off; default: what suits the weights "
+                   "(published: 4.5, as in the paper; mini: 2.5)")
     g.add_argument("--cg", type=number(float, 0), help="guidance by the alignment classifier; 0: off; default: what suits the "
-                   "weights' own classifier (published: 50, as in the paper)")
+                   "weights' own classifier (published: 50, as in the paper; mini: 15)")
     g.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS")
     g.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="same seed, same sound")
     g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N",
@@ -286,7 +287,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
 
 
 @torch.no_grad()
-def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=None, sampler="dpm", batch=1,
+def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=None, cg=None, sampler="dpm", batch=1,
          progress=None, profile=None):
     """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
@@ -295,6 +296,7 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=4.5, cg=N
     at diffusion time 0 and averaged over windows, that sound and picture belong together.
     """
     profile, ldm, align = profile or Profile(models.device), models.ldm, models.align
+    cfg = ldm.config.guidance if cfg is None else cfg
     cg = align.config.guidance if cg is None else cg
     frames, width = ldm.config.frames, LATENT_SHAPE[2]
     jobs = [(c, s) for c in range(candidates) for s in starts]
@@ -359,7 +361,7 @@ class Result:
 
 
 @torch.no_grad()
-def generate(video_path, models, seed=0, steps=25, cfg=4.5, cg=None, sampler="dpm", candidates=1, start=0.0,
+def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="dpm", candidates=1, start=0.0,
              duration=None, batch=None, keep_all=False, progress=None, profile=None):
     """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on.
     `progress(done, all)` is called after every step of the sampler."""

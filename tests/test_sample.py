@@ -261,11 +261,14 @@ def test_start_and_duration_cut_the_picture(models, clip):
         sample.generate(clip, models, start=5.0)
 
 
-def test_guidance_scale_is_the_classifiers_own_unless_given(models, clip):
-    own, off = sample.generate(clip, models, steps=2), sample.generate(clip, models, steps=2, cg=0.0)
-    given = sample.generate(clip, models, steps=2, cg=models.align.config.guidance)
-    assert torch.equal(own.wav, given.wav) and not torch.equal(own.wav, off.wav)
-    assert sample.parse_arguments(["x.mp4"]).cg is None and AlignmentConfig().guidance == 50.0
+def test_guidance_scales_are_the_weights_own_unless_given(models, clip):
+    own = sample.generate(clip, models, steps=2)
+    scales = {"cfg": models.ldm.config.guidance, "cg": models.align.config.guidance}
+    assert torch.equal(own.wav, sample.generate(clip, models, steps=2, **scales).wav)
+    for off in ({"cg": 0.0}, {"cfg": 1.0}):
+        assert not torch.equal(own.wav, sample.generate(clip, models, steps=2, **off).wav)
+    assert sample.parse_arguments(["x.mp4"]).cg is None and sample.parse_arguments(["x.mp4"]).cfg is None
+    assert (LDMConfig().guidance, AlignmentConfig().guidance) == (4.5, 50.0)      # the paper's
 
 
 def test_without_classifier_guidance_must_be_off(models, clip):
