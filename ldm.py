@@ -589,7 +589,6 @@ def train_ldm(args, device):
     half as much as the small U-Net's training."""
     if args.init:
         model = LDM.load(args.init)
-        model.config = replace(model.config, guidance=PRESETS[args.preset][0].guidance)
         if args.new_conditioner:
             model.conditioner.reset()
     elif args.vae:
