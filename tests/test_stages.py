@@ -61,7 +61,7 @@ def test_pairings_are_what_their_labels_say():
     assert shift.min() >= f // 40 and shift.max() > f // 3
 
 
-@pytest.mark.parametrize("network, config", zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"]))
+@pytest.mark.parametrize("network, config", list(zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"])))
 def test_aligned_condition_reaches_its_own_columns(network, config):
     """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""
     model, context = network(config.unet), torch.zeros(1, 128, 128)
