@@ -51,8 +51,9 @@ PRESETS = {
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
+# paper: 300 epochs of 567,980 videos at 8 x 30
 RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1),
-           "paper": dict(steps=236_700, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
+           "paper": dict(steps=710_000, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
 
@@ -337,7 +338,7 @@ def extract(args):
     about = {"fps": str(model.config.fps)}
     for i in tqdm(range(len(clips)), desc="extract"):
         clip = clips[i]
-        path = Path(args.extract) / f"{Path(clip['name']).with_suffix('').as_posix().replace('/', '__')}.safetensors"
+        path = Path(args.extract) / f"{Path(clip['name']).as_posix().replace('/', '__')}.safetensors"
         if path.exists():
             continue
         with training.autocast(args):

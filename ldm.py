@@ -26,9 +26,9 @@ from torch import nn
 import data
 import training
 from vae import PRESETS as VAE_PRESETS
-from vae import AutoencoderKL, VAEConfig, sample_posterior, tuples
+from vae import LATENT_SCALE, AutoencoderKL, VAEConfig, sample_posterior, tuples
 
-LATENT_SCALE = 0.18215              # the one place: latents inside this file are scaled, vae.py's are not
+# latents are scaled by LATENT_SCALE in this file and nowhere else
 LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
 
 
@@ -77,8 +77,9 @@ PRESETS = {
              AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
                  width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4, context_dim=128, groups=16, aligned=2))),
 }
+# paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220; the classifier's steps and batch are unpublished, so ours
 RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, merge=0.5, roll=0, repeats=4),
-                   "paper": dict(steps=80_000, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
+                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
            "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, merge=0, roll=0, repeats=1)}}
 
@@ -573,7 +574,7 @@ def start(args, model, parts):
 
 
 def update(args, step, loss, optimizer, ema, model, final):
-    """One optimizer step; parameters without a gradient (the autoencoder) stay as they are."""
+    """One optimizer step, the gradient clipped at 1 (officially not at all); parameters without a gradient (the autoencoder) stay as they are."""
     for group in optimizer.param_groups:
         group["lr"] = training.learning_rate(step, args, final)
     optimizer.zero_grad(set_to_none=True)
@@ -619,7 +620,7 @@ def train_ldm(args, device):
 def pairings(features, generator=None):
     """features (b, f, d) of the right moments -> the same, moved in time, or another clip's; labels (b, 1) float: 1 for the first half
     in expectation, 0 for the two quarters (the official set that made its labels is unpublished). Moves wrap around; they are between a
-    fortieth (0.2 s) and a half of the window."""
+    fortieth (0.2 s) and a half of the window. The other clip is the one half a batch away."""
     b, f, _ = features.shape
     kind = torch.rand(b, generator=generator)
     least = max(1, f // 40)
@@ -636,6 +637,8 @@ def pairings(features, generator=None):
 
 def train_align(args, device):
     """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232)."""
+    if args.batch < 2:
+        raise training.TrainingError("--batch 1 has no other clip to make a wrong pair with; give at least 2")
     if not args.vae:
         raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
@@ -647,7 +650,6 @@ def train_align(args, device):
         with training.autocast(args), torch.no_grad():
             mean, logvar = first_stage.encode(data.mel(batch["wav"].to(device))[:, None])
         z = (LATENT_SCALE * sample_posterior(mean.float(), logvar.float())).repeat_interleave(args.repeats, 0)
-        # the clips of a batch once through, then again: the partner half a batch away is another clip
         features, label = pairings(batch["features"].to(device).repeat_interleave(args.repeats, 0))
         t, noise = torch.randint(0, 1000, (len(z),), device=device), torch.randn_like(z)
         with training.autocast(args):
@@ -666,7 +668,7 @@ def main(argv=None):
     stage.add_argument("--model", choices=list(RECIPES), default="ldm")
     model = stage.parse_known_args(argv)[0].model                  # the two trainings differ in their defaults
     p = training.arguments(__doc__, RECIPES[model])
-    p.add_argument("--model", choices=list(RECIPES), default="ldm", 
+    p.add_argument("--model", choices=list(RECIPES), default="ldm",
                    help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
     p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
     p.add_argument("--new-conditioner", action="store_true", help="with --init: keep U-Net and autoencoder, start the conditioner anew "

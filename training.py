@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -38,14 +39,23 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise TrainingError(f"{path}: cannot be made ({e.strerror}); give another folder") from None
+    return path
+
+
 def write_whole(path, data):
     """bytes -> file, under a temporary name first: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder(Path(path).parent) / Path(path).name
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
+    except OSError as e:
+        raise TrainingError(f"{path}: cannot be written ({e.strerror}); free some space or give another folder") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -117,7 +127,7 @@ def arguments(description, presets):
     g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                    help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
     g.add_argument("--workers", type=int, default=0, help="processes that read data")
-    g.add_argument("--half", action="store_true", 
+    g.add_argument("--half", action="store_true",
                    help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return p
@@ -235,6 +245,7 @@ class Run:
             self.restore()
         elif (args.out / "last.state.pt").exists():
             raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
+        make_folder(args.out)                               # an unwritable place is noticed before the work, not after
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{args.out}: {parameters / 1e6:.1f} M parameters, {args.device} {args.dtype}, torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads, steps {self.step}..{args.steps} of {args.batch} clips", flush=True)
@@ -270,7 +281,6 @@ class Run:
             means = {k: sum(v) / len(v) for k, v in self.totals.items()}
             self.totals = {}
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
-            self.args.out.mkdir(parents=True, exist_ok=True)
             with open(self.args.out / "log.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.step + 1, "seconds": round(self.seconds(), 1), **means}) + "\n")
 
@@ -288,12 +298,9 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
                  "elapsed": self.seconds(), "rng": torch.get_rng_state(),
                  "ema": self.ema.model.state_dict() if self.ema else None, "updates": self.ema.updates if self.ema else 0}
-        part = self.args.out / f".last.state.{os.getpid()}.part"
-        try:
-            torch.save(state, part)
-            os.replace(part, self.args.out / "last.state.pt")
-        finally:
-            part.unlink(missing_ok=True)
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_whole(self.args.out / "last.state.pt", memory.getbuffer())
         draw_curves(self.args.out)
 
     def restore(self):

@@ -102,7 +102,7 @@ def test_stage_2_carries_the_autoencoder_it_was_trained_on(home):
 
 def test_extracted_features_are_the_towers(home):
     files = sorted((home / "features").iterdir())
-    assert [p.name for p in files] == [f"{i:05d}.safetensors" for i in range(4)]
+    assert [p.name for p in files] == [f"{i:05d}.mp4.safetensors" for i in range(4)]
     model = cavp.CAVP.load(home / "cavp" / "last.safetensors")
     clip = cavp.data.Clips(home / "clips", fps=model.config.fps, size=model.config.size)[0]
     stored = load_file(files[0])
@@ -208,3 +208,11 @@ def test_the_main_job_runs_on_trained_weights(home, tmp_path):
     line = json.loads(done.stdout.splitlines()[-1])
     assert Path(line["output"]).exists() and Path(line["wav"]).exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.foley.mp4", "00000.foley.wav"]
+
+
+def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(training.TrainingError, match="another folder"):
+        training.make_folder(tmp_path / "file" / "run")
+    with pytest.raises(training.TrainingError, match="another folder"):
+        training.write_whole(tmp_path / "file" / "x.safetensors", b"x")
