@@ -25,6 +25,7 @@ from torch import nn
 
 import data
 import training
+from checkpoints import Checkpoint, CheckpointError, fill, fitting
 from vae import PRESETS as VAE_PRESETS
 from vae import LATENT_SCALE, AutoencoderKL, VAEConfig, sample_posterior, tuples
 
@@ -159,12 +160,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x, context):                              # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
-        b, n, dim = x.shape
-        q, k, v = (y.view(b, -1, self.heads, dim // self.heads).transpose(1, 2)          # (b, heads, n or m, d)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        y = F.scaled_dot_product_attention(q, k, v)             # scale d^-0.5
-        return self.to_out(y.transpose(1, 2).reshape(b, n, dim))
+    def keys_values(self, context):                             # (b, m, context_dim) -> two of (b, heads, m, d)
+        return tuple(y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.to_k(context), self.to_v(context)))
+
+    def forward(self, x, keys_values=None):                     # (b, n, dim); None: of x itself
+        q = self.to_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                  # (b, heads, n, d)
+        y = F.scaled_dot_product_attention(q, *(keys_values or self.keys_values(x)))     # scale d^-0.5
+        return self.to_out(y.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -193,10 +195,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x, context):                              # (b, n, dim)
-        y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x, context):                              # (b, n, dim), Prepared
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context[self.attn2])
         return x + self.ff(self.norm3(x))
 
 
@@ -253,6 +254,10 @@ class Blocks(nn.Sequential):
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
 
+class Prepared(dict):
+    """{part of a network: what it makes of the condition alone}: a clip has one, and all its sampling steps share it."""
+
+
 class Backbone(nn.Module):
     """Time embedding, the way down and the middle: shared by the U-Net and the classifier."""
 
@@ -284,21 +289,31 @@ class Backbone(nn.Module):
             layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
         return Blocks(*layers)
 
+    def prepare(self, context):
+        """(b, f, context_dim) -> keys and values of every cross-attention, and what is added to the latent columns."""
+        context = context.to(self.time_embed[0].weight.dtype)
+        known = Prepared((block.attn2, block.attn2.keys_values(context)) for block in self.modules() if isinstance(block, TransformerBlock))
+        if self.config.aligned:
+            columns = self.aligned(context.unflatten(1, (-1, self.config.aligned)).flatten(2))       # (b, w, c), f = aligned * w
+            known[self.aligned] = columns.transpose(1, 2)[:, :, None]                    # (b, c, 1, w)
+        return known
+
     def down(self, x, t, context):
-        """(b, 4, 16, w), (b,), (b, f, context_dim) -> middle map, time embedding, the skips."""
-        emb = self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype))
-        h, skips = x, []
+        """(b, 4, 16, w), (b,), (b, f, context_dim) or Prepared -> middle map, time embedding, the skips, Prepared."""
+        context = context if isinstance(context, Prepared) else self.prepare(context)
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.config.width).to(dtype))
+        h, skips = x.to(dtype, memory_format=torch.channels_last), []
         for i, block in enumerate(self.input_blocks):
             h = block(h, emb, context)
             if i == 0 and self.config.aligned:
-                columns = self.aligned(context.reshape(len(context), x.shape[-1], -1))   # (b, w, c), f = aligned * w
-                h = h + columns.transpose(1, 2)[:, :, None]                              # (b, c, 16, w)
+                h = h + context[self.aligned]                                            # (b, c, 16, w)
             skips.append(h)
-        return self.middle_block(h, emb, context), emb, skips
+        return self.middle_block(h, emb, context), emb, skips, context
 
 
 class UNet(Backbone):
-    """eps(x, t, context): x (b, 4, 16, w), t (b,) in [0, 999] and possibly fractional, context (b, f, context_dim)."""
+    """eps(x, t, context): x (b, 4, 16, w), t (b,) in [0, 999] and possibly fractional, context (b, f, context_dim) or `prepare`d."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -316,7 +331,7 @@ class UNet(Backbone):
         nn.init.zeros_(self.out[2].bias)
 
     def forward(self, x, t, context):
-        h, emb, skips = self.down(x.contiguous(memory_format=torch.channels_last), t, context)
+        h, emb, skips, context = self.down(x, t, context)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
@@ -332,7 +347,7 @@ class Classifier(Backbone):
         self.classifier = nn.Linear(cfg.width, 1)
 
     def forward(self, x, t, context):
-        h, _, _ = self.down(x.contiguous(memory_format=torch.channels_last), t, context)
+        h = self.down(x, t, context)[0]
         return self.classifier(self.out(h).mean((2, 3)))
 
 
@@ -352,7 +367,7 @@ class Conditioner(nn.Module):
         nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
-        return self.embedder(features) + self.pos_emb.weight[:features.shape[1]]
+        return self.embedder(features.to(self.pos_emb.weight.dtype)) + self.pos_emb.weight[:features.shape[1]]
 
 
 def add_schedule(module):
@@ -398,13 +413,12 @@ class LDM(nn.Module):
         return self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0].float().clamp(0, 1)
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path, device="cpu", dtype=torch.float32):
         """Ours, or the official ldm_epoch240.ckpt; strict."""
-        config, state = training.read_checkpoint(path)
-        with training.fitting(path, cls):
-            model = cls(LDMConfig() if config is None else read_config(LDMConfig, config))
-            model.load_state_dict(state)
-        return frozen(model, device)
+        file = Checkpoint(path)
+        with fitting(path, cls), torch.device("meta"):
+            model = cls(LDMConfig() if file.config is None else read_config(LDMConfig, file.config))
+        return fill(model, file, device=device, dtype=dtype).requires_grad_(False)
 
 
 class Alignment(nn.Module):
@@ -418,10 +432,14 @@ class Alignment(nn.Module):
         self.model = Classifier(config.unet)
         self.cond_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
 
+    def prepare(self, features, project=True):
+        """(b, f, 512) -> what all steps of a clip share. `project=False` is the official demo's path, which hands the backbone raw
+        features that it never saw in training (`alignment_classifier.py` 269)."""
+        return self.model.prepare(self.cond_model(features) if project else features)
+
     def logit(self, x, t, features, project=True):
-        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) -> (b, 1). `project=False` is the official demo's path, which
-        hands the backbone raw features that it never saw in training (`alignment_classifier.py` 269)."""
-        return self.model(x, t, self.cond_model(features) if project else features)
+        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) or `prepare`d -> (b, 1)."""
+        return self.model(x, t, features if isinstance(features, Prepared) else self.prepare(features, project))
 
     def forward(self, x, t, features, project=True):
         return self.logit(x, t, features, project).sigmoid()
@@ -437,13 +455,13 @@ class Alignment(nn.Module):
             return torch.autograd.grad(self.log_prob(x, t, features, project).sum(), x)[0]
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path, device="cpu", dtype=torch.float32):
         """Ours, or the official double_guidance_classifier.ckpt; strict. An autoencoder that a file carries beside it is left out."""
-        config, state = training.read_checkpoint(path)
-        with training.fitting(path, cls):
-            model = cls(AlignmentConfig() if config is None else read_config(AlignmentConfig, config))
-            model.load_state_dict({k: v for k, v in state.items() if not k.startswith("first_stage_model.")})
-        return frozen(model, device)
+        file = Checkpoint(path)
+        with fitting(path, cls), torch.device("meta"):
+            model = cls(AlignmentConfig() if file.config is None else read_config(AlignmentConfig, file.config))
+        tensors = {k: file[k] for k in file if not k.startswith("first_stage_model.")}
+        return fill(model, file, tensors, device, dtype).requires_grad_(False)
 
 
 def read_config(cls, config):
@@ -452,10 +470,6 @@ def read_config(cls, config):
     if "vae" in config:
         config["vae"] = VAEConfig(**tuples(config["vae"]))
     return cls(**config)
-
-
-def frozen(model, device):
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,17 +482,22 @@ def guided_eps(unet, context, null_context, cfg, classifier=None, features=None,
     branch alone; classifier with grad_log_prob, features (b, f, 512) and cg: the gradient's scale, 0 for none. The gradient is added
     after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1.
     """
-    both = None
-    if cfg != 1 and null_context is not None:
-        both = torch.cat([null_context.expand_as(context), context])                     # (2b, f, d): unconditional first
+    both = cfg != 1 and null_context is not None
+    if both:
+        context = torch.cat([null_context.expand_as(context), context])                  # (2b, f, d): unconditional first
+    if isinstance(unet, UNet):                              # else any function of (x, t, context)
+        context = unet.prepare(context)
+    classifier = classifier if cg else None
+    if isinstance(classifier, Alignment):
+        features = classifier.prepare(features, project)
 
     def eps_fn(x, t):
-        if both is None:
-            eps = unet(x, t, context).float()
-        else:
-            without, given = unet(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        if both:
+            without, given = unet(torch.cat([x, x]), torch.cat([t, t]), context).float().chunk(2)
             eps = without + cfg * (given - without)
-        if classifier is not None and cg:
+        else:
+            eps = unet(x, t, context).float()
+        if classifier is not None:
             gradient = classifier.grad_log_prob(x, t, features, project)
             eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient
         return eps
@@ -643,7 +662,7 @@ def train_align(args, device):
         raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
     model = model.to(device, memory_format=torch.channels_last)
-    first_stage = frozen(AutoencoderKL.load(args.vae), device)
+    first_stage = AutoencoderKL.load(args.vae, device).requires_grad_(False)
     run, optimizer, ema, loader = start(args, model, (model,))
     for step in run:
         batch = next(loader)
@@ -680,7 +699,7 @@ def main(argv=None):
     try:
         device = training.settle(args, RECIPES[model], model)
         (train_ldm if model == "ldm" else train_align)(args, device)
-    except (training.TrainingError, data.MediaError) as e:
+    except (CheckpointError, data.MediaError) as e:
         sys.exit(f"ldm.py: {e}")
 
 

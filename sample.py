@@ -113,9 +113,9 @@ from tqdm import tqdm
 
 import data
 from cavp import CAVP
+from checkpoints import CheckpointError
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
 from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, guided_eps
-from training import TrainingError
 
 COLUMNS = WINDOW // HOP             # mel columns of a window
 LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
@@ -246,7 +246,7 @@ def load_models(weights="mini", device="cpu", dtype=torch.float32):
             raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another --weights")
     try:
         cavp, ldm, align = CAVP.load(cavp, device), LDM.load(ldm, device), align and Alignment.load(align, device)
-    except TrainingError as e:
+    except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:
         raise MediaError(f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "

@@ -16,92 +16,23 @@ import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from checkpoints import CheckpointError, make_folder, save_model, write_whole
 
-class TrainingError(Exception):
+
+class TrainingError(CheckpointError):
     """A user's mistake or a run that cannot go on: one line with the remedy."""
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help shows the module's docstring as written, and every default."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise TrainingError(f"{path}: cannot be made ({e.strerror}); give another folder") from None
-    return path
-
-
-def write_whole(path, data):
-    """bytes -> file, under a temporary name first: a reader never sees half a file."""
-    path = make_folder(Path(path).parent) / Path(path).name
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as e:
-        raise TrainingError(f"{path}: cannot be written ({e.strerror}); free some space or give another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_model(path, model, config, half=False, **about):
-    """Weights and the configuration that rebuilds them: one safetensors file, config and `about` as JSON in its header.
-    half: matrices and convolutions in float16, half the size; norms, biases and schedules stay float32."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    if half:
-        tensors = {k: v.half() if v.ndim >= 2 else v for k, v in tensors.items()}
-    metadata = {"config": json.dumps(config), **{k: json.dumps(v) for k, v in about.items()}}
-    write_whole(path, safetensors_bytes(tensors, metadata))
-
-
-def read_checkpoint(path):
-    """path -> (config dict or None, {name: tensor}).
-
-    Ours is safetensors with the configuration in its header; the official files are torch pickles without one, read
-    with weights_only=True and stripped of Lightning's `state_dict` wrapper and of DistributedDataParallel's `module.` prefix.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                config = json.loads((f.metadata() or {}).get("config", "null"))
-                return config, {k: f.get_tensor(k) for k in f.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TrainingError(f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file") from None
-    except pickle.UnpicklingError:                          # not a pickle at all, or one that asks for more than tensors
-        raise TrainingError(f"{path}: not a checkpoint of plain tensors, so it is not opened; fetch or train it again") from None
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as e:
-        reason = (str(e).splitlines() or ["empty"])[0][:120]
-        raise TrainingError(f"{path}: not a readable checkpoint ({reason}); fetch or train it again") from None
-    state = state.get("state_dict", state)
-    return None, {k.removeprefix("module."): v for k, v in state.items()}
-
-
-@contextlib.contextmanager
-def fitting(path, cls):
-    """Around building and filling a network of `cls`: what a strange configuration or another network's weights raise, as one line."""
-    try:
-        yield
-    except (RuntimeError, KeyError, TypeError) as e:
-        reason = " ".join(str(e).split())[:160]
-        raise TrainingError(f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

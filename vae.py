@@ -20,6 +20,7 @@ from torch import nn
 
 import data
 import training
+from checkpoints import Checkpoint, CheckpointError, fill, fitting
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,13 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv.weight /= k[:, None, None]
 
     @classmethod
-    def load(cls, path, device="cpu"):
+    def load(cls, path, device="cpu", dtype=torch.float32):
         """Ours, a whole LDM file (ours or official: its `first_stage_model.`), or a Stable Diffusion v1 autoencoder; strict."""
-        config, state = training.read_checkpoint(path)
-        inner = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
-        with training.fitting(path, cls):
-            model = cls(PRESETS["paper"] if config is None else VAEConfig(**tuples(config.get("vae", config))))
-            model.load_state_dict(inner or state)
-        return model.eval().to(device)
+        file = Checkpoint(path)
+        prefix = "first_stage_model." * any(k.startswith("first_stage_model.") for k in file)
+        with fitting(path, cls), torch.device("meta"):
+            model = cls(PRESETS["paper"] if file.config is None else VAEConfig(**tuples(file.config.get("vae", file.config))))
+        return fill(model, file, {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}, device, dtype)
 
 
 def tuples(config):
@@ -282,7 +282,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         train(args)
-    except (training.TrainingError, data.MediaError) as e:
+    except (CheckpointError, data.MediaError) as e:
         sys.exit(f"vae.py: {e}")
 
 
