@@ -15,6 +15,7 @@ by 2.4 %); the pooled features of a long clip are normalised over the 512 featur
 window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent
 moments hardly count as anchors.
 """
+import itertools
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ PRESETS = {
 # paper: 300 epochs of 567,980 videos at 8 x 30
 RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1),
            "paper": dict(steps=710_000, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
+FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
 
@@ -128,14 +130,29 @@ class SlowOnly(nn.Module):
                 c = 4 * width
             setattr(self, f"layer{i + 1}", stage)
         self.out_dim = c
+        self.temporal = cfg.temporal
+
+    def run(self, part, x, frames):                             # 0: the stem; 1 to 4: the stages
+        if part == 0:
+            return F.max_pool2d(F.relu(self.conv1(x, frames), inplace=True), 3, 2, 1)
+        for block in getattr(self, f"layer{part}"):
+            x = block(x, frames)
+        return x
 
     def forward(self, video):                                   # (b, f, 3, h, w) -> (b, f, out_dim)
         b, frames = video.shape[:2]
         x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)   # (b*f, 3, h, w)
-        x = F.max_pool2d(F.relu(self.conv1(x, frames), inplace=True), 3, 2, 1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x, frames)
+        # the parts that see one frame at a time have the largest maps; but a norm in training must see the whole batch
+        alone = 0 if self.training else (*self.temporal, True).index(True)
+        if alone:
+            pieces = []
+            for piece in x.split(FRAMES_AT_ONCE):
+                for part in range(alone):
+                    piece = self.run(part, piece, len(piece))
+                pieces.append(piece)
+            x = torch.cat(pieces)
+        for part in range(alone, 5):
+            x = self.run(part, x, frames)
         return x.mean((2, 3)).view(b, frames, -1)
 
 
@@ -226,12 +243,14 @@ class CAVP(nn.Module):
         return torch.cat(out)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """Ours, or the official cavp_epoch66.ckpt; strict."""
+    def load(cls, path, device="cpu", dtype=torch.float32, audio=True):
+        """Ours, or the official cavp_epoch66.ckpt; strict. audio=False: without the audio tower, which generating does not need."""
         file = Checkpoint(path)
         with fitting(path, cls), torch.device("meta"):
             model = cls(CAVPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (file.config or {}).items()}))
-        return fill(model, file, device=device, dtype=dtype)
+        if not audio:
+            del model.spec_encoder
+        return fill(model, file, {k: file[k] for k in file if audio or not k.startswith("spec_encoder.")}, device, dtype)
 
 
 def finish(features, pool, normalize):                          # (b, n, d)

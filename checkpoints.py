@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 
 class CheckpointError(Exception):
@@ -291,12 +292,34 @@ def write_whole(path, data):
 def save_tensors(path, tensors, dtype=None, **about):
     """{name: tensor} -> one safetensors file, `about` as JSON in its header. dtype: of matrices and convolutions; norms, biases and
     schedules keep their own, for they weigh nothing."""
-    tensors = {k: v.detach().cpu() for k, v in tensors.items()}
-    tensors = {k: (v.to(dtype) if dtype and v.ndim >= 2 else v).contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().to("cpu", dtype if v.ndim >= 2 else None).contiguous() for k, v in tensors.items()}
     with writing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode                              # that of any new file; safetensors makes it the owner's alone
         save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()})
+        part.chmod(mode)
 
 
 def save_model(path, model, config, half=False, **about):
     """Weights and the configuration that rebuilds them. half: in float16, half the size."""
     save_tensors(path, model.state_dict(), torch.float16 if half else None, config=config, **about)
+
+
+PUBLISHED = {"cavp_epoch66": "cavp", "ldm_epoch240": "ldm", "double_guidance_classifier": "align"}      # as `sample.py` calls them
+
+
+def convert(source, target, dtype):
+    """Every checkpoint of a folder -> safetensors of its tensors alone, with matrices and convolutions in `dtype`, under the name that
+    `sample.py --weights` looks for. -> [(from, to)]"""
+    source, target = Path(source), Path(target)
+    files = sorted(p for p in source.glob("*") if p.suffix in (".ckpt", ".safetensors"))
+    if not files:
+        raise CheckpointError(f"{source}: no .ckpt or .safetensors there; give the folder that holds them")
+    pairs = [(p, target / f"{PUBLISHED.get(p.stem, p.stem)}.safetensors") for p in files]
+    for path, out in pairs:
+        if out.exists():
+            raise CheckpointError(f"{out}: exists already; give another folder")
+    for path, out in tqdm(pairs, desc="convert"):
+        file = Checkpoint(path)
+        save_tensors(out, file, dtype, config=file.config)
+    return pairs

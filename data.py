@@ -86,7 +86,7 @@ def whole(path):
 # ---- mel spectrogram and its inverse -------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
-def mel_basis():
+def mel_basis(rate=SAMPLE_RATE):
     """Slaney's filterbank: linear below 1 kHz and logarithmic above, triangles of unit area in Hz. (128, 513)"""
     step = math.log(6.4) / 27                    # 27 steps from 1 kHz to 6.4 kHz, by definition of the scale
 
@@ -96,7 +96,7 @@ def mel_basis():
     mels = np.linspace(to_mel(FMIN), to_mel(FMAX), N_MELS + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * step))
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    hz = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    hz = np.linspace(0, rate / 2, N_FFT // 2 + 1)
     triangles = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre)).clip(0)
     return torch.from_numpy(triangles * 2 / (high - low)).float()
 
@@ -131,27 +131,32 @@ def mel_to_magnitude(level, iterations=32):
     return magnitude
 
 
-def vocode(level, iterations=32, seed=0, length=None):
-    """Mel (..., 128, s) to sound (..., s*256), or `length` samples: the filterbank's inverse, then fast Griffin-Lim.
+def griffin_lim(magnitude, iterations=32, seed=0):
+    """(b, 513, s) -> (b, s*256): phases that fit each other, by the fast algorithm (Perraudin et al. 2013), momentum 0.99.
 
     Every item starts from the same random phases, drawn on the CPU from `seed`, so its sound depends neither on the
     batch it sits in nor on the device."""
-    shape, columns = level.shape[:-2], level.shape[-1]
-    if columns < 3:                              # too short to reflect: vocode with silence appended, then cut
-        level = torch.nn.functional.pad(level, (0, 3 - columns))
-    magnitude = mel_to_magnitude(level.float().reshape(-1, *level.shape[-2:]))       # (b, 513, s)
-    window = torch.hann_window(N_FFT, device=level.device)
+    window = torch.hann_window(N_FFT, device=magnitude.device)
     samples = magnitude.shape[-1] * HOP
     generator = torch.Generator().manual_seed(seed)
     turn = torch.rand(magnitude.shape[1:], generator=generator) * (2 * math.pi)
-    spectrum = magnitude * torch.polar(torch.ones_like(turn), turn).to(level.device)
+    spectrum = magnitude * torch.polar(torch.ones_like(turn), turn).to(magnitude.device)
     previous = torch.zeros_like(spectrum)
     for _ in range(iterations):
         consistent = stft(torch.istft(spectrum, N_FFT, HOP, window=window, length=samples))
         ahead = consistent + 0.99 * (consistent - previous)      # momentum; the first step only finds a phase
         spectrum = magnitude * ahead / ahead.abs().clamp_min(1e-12)
         previous = consistent
-    wav = torch.istft(spectrum, N_FFT, HOP, window=window, length=samples)[:, :columns * HOP]
+    return torch.istft(spectrum, N_FFT, HOP, window=window, length=samples)
+
+
+def vocode(level, iterations=32, seed=0, length=None):
+    """Mel (..., 128, s) to sound (..., s*256), or `length` samples: the filterbank's inverse, then Griffin-Lim."""
+    shape, columns = level.shape[:-2], level.shape[-1]
+    if columns < 3:                              # too short to reflect: vocode with silence appended, then cut
+        level = torch.nn.functional.pad(level, (0, 3 - columns))
+    magnitude = mel_to_magnitude(level.float().reshape(-1, *level.shape[-2:]))       # (b, 513, s)
+    wav = griffin_lim(magnitude, iterations, seed)[:, :columns * HOP]
     length = columns * HOP if length is None else length
     return torch.nn.functional.pad(wav, (0, length - wav.shape[-1])).reshape(*shape, length)
 

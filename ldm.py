@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import stable_diffusion
 import training
-from checkpoints import Checkpoint, CheckpointError, fill, fitting
+from checkpoints import Checkpoint, CheckpointError, convert, fill, fitting
 from vae import PRESETS as VAE_PRESETS
 from vae import LATENT_SCALE, AutoencoderKL, VAEConfig, sample_posterior, tuples
 
@@ -90,9 +91,9 @@ RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, merge=
 
 def make_schedule():
     """The 12 buffers of the official checkpoints, float32 (1000,), computed in float64; v_posterior = 0."""
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64, device="cpu") ** 2   # also where a network is laid out as meta
     a = (1 - betas).cumprod(0)
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
+    previous = torch.cat([a.new_ones(1), a[:-1]])
     variance = betas * (1 - previous) / (1 - a)
     s = dict(betas=betas, alphas_cumprod=a, alphas_cumprod_prev=previous, sqrt_alphas_cumprod=a.sqrt(),
              sqrt_one_minus_alphas_cumprod=(1 - a).sqrt(), log_one_minus_alphas_cumprod=(1 - a).log(),
@@ -357,8 +358,9 @@ class Conditioner(nn.Module):
     def __init__(self, feature_dim, context_dim, positions):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
-        self.pos_emb = nn.Embedding(positions, context_dim)
-        self.reset()
+        self.pos_emb = nn.Embedding.from_pretrained(torch.empty(positions, context_dim), freeze=False)
+        if not self.pos_emb.weight.is_meta:                     # where normal numbers take a second and 150 MB of imports to not draw
+            self.reset()
 
     def reset(self):
         """Weights to start from. Features are unit vectors, entries of 0.04: torch's default would bury them under the positions."""
@@ -413,12 +415,16 @@ class LDM(nn.Module):
         return self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0].float().clamp(0, 1)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """Ours, or the official ldm_epoch240.ckpt; strict."""
+    def load(cls, path, device="cpu", dtype=torch.float32, encoder=True):
+        """Ours, or the official ldm_epoch240.ckpt; strict. encoder=False: without the autoencoder's, which generating does not need."""
         file = Checkpoint(path)
         with fitting(path, cls), torch.device("meta"):
             model = cls(LDMConfig() if file.config is None else read_config(LDMConfig, file.config))
-        return fill(model, file, device=device, dtype=dtype).requires_grad_(False)
+        unused = () if encoder else ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
+        if unused:
+            del model.vae.encoder, model.vae.quant_conv
+        tensors = {k: file[k] for k in file if not k.startswith(unused)}
+        return fill(model, file, tensors, device, dtype).requires_grad_(False)
 
 
 class Alignment(nn.Module):
@@ -603,21 +609,38 @@ def update(args, step, loss, optimizer, ema, model, final):
     ema.update(model)
 
 
+def initial(args):
+    """The network that training starts from: --init one of ours or the official one; --init Stable Diffusion v1 (CompVis' or diffusers'
+    names, or diffusers' folder) as the published run did, with a new conditioner; or a new one. --vae takes any autoencoder."""
+    if args.init and args.init.is_dir():
+        found = [next(iter(sorted((args.init / part).glob("diffusion_pytorch_model.*"))), None) for part in ("unet", "vae")]
+        if None in found:
+            raise training.TrainingError(f"--init {args.init}: no unet/ and vae/ with a diffusion_pytorch_model; give a file, or such a folder")
+        args.init, args.vae = found[0], args.vae or found[1]
+    file = Checkpoint(args.init) if args.init else {}
+    unet = None if "cond_stage_model.pos_emb.weight" in file else stable_diffusion.parts(file).get("unet")
+    if args.init and unet is None:
+        model = LDM.load(args.init)
+        if args.new_conditioner:
+            model.conditioner.reset()
+        return model
+    source = args.vae or (args.init if any(k.startswith("first_stage_model.") for k in file) else None)
+    if not source:
+        raise training.TrainingError("stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
+    first_stage = AutoencoderKL.load(source)
+    model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
+    model.first_stage_model.load_state_dict(first_stage.state_dict())
+    if unet:
+        with fitting(args.init, UNet):
+            model.unet.load_state_dict(unet)
+    return model
+
+
 def train_ldm(args, device):
     """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
     (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
     half as much as the small U-Net's training."""
-    if args.init:
-        model = LDM.load(args.init)
-        if args.new_conditioner:
-            model.conditioner.reset()
-    elif args.vae:
-        first_stage = AutoencoderKL.load(args.vae)
-        model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
-        model.first_stage_model.load_state_dict(first_stage.state_dict())
-    else:
-        raise training.TrainingError("stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = initial(args).to(device, memory_format=torch.channels_last).train()
     model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False).eval()
     run, optimizer, ema, loader = start(args, model, (model.unet, model.conditioner))
     for step in run:
@@ -682,21 +705,35 @@ def train_align(args, device):
     run.save()
 
 
+def main_convert(argv):
+    p = argparse.ArgumentParser(description="Published or other checkpoints as safetensors, half the size in bfloat16.")
+    p.add_argument("--convert", type=Path, nargs=2, metavar=("DIR", "OUT"), required=True)
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help="of matrices and convolutions")
+    args = p.parse_args(argv)
+    for path, out in convert(*args.convert, getattr(torch, args.dtype)):
+        print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
+
+
 def main(argv=None):
     stage = argparse.ArgumentParser(add_help=False)
     stage.add_argument("--model", choices=list(RECIPES), default="ldm")
-    model = stage.parse_known_args(argv)[0].model                  # the two trainings differ in their defaults
+    stage.add_argument("--convert", action="store_true")
+    first = stage.parse_known_args(argv)[0]
+    model = first.model                                            # the two trainings differ in their defaults
     p = training.arguments(__doc__, RECIPES[model])
     p.add_argument("--model", choices=list(RECIPES), default="ldm",
                    help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
+    p.add_argument("--convert", metavar="DIR OUT", help="instead of training: a folder's checkpoints as safetensors; see --convert --help")
     p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
     p.add_argument("--new-conditioner", action="store_true", help="with --init: keep U-Net and autoencoder, start the conditioner anew "
                    "(new features, as the published run did from Stable Diffusion)")
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
-    args = p.parse_args(argv)
     try:
+        if first.convert:
+            return main_convert(argv)
+        args = p.parse_args(argv)
         device = training.settle(args, RECIPES[model], model)
         (train_ldm if model == "ldm" else train_align)(args, device)
     except (CheckpointError, data.MediaError) as e:

@@ -66,8 +66,8 @@ def parse_arguments(argv=None):
     p = Parser("sample.py", description=__doc__, formatter_class=Formatter)
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="videos or folders; after -- names may begin with a dash")
     p.add_argument("--out", type=Path, metavar="DIR", help="write there; default: beside each input")
-    p.add_argument("--weights", default="mini", metavar="mini|DIR", help="the model shipped here, or a folder with the "
-                   "checkpoints cavp, ldm and align: ours or the published ones")
+    p.add_argument("--weights", default="mini", metavar="mini|official|DIR", help="the model shipped here; the published one "
+                   "(4.3 GB, fetched once); or a folder with the checkpoints cavp, ldm and align: ours or the published ones")
     g = p.add_argument_group("sampling; steps and sampler are the paper's by default")
     g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
     g.add_argument("--cfg", type=number(float, 0), help="classifier-free guidance; 1: off; default: what suits the weights "
@@ -76,6 +76,8 @@ def parse_arguments(argv=None):
                    "weights' own classifier (published: 50, as in the paper; mini: 15)")
     g.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS")
     g.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="same seed, same sound")
+    g.add_argument("--as-official", action="store_true", help="what the official demo does with the published weights, quirk for "
+                   "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see official.py)")
     g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N",
                    help="draw N and keep the one that the classifier rates best")
     g.add_argument("--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav")
@@ -86,7 +88,8 @@ def parse_arguments(argv=None):
                    help="mix the clip's own sound in, at this gain (0 if none is given)")
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where "
+                   "that is faster, on a GPU and, for networks of the published size, on a CPU that computes in it")
     g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
                    help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, spectrogram, waveform on one time axis")
@@ -112,10 +115,13 @@ import torch
 from tqdm import tqdm
 
 import data
+import fetch
+import official
 from cavp import CAVP
-from checkpoints import CheckpointError
+from checkpoints import Checkpoint, CheckpointError
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
-from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, guided_eps
+from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, UNetConfig, guided_eps
+from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
 COLUMNS = WINDOW // HOP             # mel columns of a window
 LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
@@ -200,6 +206,7 @@ class Profile:
     def __call__(self, stage):
         start = time.perf_counter()
         yield
+        return_freed_memory()
         if self.cuda:
             torch.cuda.synchronize()                        # what was only queued belongs to this stage
         self.add(stage, time.perf_counter() - start)
@@ -220,7 +227,6 @@ class Models:
     ldm: torch.nn.Module
     align: torch.nn.Module | None   # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32
     name: str = "mini"
 
 
@@ -234,9 +240,13 @@ def find_checkpoint(folder, *patterns):
     return None
 
 
-def load_models(weights="mini", device="cpu", dtype=torch.float32):
-    """The networks of `mini`, or of a folder with our three files or the published ones."""
-    folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
+def load_models(weights="mini", device="cpu", dtype=None):
+    """The networks of `mini`, `official` (fetched once), or a folder with our three files or the published ones; ready to generate,
+    no more. dtype None: bfloat16 where that is faster: on a GPU, and for networks of the published size on a CPU that computes in it."""
+    if weights == "official":
+        folder = fetch.official()
+    else:
+        folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
     if not folder.is_dir():
         raise MediaError(f"{folder}: no such folder of weights; give --weights a folder that has them")
     cavp, ldm = (find_checkpoint(folder, f"{name}.safetensors", f"{name}*.ckpt") for name in ("cavp", "ldm"))
@@ -245,13 +255,18 @@ def load_models(weights="mini", device="cpu", dtype=torch.float32):
         if path is None:
             raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another --weights")
     try:
-        cavp, ldm, align = CAVP.load(cavp, device), LDM.load(ldm, device), align and Alignment.load(align, device)
+        if dtype is None:
+            width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get("width", UNetConfig.width)
+            fast = device == "cuda" or width >= 128 and computes_bfloat16(device)
+            dtype = torch.bfloat16 if fast else torch.float32
+        cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
+        ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:
         raise MediaError(f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
                          "take both from one training")
-    return Models(cavp, ldm, align, str(device), dtype, folder.resolve().name)
+    return Models(cavp, ldm, align, str(device), folder.resolve().name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,14 +322,13 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=None, cg=
             x.append(noise_field(seed, candidate, column + width)[..., column:])
             v.append(features[round(start * ldm.config.fps / SAMPLE_RATE):][:frames])
         x, v = torch.stack(x).to(models.device), torch.stack(v)                 # (b, 4, 16, 64), (b, f, d)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=models.dtype == torch.bfloat16):
-            with profile("sampling"):
-                eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg)
-                z = SAMPLERS[sampler](eps, x, steps, step)                      # (b, 4, 16, 64)
-                if align is not None:
-                    scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
-            with profile("autoencoder"):
-                mels.append(ldm.decode(z).float().cpu())                        # (b, 128, 512)
+        with profile("sampling"):
+            eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg)
+            z = SAMPLERS[sampler](eps, x, steps, step)                          # (b, 4, 16, 64)
+            if align is not None:
+                scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
+        with profile("autoencoder"):
+            mels.append(ldm.decode(z).float().cpu())                            # (b, 128, 512)
     mels = torch.cat(mels).unflatten(0, (candidates, len(starts)))
     return mels, torch.cat(scores).view(candidates, -1).mean(1) if scores else None
 
@@ -357,9 +371,40 @@ class Result:
     profile: Profile
 
 
+def check_official(path, models, sampler, seconds):
+    """What --as-official cannot be asked for."""
+    cfg = models.ldm.config
+    if models.align is None or models.align.config.unet.context_dim != cfg.feature_dim or cfg.unet.aligned:
+        raise MediaError("--as-official is the demo of the published networks; give --weights official, or a folder with them")
+    if sampler == "plms":
+        raise MediaError("--as-official: with PLMS the demo falls through to another sampler, unguided; give dpm or ddim")
+    if seconds * cfg.fps < cfg.frames - 0.5:
+        raise MediaError(f"{path}: the official demo crashes under {cfg.frames / cfg.fps:g} s; leave out --as-official")
+
+
+def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all, progress, profile):
+    check_official(path, models, sampler, seconds)
+    cfg = models.ldm.config.guidance if cfg is None else cfg
+    cg = models.align.config.guidance if cg is None else cg
+    with profile("decode"):
+        frames = official.read_frames(path, models.cavp.config.fps, models.cavp.config.size, start, seconds)
+    with profile("features"):
+        features = official.encode(models.cavp, frames)                         # (f, d)
+    windows = len(features) // models.ldm.config.frames
+    noise = torch.stack([noise_field(seed, k, windows * LATENT_SHAPE[2]) for k in range(candidates)]).to(models.device)
+    done = itertools.count(1)
+    step = lambda *_: progress and progress(next(done), windows * steps)
+    with profile("sampling"):
+        mels = official.draw(features, models, noise, steps, cfg, cg, sampler, step).cpu()   # (k, w, 128, 512)
+    with profile("vocoder"):
+        wavs = {k: limit(official.vocode(mels[k])) for k in range(candidates if keep_all else 1)}
+    mel = torch.cat(list(mels[0]), 1)
+    return Result(wavs[0], wavs, [None] * candidates, 0, mel, [w * WINDOW for w in range(windows)], seconds, profile)
+
+
 @torch.no_grad()
 def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="dpm", candidates=1, start=0.0,
-             duration=None, batch=None, keep_all=False, progress=None, profile=None):
+             duration=None, batch=None, keep_all=False, progress=None, profile=None, as_official=False):
     """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on.
     `progress(done, all)` is called after every step of the sampler."""
     profile = profile or Profile(models.device)
@@ -370,7 +415,10 @@ def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="d
         whole = data.probe(video_path).duration
     if start >= whole:
         raise MediaError(f"{video_path}: --start {start:g} is past its end, {whole:.2f} s; start earlier")
-    seconds = min(whole - start, duration or math.inf)
+    seconds = min(whole - start, duration or (official.SECONDS if as_official else math.inf))
+    if as_official:
+        return generate_as_official(video_path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all,
+                                    progress, profile)
     samples = max(1, round(seconds * SAMPLE_RATE))
     starts = plan_windows(samples, models.ldm.config.fps)
     count = round(starts[-1] * models.ldm.config.fps / SAMPLE_RATE) + models.ldm.config.frames
@@ -423,7 +471,7 @@ def mix(source, result, args):
 def dub(source, target, models, args, profile, progress=None):
     """One input: generate, mix, write all files or none. `target` is the output without its suffix. -> --json's line"""
     result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates,
-                      args.start, args.duration, args.batch, args.keep_all, progress, profile)
+                      args.start, args.duration, args.batch, args.keep_all, progress, profile, args.as_official)
     if args.keep_audio is not None:
         with profile("decode"):
             mix(source, result, args)
@@ -433,7 +481,7 @@ def dub(source, target, models, args, profile, progress=None):
     with ExitStack() as stack:                              # all under temporary names first
         with profile("writing"):
             part = stack.enter_context(data.whole(video))
-            data.write_video(source, result.wav, part, tags, args.start, args.duration)
+            data.write_video(source, result.wav, part, tags, args.start, result.seconds if args.as_official else args.duration)
             for path, wav in [(wave, result.wav), *zip((c["wav"] for c in every), result.wavs.values())]:
                 data.write_wav(stack.enter_context(data.whole(path)), wav, tags)
         if args.plot:
@@ -485,12 +533,12 @@ def main(argv=None):
         print("sample.py: --device cuda: torch finds no CUDA device; give --device cpu", file=sys.stderr)
         return 2
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    half = args.dtype == "bfloat16" or args.dtype == "auto" and device == "cuda"
+    keep_freed_memory()
     try:
-        models = load_models(args.weights, device, torch.bfloat16 if half else torch.float32)
+        models = load_models(args.weights, device, None if args.dtype == "auto" else getattr(torch, args.dtype))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-    except MediaError as e:
+    except (MediaError, fetch.FetchError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 1
     except OSError as e:

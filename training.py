@@ -64,15 +64,26 @@ def arguments(description, presets):
     return p
 
 
+def glibc(function, *args):
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        getattr(ctypes.CDLL(None), function)(*args)
+
+
 def keep_freed_memory():
     """glibc returns large blocks to the system on every free and faults them in anew at the next use, which costs a training
     step on a CPU a quarter of its time and more."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):            # not glibc
-        return
-    mallopt(-3, 2**30)                                      # M_MMAP_THRESHOLD
-    mallopt(-1, 2**30)                                      # M_TRIM_THRESHOLD
+    glibc("mallopt", -3, 2**30)                             # M_MMAP_THRESHOLD
+    glibc("mallopt", -1, 2**30)                             # M_TRIM_THRESHOLD
+
+
+def return_freed_memory():
+    """Between two stages of a job, of which the second could not use what the first has left in pieces."""
+    glibc("malloc_trim", 0)
+
+
+def computes_bfloat16(device):
+    """Whether the hardware does: a CPU with AMX or avx512_bf16 is twice as fast in it, others emulate it several times slower."""
+    return torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def settle(args, presets, stage):
@@ -84,9 +95,7 @@ def settle(args, presets, stage):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
-        # amx and avx512_bf16 machines are twice as fast in bfloat16; others emulate it several times slower
-        native = torch.cuda.is_available() if args.device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        args.dtype = "bfloat16" if native else "float32"
+        args.dtype = "bfloat16" if computes_bfloat16(args.device) else "float32"
     if args.steps < 1 or args.batch < 1:
         raise TrainingError("--steps and --batch must be at least 1")
     keep_freed_memory()

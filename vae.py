@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import stable_diffusion
 import training
 from checkpoints import Checkpoint, CheckpointError, fill, fitting
 
@@ -60,8 +61,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                       # (b, c_in, h, w) -> (b, c_out, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))     # in place: the decoder's last maps are the largest thing in memory
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -202,12 +203,16 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
-        """Ours, a whole LDM file (ours or official: its `first_stage_model.`), or a Stable Diffusion v1 autoencoder; strict."""
+        """Ours, a whole LDM file (ours or official: its `first_stage_model.`), or a Stable Diffusion v1 autoencoder
+        under CompVis' or diffusers' names; strict."""
         file = Checkpoint(path)
         prefix = "first_stage_model." * any(k.startswith("first_stage_model.") for k in file)
+        tensors = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+        if file.config is None:
+            tensors = stable_diffusion.parts(tensors).get("vae", tensors)
         with fitting(path, cls), torch.device("meta"):
             model = cls(PRESETS["paper"] if file.config is None else VAEConfig(**tuples(file.config.get("vae", file.config))))
-        return fill(model, file, {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}, device, dtype)
+        return fill(model, file, tensors, device, dtype)
 
 
 def tuples(config):

@@ -12,7 +12,8 @@ MAY_IMPORT = {                                              # local modules; tes
     "foley": {"data"}, "training": {"checkpoints"},
     "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
     "ldm": {"vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
-    "sample": {"ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch"},
+    "official": {"ldm", "data"},
+    "sample": {"official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch"},
     "evaluate": {"sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}

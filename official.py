@@ -1,0 +1,98 @@
+"""What the official demo does, quirk for quirk: `sample.py --as-official`, for whoever needs its numbers rather than its sound.
+
+in   a video of 8 s or more and the published networks
+out  its mels and its sound: windows of 32 features end to end, 8.176 s of sound for each 8 s of picture, pitch at 0.73
+
+Each function names what it follows in the official repository, under `inference/`. Two things are not repeated: random numbers (the
+demo draws on the GPU without a seed), and the gradient that turns to NaN where the classifier is sure of a mismatch. PLMS is refused:
+there the demo falls through to an unguided sampler of other latents (`diff_foley/models/diffusion/ddpm.py` 1352).
+"""
+import functools
+import io
+import math
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+
+import data
+from ldm import LATENT_SCALE, LATENT_SHAPE, SAMPLERS, ddim, guided_eps
+
+SECONDS = 8.2           # of every video, from --start on (notebook: truncate_second)
+CHUNK = 40              # frames encoded at once, with zeros before and after (`demo_util.py` 158)
+INVERSE_RATE = 22050    # that mels made at 16000 are inverted with (`demo_util.py` 197)
+
+
+def at_ticks(path, fps, start, ticks):
+    """The frame that FFmpeg's copy at `fps` shows at each tick: the last one up to half a tick later, where a viewer sees what was
+    shown last."""
+    shown, done = None, 0
+    for moment, frame in data.frames_from(path, start):
+        if moment < start or done == ticks:
+            continue
+        until = min(ticks, math.floor((moment - start) * fps + 0.5))
+        if shown is not None:
+            yield from [shown] * (until - done)
+            done = max(done, until)
+        shown = frame
+    yield from [shown] * (ticks - done)
+
+
+def read_frames(path, fps, size, start, seconds):
+    """uint8 (f, 3, size, size): the frames of an H.264 copy of the video at `fps` (`demo_util.py` 39-58)."""
+    info, scaler, memory = data.probe(path), VideoReformatter(), io.BytesIO()
+    width, height = info.width // 2 * 2, info.height // 2 * 2                            # H.264 wants even sizes
+    with av.open(memory, "w", format="mp4") as copy:
+        stream = copy.add_stream("libx264", rate=round(fps), options={"crf": "23"})      # libx264's default
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for shown in at_ticks(path, fps, start, math.floor(min(seconds, info.duration - start) * fps + 0.5)):
+            upright = np.ascontiguousarray(data.picture(shown, width, height, scaler))
+            copy.mux(stream.encode(av.VideoFrame.from_ndarray(upright, "rgb24")))
+        copy.mux(stream.encode(None))
+    memory.seek(0)
+    with av.open(memory) as copy:
+        frames = [data.picture(frame, size, size, scaler).transpose(2, 0, 1) for frame in copy.decode(video=0)]
+    return torch.from_numpy(np.stack(frames))
+
+
+def encode(cavp, frames):
+    """uint8 (f, 3, h, w) -> unit features (f, 512); a feature near a chunk's end feels the zeros beyond it (`demo_util.py` 158-168)."""
+    return torch.cat([cavp.encode_clip(chunk) for chunk in frames.split(CHUNK)])
+
+
+def sampler(name, steps):
+    """-> sampler(eps, x, steps, callback). DDIM steps by 1000 // S from 1 on, so it takes 1000 / (1000 // S) steps (`ddim.py`; 31 for 30)."""
+    if name == "ddim":
+        return functools.partial(ddim, times=[t + 1 for t in range(0, 1000, 1000 // steps)])
+    return SAMPLERS[name]
+
+
+def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progress=None):
+    """features (f, 512), noise (k, 4, 16, w * 64) -> mels (k, w, 128, 512), unclamped, of the w whole windows (notebook 289-325).
+
+    The branch without condition is a zero embedding, not the embedding of zero features that training used; the classifier gets raw
+    features, without its own projection, of the whole clip in every window; with DPM-Solver, `cfg` 1 drops it (`dpm_solver.py` 1378)."""
+    ldm, frames, width = models.ldm, models.ldm.config.frames, LATENT_SHAPE[2]
+    cg = 0.0 if name == "dpm" and cfg == 1 else cg
+    whole = features.expand(len(noise), -1, -1)
+    mels = []
+    for w in range(len(features) // frames):
+        context = ldm.conditioner(whole[:, w * frames:(w + 1) * frames])
+        eps = guided_eps(ldm.unet, context, torch.zeros_like(context), cfg, models.align, whole, cg, project=False)
+        z = sampler(name, steps)(eps, noise[..., w * width:(w + 1) * width], steps, progress)
+        mels.append(ldm.vae.decode((z / LATENT_SCALE).to(context.dtype))[:, 0].float())
+    return torch.stack(mels, 1)
+
+
+def mel_to_magnitude(level):
+    """(b, 128, s) -> (b, 513, s): librosa's `mel_to_stft`, which is the least-squares solution without its negative part, with
+    another filterbank than the mels were made with (`demo_util.py` 196-211)."""
+    inverse = torch.linalg.pinv(data.mel_basis(INVERSE_RATE).double()).float().to(level.device)
+    return (inverse @ 10 ** (5 * level - 4)).clamp(min=0)
+
+
+def vocode(mels):
+    """(w, 128, 512) -> (w * 130816,): each window by itself, one after the other (notebook 351)."""
+    wavs = data.griffin_lim(mel_to_magnitude(mels))
+    return wavs[:, :(mels.shape[-1] - 1) * data.HOP].flatten()
