@@ -4,7 +4,7 @@ in   a video of 8 s or more and the published networks
 out  its mels and its sound: windows of 32 features end to end, 8.176 s of sound for each 8 s of picture, pitch at 0.73
 
 Each function names what it follows in the official repository, under `inference/`. Two things are not repeated: random numbers (the
-demo draws on the GPU without a seed), and the gradient that turns to NaN where the classifier is sure of a mismatch. PLMS is refused:
+demo draws them on a GPU), and the gradient that turns to NaN where the classifier is sure of a mismatch. PLMS is refused:
 there the demo falls through to an unguided sampler of other latents (`diff_foley/models/diffusion/ddpm.py` 1352).
 """
 import functools
@@ -29,13 +29,17 @@ def at_ticks(path, fps, start, ticks):
     shown last."""
     shown, done = None, 0
     for moment, frame in data.frames_from(path, start):
-        if moment < start or done == ticks:
+        if moment < start:
             continue
+        if done == ticks:
+            break
         until = min(ticks, math.floor((moment - start) * fps + 0.5))
         if shown is not None:
             yield from [shown] * (until - done)
             done = max(done, until)
         shown = frame
+    if shown is None:
+        raise data.MediaError(f"{path}: no picture begins after {start:g} s; choose an earlier start")
     yield from [shown] * (ticks - done)
 
 
@@ -61,11 +65,15 @@ def encode(cavp, frames):
     return torch.cat([cavp.encode_clip(chunk) for chunk in frames.split(CHUNK)])
 
 
+def ddim_times(steps):
+    """From 1 on by 1000 // `steps`, however many that gives: 31 for 30 (`ddim.py`). For 27 and some others the last, 1000, is one more
+    than there are; there the demo crashes."""
+    return list(range(1, 1001, 1000 // steps))
+
+
 def sampler(name, steps):
-    """-> sampler(eps, x, steps, callback). DDIM steps by 1000 // S from 1 on, so it takes 1000 / (1000 // S) steps (`ddim.py`; 31 for 30)."""
-    if name == "ddim":
-        return functools.partial(ddim, times=[t + 1 for t in range(0, 1000, 1000 // steps)])
-    return SAMPLERS[name]
+    """-> sampler(eps, x, steps, callback)"""
+    return functools.partial(ddim, times=ddim_times(steps)) if name == "ddim" else SAMPLERS[name]
 
 
 def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progress=None):

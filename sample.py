@@ -371,19 +371,21 @@ class Result:
     profile: Profile
 
 
-def check_official(path, models, sampler, seconds):
+def check_official(path, models, sampler, steps, seconds):
     """What --as-official cannot be asked for."""
     cfg = models.ldm.config
     if models.align is None or models.align.config.unet.context_dim != cfg.feature_dim or cfg.unet.aligned:
         raise MediaError("--as-official is the demo of the published networks; give --weights official, or a folder with them")
     if sampler == "plms":
         raise MediaError("--as-official: with PLMS the demo falls through to another sampler, unguided; give dpm or ddim")
+    if sampler == "ddim" and official.ddim_times(steps)[-1] == 1000:
+        raise MediaError(f"--as-official: with DDIM the demo crashes at {steps} steps, one noise level too far; give another --steps")
     if seconds * cfg.fps < cfg.frames - 0.5:
         raise MediaError(f"{path}: the official demo crashes under {cfg.frames / cfg.fps:g} s; leave out --as-official")
 
 
 def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all, progress, profile):
-    check_official(path, models, sampler, seconds)
+    check_official(path, models, sampler, steps, seconds)
     cfg = models.ldm.config.guidance if cfg is None else cfg
     cg = models.align.config.guidance if cg is None else cg
     with profile("decode"):
@@ -393,11 +395,12 @@ def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates
     windows = len(features) // models.ldm.config.frames
     noise = torch.stack([noise_field(seed, k, windows * LATENT_SHAPE[2]) for k in range(candidates)]).to(models.device)
     done = itertools.count(1)
-    step = lambda *_: progress and progress(next(done), windows * steps)
+    calls = len(official.ddim_times(steps)) if sampler == "ddim" else steps
+    step = lambda *_: progress and progress(next(done), windows * calls)
     with profile("sampling"):
         mels = official.draw(features, models, noise, steps, cfg, cg, sampler, step).cpu()   # (k, w, 128, 512)
     with profile("vocoder"):
-        wavs = {k: limit(official.vocode(mels[k])) for k in range(candidates if keep_all else 1)}
+        wavs = {k: official.vocode(mels[k]) for k in range(candidates if keep_all else 1)}
     mel = torch.cat(list(mels[0]), 1)
     return Result(wavs[0], wavs, [None] * candidates, 0, mel, [w * WINDOW for w in range(windows)], seconds, profile)
 

@@ -325,3 +325,33 @@ def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(tmp_path):
         checkpoints.make_folder(tmp_path / "file" / "run")
     with pytest.raises(CheckpointError, match="another folder"):
         checkpoints.write_whole(tmp_path / "file" / "x.safetensors", b"x")
+
+
+@pytest.mark.parametrize("dtype, share", [("bfloat16", 0.5), ("float16", 0.5), ("float32", 1.0)])
+def test_convert(tmp_path, capsys, dtype, share):
+    """Published names become ours, the trainer's leavings go, values are rounded once, and the same loader takes the result."""
+    model = rule.fill(ldm.Alignment(MINI_CLASSIFIER))
+    (tmp_path / "in").mkdir()
+    checkpoints.save_model(tmp_path / "in" / "align.safetensors", model, asdict(MINI_CLASSIFIER))
+    size = (tmp_path / "in" / "align.safetensors").stat().st_size
+    save({"state_dict": {"module." + k: v for k, v in model.state_dict().items()}, "optimizer_states": [torch.zeros(10 ** 6)]},
+         tmp_path / "in" / "ldm_epoch240.ckpt")
+    ldm.main(["--convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", dtype])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["align.safetensors", "ldm.safetensors"]
+    assert capsys.readouterr().out.count("MB") == 4
+    loaded = ldm.Alignment.load(tmp_path / "out" / "align.safetensors")
+    assert loaded.config == MINI_CLASSIFIER
+    for name in ("align", "ldm"):
+        path = tmp_path / "out" / f"{name}.safetensors"
+        assert path.stat().st_mode & 0o044 == (tmp_path / "in").stat().st_mode & 0o044 and path.stat().st_size < (share + 0.1) * size
+        for key, value in model.state_dict().items():
+            kept = value.to(getattr(torch, dtype)) if value.ndim >= 2 else value
+            assert torch.equal(Checkpoint(path)[key], kept) and torch.equal(loaded.state_dict()[key], kept.float())
+
+
+def test_convert_says_what_is_wrong(tmp_path):
+    with pytest.raises(SystemExit, match="no .ckpt or .safetensors there"):
+        ldm.main(["--convert", str(tmp_path), str(tmp_path / "out")])
+    checkpoints.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(SystemExit, match="exists already"):
+        ldm.main(["--convert", str(tmp_path), str(tmp_path)])

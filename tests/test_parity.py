@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_parity.py -rP        prints every difference measured
 """
+import collections
+import copy
 import gc
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import ldm
 import training
 import vae
 from golden import rule
+from plain import plainly
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,6 +214,7 @@ def classifier():
     return rule.fill(ldm.Alignment())
 
 
+MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
 INT_T, FLOAT_T = torch.tensor([10, 700]), torch.tensor([10.5, 699.25])
 
 
@@ -270,16 +273,90 @@ def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints in and out
+# bfloat16: what `sample.py` uses on a GPU, and on a CPU that computes in it
+
+def rounded(model):
+    """A copy with every weight rounded."""
+    with torch.device("meta"):
+        other = type(model)(model.config)
+    other.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def test_bfloat16_stages(towers, autoencoder, unet, classifier):
+    """Stated rather than gated: the bound only tells rounding, of 8 bits over as many layers, from a mistake."""
+    def close(name, ours, official, bound=0.05):
+        rule.close(f"bfloat16 {name}", ours.float(), official, bound)
+
+    video = pattern(32)
+    folded = cavp.CAVP()
+    folded.load_state_dict(towers.state_dict())
+    folded = folded.eval().fold().bfloat16()
+    close("CAVP video", folded.encode_video(video.bfloat16()), rule.recorded("cavp")["pattern32.norm_nopool"])
+    mel = rule.uniform("in.cavp.spec512", *SPECTROGRAMS["spec512"])
+    close("CAVP audio", rounded(towers).encode_audio(mel.bfloat16()), rule.recorded("cavp")["spec512.norm_nopool"])
+    small = rounded(autoencoder)
+    close("encode mean", small.encode(rule.uniform("in.vae.image", 1, 3, 128, 512).bfloat16())[0], rule.recorded("vae")["encode.mean"])
+    close("decode", small.decode(rule.normal("in.vae.latent", 1, 4, 16, 64).bfloat16()), rule.recorded("vae")["decode.image"])
+    x, features = rule.normal("in.cls.x", 2, 4, 16, 64), rule.normal("in.cls.feat", 2, 32, 512)
+    alignment, golden = rounded(classifier), rule.recorded("classifier")
+    close("classifier probability", alignment(x, INT_T, features), golden["trained_path.prob"])
+    close("classifier gradient", alignment.grad_log_prob(x, INT_T, features), golden["trained_path.grad_log_prob"], 0.2)
+    net, x = rounded(unet), rule.normal("in.unet.x", 2, 4, 16, 64)
+    close("U-Net", net(x, INT_T, rule.normal("in.unet.context", 2, 32, 768)), rule.recorded("unet")["eps"])
+    x, features = rule.normal("in.sample.x_T", 1, 4, 16, 64), rule.normal("in.sample.feat", 1, 32, 512)
+    context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
+    eps = ldm.guided_eps(net, context, torch.zeros_like(context), 4.5, alignment, features, 50, project=False)
+    close("five guided steps", ldm.dpm_solver(eps, x, 5), rule.recorded("sample")["dpm5.cfg4.5.cg50"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same numbers with less work
+
+NARROW = ldm.UNetConfig(width=32, context_dim=16, groups=8)
+
+
+@torch.no_grad()
+def test_plain_readings_agree():
+    """What `speed.py` compares with is the same networks."""
+    towers, video = rule.fill(cavp.CAVP(TINY)), rule.uniform("video", 2, 6, 3, 32, 32)
+    plain = plainly(copy.deepcopy(towers)).encode_video(video)
+    rule.close("CAVP video", towers.encode_video(video), plain, 1e-5)
+    rule.close("CAVP video, norms folded", towers.fold().encode_video(video), plain, 1e-5)
+    unet = rule.fill(ldm.UNet(NARROW), "model.diffusion_model.")
+    inputs = rule.normal("x", 2, 4, 16, 16), FLOAT_T, rule.normal("context", 2, 5, 16)
+    rule.close("U-Net", unet(*inputs), plainly(copy.deepcopy(unet))(*inputs), 1e-5)
+    autoencoder, z = rule.fill(vae.AutoencoderKL(vae.VAEConfig(width=16, groups=8))), rule.normal("z", 1, 4, 16, 16)
+    rule.close("decoder", autoencoder.decode(z), plainly(copy.deepcopy(autoencoder)).decode(z), 1e-5)
+
+
+@torch.no_grad()
+def test_frames_at_once_change_nothing(monkeypatch):
+    towers, video = rule.fill(cavp.CAVP(TINY)), rule.uniform("video", 1, 7, 3, 32, 32)
+    together = towers.encode_video(video)
+    monkeypatch.setattr(cavp, "FRAMES_AT_ONCE", 100)
+    rule.close("all frames at once", towers.encode_video(video), together, 1e-6)
+
+
+def test_a_clip_prepares_its_condition_once():
+    """Keys and values of every cross-attention, and the conditioners, are computed once for all steps and both guidances."""
+    calls = collections.Counter()
+    unet, classifier = rule.fill(ldm.UNet(NARROW), "model.diffusion_model."), rule.fill(ldm.Alignment(MINI_CLASSIFIER))
+    watched = [m for net in (unet, classifier) for block in net.modules() if isinstance(block, ldm.TransformerBlock)
+               for m in (block.attn2.to_k, block.attn2.to_v)] + [classifier.cond_model]
+    for module in watched:
+        module.register_forward_hook(lambda m, *_: calls.update([m]))
+    context, features = rule.normal("context", 1, 128, 16), rule.normal("features", 1, 128, 512)
+    eps = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, classifier, features, 15.0)
+    ldm.dpm_solver(eps, rule.normal("x", 1, 4, 16, 64), 3)
+    assert len(watched) > 20 and all(calls[m] == 1 for m in watched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in and out of the latents
 
 MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
-MINI = [(cavp.CAVP, cavp.PRESETS["mini"]), (vae.AutoencoderKL, vae.PRESETS["mini"]), (ldm.LDM, MINI_UNET), (ldm.Alignment, MINI_CLASSIFIER)]
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
 
 @torch.no_grad()
 def test_calibration_keeps_the_sound_and_scales_the_latents():

@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import data
+import fetch
 import sample
 from cavp import CAVP, CAVPConfig
+from checkpoints import save_model
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
 from ldm import LDM, Alignment, AlignmentConfig, LDMConfig, UNetConfig, log_alpha, sigma
-from training import save_model
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
@@ -389,6 +390,40 @@ def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypa
     monkeypatch.setattr(data, "write_wav", full_disk)                # the second file fails after the first was written
     status, _, err = run(capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1)
     assert status == 1 and len(err) == 1 and "No space left" in err[0] and not list((tmp_path / "out").iterdir())
+
+
+def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights, tmp_path):
+    """What `fetch` returns is used like any folder; what it cannot do is one line."""
+    monkeypatch.setattr(fetch, "official", lambda: weights)
+    assert run(capsys, clip, "--out", tmp_path, "--weights", "official", "--steps", 1)[0] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setenv("DIFF_FOLEY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFF_FOLEY_URL", "http://127.0.0.1:9/nobody")
+    status, _, err = run(capsys, clip, "--out", tmp_path, "--weights", "official")
+    assert status == 1 and "put the files into a folder yourself and give --weights DIR" in err[-1]
+    assert not list((tmp_path / "cache").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("width, native, dtype", [(128, True, "bfloat16"), (128, False, "float32"), (8, True, "float32")])
+def test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it(monkeypatch, weights, tmp_path, width, native, dtype):
+    wide = replace(UNET, width=width)
+    for name in ("cavp", "align"):
+        shutil.copy(weights / f"{name}.safetensors", tmp_path)
+    model = LDM(LDMConfig(**TIME, unet=wide, vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)))
+    save_model(tmp_path / "ldm.safetensors", model, asdict(model.config))
+    monkeypatch.setattr(sample, "computes_bfloat16", lambda device: native)
+    loaded = sample.load_models(tmp_path)
+    for net in (loaded.cavp, loaded.ldm, loaded.align):
+        assert {p.dtype for p in net.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in sample.load_models(tmp_path, dtype=torch.float32).ldm.parameters()} == {torch.float32}
+
+
+def test_bfloat16_makes_nearly_the_same_sound(clip, weights):
+    exact, rounded = (sample.generate(clip, sample.load_models(weights, dtype=dtype), steps=3) for dtype in (torch.float32, torch.bfloat16))
+    assert exact.mel.shape == rounded.mel.shape and exact.mel.dtype == rounded.mel.dtype == torch.float32
+    difference = (exact.mel - rounded.mel).norm() / exact.mel.norm()
+    assert 0 < difference < 0.1
 
 
 def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):

@@ -4,11 +4,14 @@
 
 Without diffusers the comparisons with it are skipped; the rest needs nothing but this repository.
 """
+import argparse
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+import checkpoints
 import ldm
 import stable_diffusion
 import vae
@@ -244,3 +247,47 @@ def test_a_key_too_few_or_too_many_is_refused(part, missing, additional):
         state[additional] = torch.zeros(1)
     with pytest.raises(RuntimeError, match="Missing key" if missing else "Unexpected key"):
         loaded(*NETWORKS[part], stable_diffusion.parts(state)[part])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 2 starts from them
+
+def write(path, state):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.save_tensors(path, state) if path.suffix == ".safetensors" else torch.save({"state_dict": state}, path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["whole file", "two files", "diffusers folder"])
+def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, form):
+    """U-Net and autoencoder are the file's, the conditioner is a new one."""
+    config = replace(ldm.PRESETS["paper"][0], unet=UNETS[0], vae=VAES[0])
+    monkeypatch.setitem(ldm.PRESETS, "paper", (config, None))
+    monkeypatch.setitem(vae.PRESETS, "paper", VAES[0])
+    args = argparse.Namespace(init=tmp_path, vae=None, preset="paper", new_conditioner=False)
+    expected = states
+    if form == "whole file":
+        args.init = write(tmp_path / "sd-v1-4.ckpt", whole(states))
+    elif form == "two files":
+        args.init = write(tmp_path / "unet.safetensors", states["unet"])
+        with pytest.raises(checkpoints.CheckpointError, match="add --vae"):
+            ldm.initial(args)
+        args.vae = write(tmp_path / "vae.ckpt", states["vae"])
+    else:
+        theirs = {"unet": their_unet(UNETS[0]).state_dict(), "vae": their_vae(VAES[0]).state_dict()}
+        write(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", theirs["unet"])
+        with pytest.raises(checkpoints.CheckpointError, match="no unet/ and vae/"):
+            ldm.initial(args)
+        write(tmp_path / "vae" / "diffusion_pytorch_model.bin", theirs["vae"])
+        expected = {part: stable_diffusion.parts(state)[part] for part, state in theirs.items()}
+    model = ldm.initial(args)
+    assert same(model.unet.state_dict(), expected["unet"]) and same(model.vae.state_dict(), expected["vae"])
+    assert 0.9 < model.conditioner.embedder[0].weight.std() < 1.1
+
+
+def test_another_networks_file_is_no_start(tmp_path, states):
+    wrong = {k: v for k, v in states["unet"].items() if "time_embed" not in k}
+    args = argparse.Namespace(init=write(tmp_path / "wrong.safetensors", wrong), vae=write(tmp_path / "v.safetensors", states["vae"]),
+                              preset="mini", new_conditioner=False)
+    with pytest.raises(checkpoints.CheckpointError, match="v.safetensors: not a checkpoint of AutoencoderKL"):
+        ldm.initial(args)

@@ -1,0 +1,78 @@
+"""The networks as PyTorch reads plainly, which is how the official code is written: the yardstick of `speed.py`.
+
+in   one of our networks
+out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, keys and
+     values of the condition anew in every call, maps as (b, c, h, w) in memory; for networks of the published form
+"""
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+
+import cavp
+import ldm
+import vae
+
+
+def conv_unit(self, x, frames):
+    y = self.conv(x.unflatten(0, (-1, frames)).transpose(1, 2))                          # (b, c, f, h, w)
+    bn = self.bn
+    y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+    return y.transpose(1, 2).flatten(0, 1)
+
+
+def slow_only(self, video):
+    b, frames = video.shape[:2]
+    x = video.flatten(0, 1)
+    for part in range(5):
+        x = self.run(part, x, frames)
+    return x.mean((2, 3)).view(b, frames, -1)
+
+
+def attend(q, k, v):
+    """(b, heads, n, d) -> (b, heads, n, d)"""
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bhmd->bhnd", scores.softmax(-1), v)
+
+
+def attention(self, x, keys_values=None):
+    def heads(y):
+        return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    context = x if keys_values is None else keys_values                                  # here: the condition itself
+    y = attend(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
+    return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+class Unprepared(ldm.Prepared):
+    """Hands every cross-attention the condition itself."""
+
+    def __missing__(self, _key):
+        return self["context"]
+
+
+def down(self, x, t, context):
+    emb = self.time_embed(ldm.timestep_embedding(t, self.config.width))
+    context, h, skips = Unprepared(context=context), x, []
+    for block in self.input_blocks:
+        h = block(h, emb, context)
+        skips.append(h)
+    return self.middle_block(h, emb, context), emb, skips, context
+
+
+def attn_block(self, x):
+    y = self.norm(x)
+    q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))       # (b, 1, h*w, c)
+    return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+FORWARD = {cavp.ConvUnit: conv_unit, cavp.SlowOnly: slow_only, ldm.Attention: attention, vae.AttnBlock: attn_block}
+
+
+def plainly(model):
+    """Change `model` in place. -> model"""
+    for module in model.modules():
+        if type(module) in FORWARD:
+            module.forward = MethodType(FORWARD[type(module)], module)
+        if isinstance(module, ldm.Backbone):
+            module.down = MethodType(down, module)
+    return model.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,178 @@
+"""The published files' form and size from end to end: 4.3 GB of stand-in weights, made by the rule, deleted afterwards.
+
+    python -m pytest tests/test_full_size.py -rPs        prints every difference and every amount of memory measured
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cavp
+import checkpoints
+import data
+import ldm
+import official
+import sample
+from checkpoints import Checkpoint
+from golden import rule
+from test_data import make, steady
+
+pytestmark = pytest.mark.slow
+ROOT = Path(sample.__file__).resolve().parent
+DISK, MEMORY = 10e9, 8e9
+
+
+def free_memory():
+    """Bytes that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def lightning(state, epoch):
+    """What a trainer leaves: the weights among its own affairs."""
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1000), "exp_avg_sq": torch.ones(1000)}
+    return {"epoch": epoch, "global_step": 1000 * epoch, "pytorch-lightning_version": "1.4.2", "state_dict": state,
+            "callbacks": {"ModelCheckpoint{'monitor': 'val/loss'}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}},
+            "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0]}]}],
+            "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}]}
+
+
+# A process's peak starts with that of the process which started it, so one that is small has to.
+LAUNCH = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def launch(*command):
+    """-> stdout, lines of stderr, bytes of memory at the peak"""
+    done = subprocess.run([sys.executable, "-c", LAUNCH, sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    *err, peak = done.stderr.splitlines()
+    return done.stdout, err, int(peak)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with the three files under their published names."""
+    folder = tmp_path_factory.mktemp("published")
+    disk, memory = shutil.disk_usage(folder).free, free_memory()
+    if disk < DISK or memory is None or memory < MEMORY:
+        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk at {folder} and {MEMORY / 1e9:.0f} GB of memory: {disk / 1e9:.1f} and "
+                    + ("an unknown amount" if memory is None else f"{memory / 1e9:.1f}") + " are free")
+    try:
+        state = {f"module.{k}": v for k, v in rule.fill(cavp.CAVP()).state_dict().items()}
+        torch.save(lightning(state, 66), folder / "cavp_epoch66.ckpt")
+        torch.save(lightning(rule.fill(ldm.Alignment()).state_dict(), 30), folder / "double_guidance_classifier.ckpt")
+        with torch.device("meta"):
+            model = ldm.LDM()
+        torch.save(lightning(rule.fill(model).state_dict(), 240), folder / "ldm_epoch240.ckpt")
+        del state, model
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def converted(published, tmp_path_factory):
+    """The same as `ldm.py --convert` writes them."""
+    folder = tmp_path_factory.mktemp("converted") / "bfloat16"
+    try:
+        print(launch(ROOT / "ldm.py", "--convert", published, folder, "--dtype", "bfloat16")[0])
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Three seconds in which something moves."""
+    def square(image, k):
+        image[10:30, k % 40:k % 40 + 20] = 220
+    return make(tmp_path_factory.mktemp("clip") / "clip.mp4", steady(25, 3), draw=square)
+
+
+def size(folder):
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def dub(clip, weights, out, *flags):
+    """-> sample.py's line, bytes of memory at the peak; all that holds for every run"""
+    output, err, peak = launch(ROOT / "sample.py", clip, "--weights", weights, "--out", out, "--steps", 2, "--json", "--profile", *flags)
+    line = json.loads(output)
+    print(*err, f"peak {peak / 2**20:.0f} MiB", sep="\n")
+    assert line["windows"] == 1 and line["seconds"] == 3.0 and line["score"] < 0
+    assert abs(data.probe(line["output"]).duration - 3.0) < 0.04 and data.probe(line["output"]).has_audio
+    wav = data.read_audio(line["wav"])
+    assert len(wav) == 3 * data.SAMPLE_RATE and wav.isfinite().all() and wav.abs().max() > 0
+    assert line["profile"]["total"]["peak_mib"] == pytest.approx(peak / 2**20, rel=0.02)
+    return line, peak
+
+
+def test_published_files_dub_a_clip(published, clip, tmp_path):
+    dub(clip, published, tmp_path, "--dtype", "float32")
+
+
+@torch.no_grad()
+def test_published_files_give_the_official_numbers(published):
+    golden = rule.recorded("sample")
+    models = sample.load_models(published, dtype=torch.float32)
+    features = models.cavp.encode_video(rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224))
+    rule.close("features", features, rule.recorded("cavp")["video32.norm_nopool"])
+    features, x = rule.normal("in.sample.feat", 1, 32, 512)[0], rule.normal("in.sample.x_T", 1, 4, 16, 64)
+    for cg, name in ((0.0, "dpm5.cfg4.5"), (50.0, "dpm5.cfg4.5.cg50")):
+        latents = []
+        mels = official.draw(features, models, x, 5, 4.5, cg, progress=lambda i, z: latents.append(z))
+        rule.close(name, latents[-1], golden[name], 1e-3)
+        if cg:      # the recorded mel is that of the run without classifier
+            decoded = models.ldm.vae.decode(golden[name] / ldm.LATENT_SCALE)[:, 0]
+        else:
+            decoded = golden[f"{name}.decoded_channel0"]
+        rule.close(f"{name}, decoded", mels[:, 0], decoded, 1e-3)
+
+
+def test_converted_files_are_half_the_size_and_the_weights_rounded(published, converted):
+    assert sorted(p.name for p in converted.iterdir()) == ["align.safetensors", "cavp.safetensors", "ldm.safetensors"]
+    print(f"{size(converted) / 1e9:.2f} GB of {size(published) / 1e9:.2f} GB")
+    assert 0.49 < size(converted) / size(published) < 0.51
+    for name, cls in (("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("align", ldm.Alignment)):
+        stem = {stem for stem, ours in checkpoints.PUBLISHED.items() if ours == name}.pop()
+        file, loaded = Checkpoint(published / f"{stem}.ckpt"), cls.load(converted / f"{name}.safetensors").state_dict()
+        assert file.keys() == loaded.keys()
+        for key, own in loaded.items():
+            rounded = file[key].bfloat16().float() if file[key].ndim >= 2 else file[key]
+            assert own.dtype == rounded.dtype and torch.equal(own, rounded), key
+            file.release()
+
+
+def test_converted_files_need_little_more_memory_than_their_size(converted, clip, tmp_path):
+    peak = dub(clip, converted, tmp_path, "--dtype", "bfloat16")[1]
+    print(f"{peak / size(converted):.3f} of {size(converted) / 1e9:.2f} GB")
+    assert peak <= 1.15 * size(converted)
+
+
+LOAD = """
+import sys
+import ldm
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
+model = ldm.LDM.load(sys.argv[1])
+own = sum(t.nbytes for t in model.state_dict().values())
+print((peak() - before) / own, own)
+"""
+
+
+def test_loading_needs_the_networks_own_memory(published):
+    ratio, own = map(float, launch("-c", LOAD, published / "ldm_epoch240.ckpt")[0].split())
+    print(f"{ratio:.3f} of {own / 1e9:.2f} GB")
+    assert own > 3.7e9 and 0.9 < ratio <= 1.1
