@@ -145,12 +145,15 @@ class SlowOnly(nn.Module):
         # the parts that see one frame at a time have the largest maps; but a norm in training must see the whole batch
         alone = 0 if self.training else (*self.temporal, True).index(True)
         if alone:
-            pieces = []
-            for piece in x.split(FRAMES_AT_ONCE):
+            maps = None
+            for i in range(0, len(x), FRAMES_AT_ONCE):
+                piece = x[i:i + FRAMES_AT_ONCE]
                 for part in range(alone):
                     piece = self.run(part, piece, len(piece))
-                pieces.append(piece)
-            x = torch.cat(pieces)
+                if maps is None:
+                    maps = piece.new_empty(len(x), *piece.shape[1:]).to(memory_format=torch.channels_last)
+                maps[i:i + FRAMES_AT_ONCE] = piece
+            x = maps
         for part in range(alone, 5):
             x = self.run(part, x, frames)
         return x.mean((2, 3)).view(b, frames, -1)
@@ -238,7 +241,7 @@ class CAVP(nn.Module):
         device, dtype, out = self.logit_scale.device, self.video_project_head.weight.dtype, []
         for i in range(0, len(frames), chunk):
             first = max(0, i - self.context)
-            video = frames[first:i + chunk + self.context].to(device).float().div_(255).to(dtype)
+            video = frames[first:i + chunk + self.context].to(device).to(dtype, memory_format=torch.channels_last).div_(255)
             out.append(self.encode_video(video[None])[0, i - first:i - first + chunk].float())
         return torch.cat(out)
 

@@ -15,7 +15,9 @@ log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame 
 latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
 """
 import argparse
+import functools
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,8 +29,11 @@ import data
 import stable_diffusion
 import training
 from checkpoints import Checkpoint, CheckpointError, convert, fill, fitting
+from kernels.attention import attention
+from kernels.solver import multistep
+from kernels.transformer import add_layer_norm, geglu
 from vae import PRESETS as VAE_PRESETS
-from vae import LATENT_SCALE, AutoencoderKL, VAEConfig, sample_posterior, tuples
+from vae import LATENT_SCALE, AutoencoderKL, GroupNorm, VAEConfig, sample_posterior, tuples
 
 # latents are scaled by LATENT_SCALE in this file and nowhere else
 LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
@@ -106,9 +111,14 @@ def make_schedule():
 ALPHAS_CUMPROD = make_schedule()["alphas_cumprod"]
 
 
+@functools.cache                    # on a GPU made once: a CUDA graph cannot hold a copy from the CPU
+def log_alpha_knots(device):
+    return 0.5 * ALPHAS_CUMPROD.double().log().to(device)
+
+
 def log_alpha(t):
     """log of the signal scale at (fractional) diffusion time t in [0, 999], float64: linear between the 1000 knots."""
-    table = 0.5 * ALPHAS_CUMPROD.double().log().to(t.device)
+    table = log_alpha_knots(t.device)
     t = t.double().clamp(0, 999)
     low = t.floor().long().clamp(max=998)
     return torch.lerp(table[low], table[low + 1], t - low)
@@ -128,28 +138,33 @@ def q_sample(z, t, noise):
 # ---------------------------------------------------------------------------------------------------------------------
 # U-Net blocks; attribute names are those of the official keys
 
+@functools.cache
+def embedding_frequencies(half, device):
+    powers = torch.arange(half, dtype=torch.float32, device="cpu") / half
+    return torch.exp(-torch.log(torch.tensor(10000.0, device="cpu")) * powers).to(device)
+
+
 def timestep_embedding(t, dim):
     """(b,) possibly fractional -> (b, dim), cosines first."""
-    half = dim // 2
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
-    angles = t.float()[:, None] * frequencies
+    angles = t.float()[:, None] * embedding_frequencies(dim // 2, t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, emb_dim, groups):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        # the official keys' places, with holes where a SiLU or a dropout stands
+        self.in_layers = nn.ModuleDict({"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)})
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(),
-                                        nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.out_layers = nn.ModuleDict({"0": GroupNorm(groups, c_out), "3": nn.Conv2d(c_out, c_out, 3, padding=1)})
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.out_layers[3].weight)
-        nn.init.zeros_(self.out_layers[3].bias)
+        nn.init.zeros_(self.out_layers["3"].weight)
+        nn.init.zeros_(self.out_layers["3"].bias)
 
-    def forward(self, x, emb):                                  # (b, c_in, h, w), (b, emb_dim) -> (b, c_out, h, w)
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def forward(self, x, shifts):                               # (b, c_in, h, w), {block: (b, c_out)} -> (b, c_out, h, w)
+        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))
+        h = self.out_layers["3"](self.out_layers["0"](h, silu=True, add=shifts[self]))
+        return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):
@@ -161,13 +176,21 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def keys_values(self, context):                             # (b, m, context_dim) -> two of (b, heads, m, d)
-        return tuple(y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.to_k(context), self.to_v(context)))
+    def keys_values(self, context):                             # (b, m, context_dim) -> two of (b, m, heads, d)
+        return tuple(y.unflatten(2, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context)))
+
+    def fuse(self):
+        """Of self-attention: one product instead of three. For use, not for training or saving."""
+        self.to_qkv = nn.Linear(*self.to_q.weight.shape, bias=False, device="meta")
+        self.to_qkv.weight = nn.Parameter(torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]), requires_grad=False)
+        del self.to_q, self.to_k, self.to_v
 
     def forward(self, x, keys_values=None):                     # (b, n, dim); None: of x itself
-        q = self.to_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                  # (b, heads, n, d)
-        y = F.scaled_dot_product_attention(q, *(keys_values or self.keys_values(x)))     # scale d^-0.5
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        if hasattr(self, "to_qkv"):
+            q, *keys_values = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        else:
+            q = self.to_q(x).unflatten(2, (self.heads, -1))                              # (b, n, heads, d)
+        return self.to_out(attention(q, *(keys_values or self.keys_values(x))).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -176,8 +199,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))                              # value * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -197,15 +219,15 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x, context):                              # (b, n, dim), Prepared
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context[self.attn2])
-        return x + self.ff(self.norm3(x))
+        x, h = add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2.weight, self.norm2.bias)
+        x, h = add_layer_norm(x, self.attn2(h, context[self.attn2]), self.norm3.weight, self.norm3.bias)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
     def __init__(self, c, context_dim, heads, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, context_dim, heads)])
         self.proj_out = nn.Conv2d(c, c, 1)
@@ -241,10 +263,10 @@ class Upsample(nn.Module):
 class Blocks(nn.Sequential):
     """A sequence whose members are called with what each of them takes."""
 
-    def forward(self, x, emb, context):
+    def forward(self, x, shifts, context):
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = layer(x, shifts)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
             else:
@@ -256,7 +278,8 @@ class Blocks(nn.Sequential):
 # the networks
 
 class Prepared(dict):
-    """{part of a network: what it makes of the condition alone}: a clip has one, and all its sampling steps share it."""
+    """{part of a network: what it makes of the condition alone}, and with `times`, what the time adds at each of them: a clip has one,
+    and all its sampling steps share it."""
 
 
 class Backbone(nn.Module):
@@ -290,27 +313,47 @@ class Backbone(nn.Module):
             layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
         return Blocks(*layers)
 
-    def prepare(self, context):
-        """(b, f, context_dim) -> keys and values of every cross-attention, and what is added to the latent columns."""
+    def prepare(self, context, times=None):
+        """(b, f, context_dim) -> keys and values of every cross-attention, and what is added to the latent columns. times (s,): all
+        that a sampler will ask for; then no step computes its time embedding, and no other time may be asked for."""
         context = context.to(self.time_embed[0].weight.dtype)
         known = Prepared((block.attn2, block.attn2.keys_values(context)) for block in self.modules() if isinstance(block, TransformerBlock))
         if self.config.aligned:
             columns = self.aligned(context.unflatten(1, (-1, self.config.aligned)).flatten(2))       # (b, w, c), f = aligned * w
             known[self.aligned] = columns.transpose(1, 2)[:, :, None]                    # (b, c, 1, w)
+        if times is not None:
+            table = self.shifts(times.to(context.device))
+            known["times"], known["blocks"] = times.to(context.device), list(table)
+            known["table"] = torch.cat(list(table.values()), 1)                          # (s, of all blocks)
         return known
 
+    def shifts(self, t, known=None):
+        """(b,) -> {residual block: (b, c)}: what it adds for the time."""
+        if known and "times" in known:
+            row = (known["times"] == t[:, None]).int().argmax(1)
+            widths = [block.emb_layers[1].out_features for block in known["blocks"]]
+            return dict(zip(known["blocks"], known["table"].index_select(0, row).split(widths, 1)))
+        emb = F.silu(self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)))
+        return {block: block.emb_layers[1](emb) for block in self.modules() if isinstance(block, ResBlock)}
+
+    def fuse(self):
+        """Faster, the same numbers: for use, not for training or saving. -> self"""
+        for block in self.modules():
+            if isinstance(block, TransformerBlock):
+                block.attn1.fuse()
+        return self
+
     def down(self, x, t, context):
-        """(b, 4, 16, w), (b,), (b, f, context_dim) or Prepared -> middle map, time embedding, the skips, Prepared."""
+        """(b, 4, 16, w), (b,), (b, f, context_dim) or Prepared -> middle map, the skips, what the time adds, Prepared."""
         context = context if isinstance(context, Prepared) else self.prepare(context)
-        dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(timestep_embedding(t, self.config.width).to(dtype))
-        h, skips = x.to(dtype, memory_format=torch.channels_last), []
+        shifts = self.shifts(t, context)
+        h, skips = x.to(self.time_embed[0].weight.dtype, memory_format=torch.channels_last), []
         for i, block in enumerate(self.input_blocks):
-            h = block(h, emb, context)
+            h = block(h, shifts, context)
             if i == 0 and self.config.aligned:
                 h = h + context[self.aligned]                                            # (b, c, 16, w)
             skips.append(h)
-        return self.middle_block(h, emb, context), emb, skips, context
+        return self.middle_block(h, shifts, context), skips, shifts, context
 
 
 class UNet(Backbone):
@@ -327,15 +370,15 @@ class UNet(Backbone):
                 if level and i == cfg.blocks:
                     block.append(Upsample(c))
                 self.output_blocks.append(block)
-        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1))
-        nn.init.zeros_(self.out[2].weight)
-        nn.init.zeros_(self.out[2].bias)
+        self.out = nn.ModuleDict({"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1)})
+        nn.init.zeros_(self.out["2"].weight)
+        nn.init.zeros_(self.out["2"].bias)
 
     def forward(self, x, t, context):
-        h, emb, skips, context = self.down(x, t, context)
+        h, skips, shifts, context = self.down(x, t, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+            h = block(torch.cat([h, skips.pop()], dim=1), shifts, context)
+        return self.out["2"](self.out["0"](h, silu=True))
 
 
 class Classifier(Backbone):
@@ -343,13 +386,12 @@ class Classifier(Backbone):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, self.out_width), nn.SiLU(),
-                                 nn.Conv2d(self.out_width, cfg.width, 3, padding=1))
+        self.out = nn.ModuleDict({"0": GroupNorm(cfg.groups, self.out_width), "2": nn.Conv2d(self.out_width, cfg.width, 3, padding=1)})
         self.classifier = nn.Linear(cfg.width, 1)
 
     def forward(self, x, t, context):
         h = self.down(x, t, context)[0]
-        return self.classifier(self.out(h).mean((2, 3)))
+        return self.classifier(self.out["2"](self.out["0"](h, silu=True)).mean((2, 3)))
 
 
 class Conditioner(nn.Module):
@@ -438,10 +480,10 @@ class Alignment(nn.Module):
         self.model = Classifier(config.unet)
         self.cond_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
 
-    def prepare(self, features, project=True):
+    def prepare(self, features, project=True, times=None):
         """(b, f, 512) -> what all steps of a clip share. `project=False` is the official demo's path, which hands the backbone raw
         features that it never saw in training (`alignment_classifier.py` 269)."""
-        return self.model.prepare(self.cond_model(features) if project else features)
+        return self.model.prepare(self.cond_model(features) if project else features, times)
 
     def logit(self, x, t, features, project=True):
         """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) or `prepare`d -> (b, 1)."""
@@ -481,55 +523,113 @@ def read_config(cls, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # guidance and samplers: pure functions of eps(x, t), x (b, 4, 16, w) float32, t (b,)
 
-def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, project=True):
+def beside(function, x, t):
+    """Start function(x, t), on a GPU on a stream of its own; -> a call that waits for the result."""
+    if not x.is_cuda:
+        result = function(x, t)
+        return lambda: result
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        result = function(x, t)
+
+    def join():
+        main.wait_stream(side)
+        result.record_stream(main)
+        return result
+    return join
+
+
+class Replayed:
+    """function(x, t), recorded once as a CUDA graph and replayed for every further call: hundreds of launches become one. Where it
+    cannot be recorded, plain calls, said once. A result is good until the next call."""
+
+    def __init__(self, function):
+        self.function, self.graph = function, None
+
+    def record(self, x, t):
+        self.x, self.t = x.clone(), t.clone()
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):                       # libraries choose their algorithms before, not while recording
+                for _ in range(2):
+                    self.function(self.x, self.t)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.function(self.x, self.t)
+        except RuntimeError as e:
+            warnings.warn(f"sampling without a CUDA graph ({str(e).splitlines()[0][:120]})", stacklevel=3)
+            self.graph = False
+
+    def __call__(self, x, t):
+        if self.graph is None:
+            self.record(x, t)
+        if not self.graph:
+            return self.function(x, t)
+        self.x.copy_(x)
+        self.t.copy_(t)
+        self.graph.replay()
+        return self.out
+
+
+def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, project=True, times=None):
     """Double guidance (Sec. 3.3, Eq. 9-10; official `dpm_solver.py` 1340) as one function eps(x, t).
 
     unet(x, t, context); context (b, f, d); null_context (1 or b, f, d) or None; cfg: classifier-free scale, 1 for the conditional
     branch alone; classifier with grad_log_prob, features (b, f, 512) and cg: the gradient's scale, 0 for none. The gradient is added
-    after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1.
+    after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1. times (s,): all that the sampler will ask
+    for (`TIMES`), which spares every step its time embeddings.
     """
     both = cfg != 1 and null_context is not None
     if both:
         context = torch.cat([null_context.expand_as(context), context])                  # (2b, f, d): unconditional first
     if isinstance(unet, UNet):                              # else any function of (x, t, context)
-        context = unet.prepare(context)
+        context = unet.prepare(context, times)
     classifier = classifier if cg else None
     if isinstance(classifier, Alignment):
-        features = classifier.prepare(features, project)
+        features = classifier.prepare(features, project, times)
+
+    def gradient_of(x, t):
+        return classifier.grad_log_prob(x, t, features, project)
 
     def eps_fn(x, t):
+        gradient = beside(gradient_of, x, t) if classifier is not None else None         # it needs x alone, as the U-Net does
         if both:
             without, given = unet(torch.cat([x, x]), torch.cat([t, t]), context).float().chunk(2)
             eps = without + cfg * (given - without)
         else:
             eps = unet(x, t, context).float()
-        if classifier is not None:
-            gradient = classifier.grad_log_prob(x, t, features, project)
-            eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient
+        if gradient is not None:
+            eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient()
         return eps
 
     return eps_fn
 
 
+def dpm_table(steps):
+    """-> times (steps,) that the network is told: 999, 959.04, ..., and rows (steps, 5) of `kernels.solver`; float32, computed in
+    float64. Uniform in continuous time, which is float32 as published; second order but in the first step, and in the last of fewer than 15."""
+    u = torch.linspace(1.0, 0.001, steps + 1)
+    times = (u - 0.001) * 1000
+    log_a = log_alpha(times)
+    s, lam = sigma(times), log_a - sigma(times).log()
+    h = lam.diff()
+    k = torch.zeros(steps, dtype=torch.float64)
+    k[1:] = h[1:] / (2 * h[:-1])
+    if steps < 15:
+        k[-1] = 0
+    return times[:-1], torch.stack([s[:-1], (-log_a[:-1]).exp(), k, s[1:] / s[:-1], log_a[1:].exp() * torch.expm1(-h)], 1).float()
+
+
 def dpm_solver(eps_fn, x, steps, callback=None):
     """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2): `steps` calls of eps_fn.
     The end point, time 0.001, is not evaluated, and the result still carries the published sigma of 0.0292 there."""
-    u = torch.linspace(1.0, 0.001, steps + 1)                   # continuous time, float32 as published
-    times = (u - 0.001) * 1000                                  # what the network is told: 999, 959.04, ...
-    log_a = log_alpha(times)
-    s, lam = sigma(times), log_a - sigma(times).log()
-    previous = None
+    times, rows = (v.to(x.device) for v in dpm_table(steps))
+    previous = torch.zeros_like(x)                              # the first step gives it no weight
     for i in range(steps):
-        eps = eps_fn(x, times[i].expand(len(x)).to(x.device))
-        m = (x - s[i].item() * eps) * (-log_a[i]).exp().item()  # the predicted clean latent
-        h = (lam[i + 1] - lam[i]).item()
-        if previous is None or (steps < 15 and i == steps - 1):
-            d = m
-        else:
-            r = (lam[i] - lam[i - 1]).item() / h
-            d = m + (m - previous) / (2 * r)
-        x = (s[i + 1] / s[i]).item() * x - (log_a[i + 1].exp() * torch.expm1(lam[i] - lam[i + 1])).item() * d
-        previous = m
+        x, previous = multistep(x, eps_fn(x, times[i].expand(len(x))), previous, rows[i])
         if callback:
             callback(i, x)
     return x
@@ -581,6 +681,8 @@ def plms(eps_fn, x, steps, callback=None, times=None):
 
 
 SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "plms": plms}
+TIMES = {"dpm": lambda steps: dpm_table(steps)[0], "ddim": lambda steps: torch.tensor(ddim_times(steps), dtype=torch.float32),
+         "plms": lambda steps: torch.tensor([0, *ddim_times(steps)], dtype=torch.float32)}   # all that each of them asks eps_fn for
 
 
 # ---------------------------------------------------------------------------------------------------------------------

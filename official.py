@@ -66,8 +66,8 @@ def encode(cavp, frames):
 
 
 def ddim_times(steps):
-    """From 1 on by 1000 // `steps`, however many that gives: 31 for 30 (`ddim.py`). For 27 and some others the last, 1000, is one more
-    than there are; there the demo crashes."""
+    """From 1 on by 1000 // `steps`, however many that gives: 31 for 30 (`ddim.py`). For 27 and some others the last is
+    1000, one more than there are; there the demo crashes."""
     return list(range(1, 1001, 1000 // steps))
 
 

@@ -90,6 +90,9 @@ def parse_arguments(argv=None):
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where "
                    "that is faster, on a GPU and, for networks of the published size, on a CPU that computes in it")
+    g.add_argument("--kernels", choices=("auto", "triton", "torch"), default="auto", help="fused kernels for NVIDIA GPUs; auto: "
+                   "where they can run")
+    g.add_argument("-v", "--verbose", action="store_true", help="say which kernels run, and what had to be done without")
     g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
                    help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, spectrogram, waveform on one time axis")
@@ -116,11 +119,12 @@ from tqdm import tqdm
 
 import data
 import fetch
+import kernels
 import official
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
-from ldm import LATENT_SHAPE, LDM, SAMPLERS, Alignment, UNetConfig, guided_eps
+from ldm import LATENT_SHAPE, LDM, SAMPLERS, TIMES, Alignment, Replayed, UNetConfig, guided_eps
 from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
 COLUMNS = WINDOW // HOP             # mel columns of a window
@@ -185,6 +189,15 @@ def noise_field(seed, candidate, columns):
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
+def peak_memory():
+    """Bytes that this process has had at most."""
+    status = Path("/proc/self/status")
+    if status.exists():             # Linux, whose ru_maxrss begins with that of the process which started this one
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    import resource                 # not on every system
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Profile:
     """`with profile("stage"):` adds up seconds; memory is the peak so far: the process's, or on a GPU what was
     allocated there."""
@@ -197,8 +210,7 @@ class Profile:
         if self.cuda:
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
-            import resource         # not on every system
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            peak = peak_memory() / 2**20
         seconds += self.rows.get(stage, {"seconds": 0.0})["seconds"]
         self.rows[stage] = {"seconds": seconds, "peak_mib": round(peak, 1)}
 
@@ -261,6 +273,7 @@ def load_models(weights="mini", device="cpu", dtype=None):
             dtype = torch.bfloat16 if fast else torch.float32
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
+        ldm.unet.fuse(), align and align.model.fuse()
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:
@@ -323,7 +336,8 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=None, cg=
             v.append(features[round(start * ldm.config.fps / SAMPLE_RATE):][:frames])
         x, v = torch.stack(x).to(models.device), torch.stack(v)                 # (b, 4, 16, 64), (b, f, d)
         with profile("sampling"):
-            eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg)
+            eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg, times=TIMES[sampler](steps))
+            eps = Replayed(eps) if x.is_cuda else eps
             z = SAMPLERS[sampler](eps, x, steps, step)                          # (b, 4, 16, 64)
             if align is not None:
                 scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
@@ -379,7 +393,7 @@ def check_official(path, models, sampler, steps, seconds):
     if sampler == "plms":
         raise MediaError("--as-official: with PLMS the demo falls through to another sampler, unguided; give dpm or ddim")
     if sampler == "ddim" and official.ddim_times(steps)[-1] == 1000:
-        raise MediaError(f"--as-official: with DDIM the demo crashes at {steps} steps, one noise level too far; give another --steps")
+        raise MediaError(f"--as-official: with DDIM the demo crashes at {steps} steps; give another --steps")
     if seconds * cfg.fps < cfg.frames - 0.5:
         raise MediaError(f"{path}: the official demo crashes under {cfg.frames / cfg.fps:g} s; leave out --as-official")
 
@@ -393,6 +407,7 @@ def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates
     with profile("features"):
         features = official.encode(models.cavp, frames)                         # (f, d)
     windows = len(features) // models.ldm.config.frames
+    candidates = candidates if keep_all else 1                                  # the demo does not rank them
     noise = torch.stack([noise_field(seed, k, windows * LATENT_SHAPE[2]) for k in range(candidates)]).to(models.device)
     done = itertools.count(1)
     calls = len(official.ddim_times(steps)) if sampler == "ddim" else steps
@@ -536,6 +551,13 @@ def main(argv=None):
         print("sample.py: --device cuda: torch finds no CUDA device; give --device cpu", file=sys.stderr)
         return 2
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        kernels.choose(args.kernels)
+    except ValueError as e:
+        print(f"sample.py: --{e}", file=sys.stderr)
+        return 2
+    if args.verbose:
+        print(f"sample.py: {device}, torch {torch.__version__}, {kernels.describe()}", file=sys.stderr)
     keep_freed_memory()
     try:
         models = load_models(args.weights, device, None if args.dtype == "auto" else getattr(torch, args.dtype))
@@ -553,7 +575,7 @@ def main(argv=None):
     for video, target, error in plan_outputs(args.inputs, args.out):
         with warnings.catch_warnings(), tqdm(desc=Path(video).name, unit="step", leave=False, disable=None) as bar:
             warnings.simplefilter("ignore")                 # but for what `data` has to say about this very file
-            warnings.filterwarnings("once", re.escape(str(video)))
+            warnings.filterwarnings("once", ".*" if args.verbose else re.escape(str(video)) + "|kernels: ")
             warnings.showwarning = lambda message, *_: print(f"sample.py: {message}", file=sys.stderr)
 
             def progress(done, total):

@@ -74,6 +74,7 @@ def keep_freed_memory():
     step on a CPU a quarter of its time and more."""
     glibc("mallopt", -3, 2**30)                             # M_MMAP_THRESHOLD
     glibc("mallopt", -1, 2**30)                             # M_TRIM_THRESHOLD
+    glibc("mallopt", -8, 1)                                 # M_ARENA_MAX: autograd's thread reuses what the main one freed
 
 
 def return_freed_memory():

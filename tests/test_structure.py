@@ -13,7 +13,7 @@ MAY_IMPORT = {                                              # local modules; tes
     "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
     "ldm": {"vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
     "official": {"ldm", "data"},
-    "sample": {"official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch"},
+    "sample": {"official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
     "evaluate": {"sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}

@@ -1,0 +1,144 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, by the compiler for GPUs that are not here, and counted.
+
+Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the interpreting one runs.
+"""
+import collections
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+import ldm
+import vae
+from kernels import attention, group_norm, solver, transformer
+
+ROOT = Path(kernels.__file__).parent.parent
+triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+
+@triton
+@pytest.mark.parametrize("name", ["attention", "group_norm", "transformer", "networks"])
+def test_in_the_interpreter(name):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{name}.py"], cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@triton
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_gate(target, tmp_path):
+    """Every shipped configuration compiles for the target and keeps the rules."""
+    done = subprocess.run([sys.executable, "-m", "kernels.gate", "--target", str(target)], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILS" in line) + done.stderr[-1000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how many operations a step is
+
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "unsqueeze", "squeeze", "as_strided",
+         "detach", "alias", "chunk", "unbind", "split_with_sizes", "lift_fresh", "empty", "empty_like", "new_empty"}
+
+
+class Count(TorchDispatchMode):
+    """Operations that move data, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.ops[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def fused(counter, name, reference):
+    """A stand-in of a kernel on the meta device: one operation."""
+    def run(*args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = reference(*args, **kwargs)
+            out = out.contiguous() if name == "attention" else out      # as the kernel's is
+        counter.ops[name] += 1
+        return out
+    return run
+
+
+def count_forward(monkeypatch):
+    with torch.device("meta"):
+        unet, x, t, context = ldm.UNet(ldm.UNetConfig()), torch.empty(2, 4, 16, 64), torch.empty(2), torch.empty(2, 32, 768)
+    unet = unet.to(memory_format=torch.channels_last).requires_grad_(False).fuse()
+    known, counter = unet.prepare(context, t), Count()
+    for module, name, reference in ((ldm, "attention", attention.attention_ref), (vae, "group_norm", group_norm.group_norm_ref),
+                                    (ldm, "add_layer_norm", transformer.add_layer_norm_ref), (ldm, "geglu", transformer.geglu_ref)):
+        monkeypatch.setattr(module, name, fused(counter, name, reference))
+    with counter, torch.no_grad():
+        unet(x, t, known)
+    print(sum(counter.ops.values()), dict(counter.ops.most_common()))
+    return counter.ops
+
+
+def test_operations_of_a_unet_forward(monkeypatch):
+    """Official, eager: 880. Each costs a launch, which at one clip is what a step costs."""
+    ops = count_forward(monkeypatch)
+    assert [ops[k] for k in ("group_norm", "attention", "add_layer_norm", "geglu")] == [61, 32, 32, 16]
+    assert sum(ops.values()) <= 430
+
+
+def test_operations_of_the_solver(monkeypatch):
+    """Official: 352 a step."""
+    counter, x = Count(), torch.zeros(1, 4, 16, 64)
+    ldm.log_alpha(torch.zeros(1))                               # whose table is made once
+    monkeypatch.setattr(ldm, "multistep", fused(counter, "multistep", solver.multistep_ref))
+    with counter:
+        ldm.dpm_solver(lambda x, t: x, x, 15)
+        few = sum(counter.ops.values())
+        counter.ops.clear()
+        ldm.dpm_solver(lambda x, t: x, x, 25)
+    assert sum(counter.ops.values()) - few == 10                # one a step; the tables are the same for any number of steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choosing
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "auto")
+
+
+def test_choice(fresh, monkeypatch):
+    with pytest.raises(ValueError, match="auto, triton or torch"):
+        kernels.choose("cuda")
+    if not torch.cuda.is_available():
+        assert not kernels.active(torch.zeros(1)) and kernels.describe() == "torch's own kernels"
+        with pytest.raises(ValueError, match="no NVIDIA GPU"):
+            kernels.choose("triton")
+    kernels.choose("torch")
+    assert kernels.mode == "torch"
+
+
+def test_a_broken_kernel_is_said_once_and_done_without(fresh, monkeypatch):
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    assert kernels.active(torch.zeros(1)) and not kernels.active(torch.zeros(1, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="going on with torch's own"):
+        kernels.failed("attention", RuntimeError("no such\ndevice"))
+    assert not kernels.active(torch.zeros(1))
+    kernels.choose("triton")
+    with pytest.raises(RuntimeError, match="no such"), warnings.catch_warnings():
+        kernels.failed("attention", RuntimeError("no such\ndevice"))
+
+
+def test_importing_the_networks_does_not_import_triton():
+    """Half a second and 60 MB that a CPU has no use for."""
+    code = "import sys, ldm, vae, cavp; sys.exit('triton' in sys.modules)"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env).returncode == 0
