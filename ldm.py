@@ -542,7 +542,7 @@ def beside(function, x, t):
 
 class Replayed:
     """function(x, t), recorded once as a CUDA graph and replayed for every further call: hundreds of launches become one. Where it
-    cannot be recorded, plain calls, said once. A result is good until the next call."""
+    cannot be recorded, plain calls, said once."""
 
     def __init__(self, function):
         self.function, self.graph = function, None
@@ -571,7 +571,7 @@ class Replayed:
         self.x.copy_(x)
         self.t.copy_(t)
         self.graph.replay()
-        return self.out
+        return self.out.clone()                                 # PLMS keeps some
 
 
 def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, project=True, times=None):

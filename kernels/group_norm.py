@@ -1,26 +1,27 @@
-"""GroupNorm with what surrounds it in a U-Net: y = act(GroupNorm(cat([x, skip], 1) + add)), forward and backward.
+"""GroupNorm with its neighbours in a U-Net: y = act(GroupNorm(cat([x, skip], 1) + add)), forward and backward.
 
-in   x (b, c, *spatial), skip (b, c2, *spatial) or None, add (b, c + c2) or None, weight and bias (c + c2,); float32, float16 or bfloat16;
-     maps are read in place where they are contiguous or channels last, else copied; act is SiLU or nothing
+in   x (b, c, *spatial), skip (b, c2, *spatial) or None, add (b, c + c2) or None, weight and bias (c + c2,); maps are
+     read where they are if contiguous or channels last, else copied; act is SiLU or nothing
 out  (b, c + c2, *spatial) in x's dtype and format
 
     python -m kernels.group_norm --out group_norm.json      times, on a GPU
 
-    n = (u - mean) rstd,  z = n weight + bias,  dz = dy act'(z)                     u: the sum under the norm
-    du = rstd (weight dz - <weight dz> - n <weight dz n>)                           < >: the mean over a group
+    n = (u - mean) rstd,  z = n weight + bias,  dz = dy act'(z)                 u: the sum under the norm
+    du = rstd (weight dz - <weight dz> - n <weight dz n>)                       < >: the mean over a group
     dweight = sum dz n,  dbias = sum dz,  dadd = sum du
 
-Replaces up to five passes over memory (concatenation, addition, statistics, normalisation, SiLU) by one: a program holds a group, or a few
-neighbouring ones, in registers. Every U-Net map fits. The autoencoder's large ones do not: there one kernel makes the statistics of
-stretches of positions, and a second merges them and normalises. Statistics are float32: the mean, then squares about it; along a stretch
-lane by lane (Welford), merged by Chan's formula. The backward pass keeps x, mean and rstd, and makes the rest again. It reads a group
-twice, the second time from cache; its sums over the batch are torch's, without atomics, so equal from run to run.
+Replaces up to five passes over memory (concatenation, addition, statistics, normalisation, SiLU) by one: a program
+holds a group, or a few neighbouring ones, in registers. Every U-Net map fits; of the autoencoder's large ones, one
+kernel makes the statistics of stretches of positions, and the next merges them and normalises. Statistics are float32:
+the mean, then squares about it; along a stretch lane by lane (Welford), merged by Chan's formula. x, mean and rstd are
+kept for the backward pass, where a program reads its groups twice, the second time from cache. Sums over the batch are
+torch's, without atomics: equal from run to run. What a sample becomes does not depend on the others in its batch.
 
-Reading the skip in place saves the concatenation, a read and a write of every channel, only where nobody else needs it: a residual block's
-1x1 convolution must then be split in two, the second adding to the first's output. Otherwise give the concatenation as x.
+Reading the skip in place saves a read and a write of every channel only where nothing else needs the concatenation: a
+residual block's 1x1 convolution must then be split in two. Otherwise, concatenate and give that as x.
 
-Where the kernels do not run (`kernels.active`) or fail, `group_norm_ref` does. The sizes below are reasoned from registers and memory
-sectors and compiled by `kernels.gate`; no GPU has timed them yet.
+Where the kernels do not run (`kernels.active`) or fail, `group_norm_ref` does. Sizes are reasoned from registers and
+memory sectors and compiled by `kernels.gate`; no GPU has timed them yet.
 """
 import argparse
 import json
@@ -33,19 +34,19 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 
-HELD = 32768        # values in a program's registers: 64 in each thread of 16 warps, half of what an SM has
-TWICE = 131072      # values that one program reads twice in the backward pass, rather than two launches
-TILE = 8192         # values a step where a program does not hold its group
-STRETCHES = 64      # parts of a group that fits neither way, at most
+HELD = 32768        # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
+TWICE = 131072      # values that one program of the backward pass reads twice; more take two launches
+TILE = 8192         # values a step, where a program does not hold its groups
+STRETCHES = 64      # at most, of a group
 
 
 def group_norm_ref(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=None):
-    dtype = x.dtype
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, weight.dtype)
     if skip is not None:
         x = torch.cat([x, skip], 1)                                             # (b, c + c2, *spatial)
     if add is not None:
         x = x + add.to(dtype)[(..., *[None] * (x.dim() - 2))]
-    y = F.group_norm(x.to(weight.dtype), groups, weight, bias, eps)
+    y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(y) if silu else y).to(dtype)
 
 
@@ -55,10 +56,11 @@ def group_norm_ref(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip
 if kernels.triton is not None:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 
     @triton.jit
-    def _program(groups, D: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr):
-        """This program's sample, groups (counted through the batch), channels, which lanes have one, and whose each is."""
+    def _program(groups, D: constexpr, G: constexpr, BLOCK_C: constexpr):
+        """This program's sample, groups (of the whole batch), channels, which lanes have one, and whose each is."""
         blocks = groups // G
         b = (tl.program_id(0) // blocks).to(tl.int64)
         first = tl.program_id(0) % blocks * G
@@ -78,15 +80,8 @@ if kernels.triton is not None:
         return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _inside(p, last, own, EVEN: tl.constexpr):      # EVEN: no tile reaches beyond the last position
-        if EVEN:
-            return own[None, :]
-        else:
-            return (p < last)[:, None] & own[None, :]
-
-    @triton.jit
-    def _at(x, skip, b, p, c, positions, channels, border, LAST: tl.constexpr):
-        """Addresses of a tile: channels from `border` on are skip's; without one, border is channels."""
+    def _at(x, skip, b, p, c, positions, channels, border, LAST: constexpr):
+        """Addresses of a tile: channels from `border` on are the skip's; without one, border is channels."""
         step = 1 if LAST else positions
         row = border if LAST else 1
         at = x + b * positions * border + c * step
@@ -96,38 +91,27 @@ if kernels.triton is not None:
         return at[None, :] + p[:, None] * row
 
     @triton.jit
-    def _read(x, skip, add, b, p, c, mask, own, positions, channels, border, LAST: tl.constexpr):
+    def _read(x, skip, add, b, start, last, c, own, positions, channels, border,
+              BLOCK_P: constexpr, LAST: constexpr, EVEN: constexpr):
+        """u of a tile, zeros outside; its positions; what is inside (EVEN: no tile reaches past the last position)."""
+        p = start + tl.arange(0, BLOCK_P)
+        mask = own[None, :] if EVEN else (p < last)[:, None] & own[None, :]
         u = _load(_at(x, skip, b, p, c, positions, channels, border, LAST), mask)
         if add is not None:
             u = tl.where(mask, u + _load(add + b * channels + c, own)[None, :], 0.0)
-        return u
+        return u, p, mask
 
     @triton.jit
-    def _write(y, n, weight, bias, b, p, c, mask, positions, channels, LAST: tl.constexpr, SILU: tl.constexpr):
+    def _write(y, n, weight, bias, b, p, c, mask, positions, channels, LAST: constexpr, SILU: constexpr):
         z = n * weight[None, :] + bias[None, :]
         if SILU:
             z *= tl.sigmoid(z)
         tl.store(_at(y, None, b, p, c, positions, channels, channels, LAST), z.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def group_norm_forward(x, skip, add, weight, bias, y, mean, rstd, positions, channels, border, groups, eps, D: tl.constexpr, G: tl.constexpr,
-                           BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, SILU: tl.constexpr):
-        """Of groups that fit in registers."""
-        b, group, c, own, member = _program(groups, D, G, BLOCK_C)
-        p = tl.arange(0, BLOCK_P)
-        mask = _inside(p, positions, own, EVEN)
-        u = _read(x, skip, add, b, p, c, mask, own, positions, channels, border, LAST)
-        m = _by_group(tl.sum(u, 0), member) / (D * positions)
-        n = tl.where(mask, u - _by_channel(m, member)[None, :], 0.0)
-        r = tl.rsqrt(_by_group(tl.sum(n * n, 0), member) / (D * positions) + eps)
-        tl.store(mean + group, m)
-        tl.store(rstd + group, r)
-        w = _load(weight + c, own) * _by_channel(r, member)
-        _write(y, n, w, _load(bias + c, own), b, p, c, mask, positions, channels, LAST, SILU)
-
-    @triton.jit
-    def group_norm_statistics(x, skip, add, mean, square, positions, channels, border, groups, stretch, D: tl.constexpr, G: tl.constexpr,
-                              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr):
+    def group_norm_statistics(x, skip, add, means, squares, positions, channels, border, groups, stretch,
+                              D: constexpr, G: constexpr, BLOCK_P: constexpr, BLOCK_C: constexpr,
+                              LAST: constexpr, EVEN: constexpr):
         """Of a stretch, at (stretch, b, group): the mean and the sum of squares about it."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
         first = tl.program_id(1) * stretch
@@ -136,9 +120,7 @@ if kernels.triton is not None:
         m = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         q = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in range(first, last, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            mask = _inside(p, last, own, EVEN)
-            u = _read(x, skip, add, b, p, c, mask, own, positions, channels, border, LAST)
+            u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN)
             seen += tl.where(p < last, 1.0, 0.0)
             d = tl.where(mask, u - m, 0.0)
             m += d * (1.0 / tl.maximum(seen, 1.0))[:, None]
@@ -146,39 +128,48 @@ if kernels.triton is not None:
         whole = _by_group(tl.sum(m * seen[:, None], 0), member) / (D * (last - first))
         d = m - _by_channel(whole, member)[None, :]
         at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) * G + group
-        tl.store(mean + at, whole)
-        tl.store(square + at, _by_group(tl.sum(q + d * d * seen[:, None], 0), member))
+        tl.store(means + at, whole)
+        tl.store(squares + at, _by_group(tl.sum(q + d * d * seen[:, None], 0), member))
 
     @triton.jit
-    def group_norm_apply(x, skip, add, weight, bias, y, means, squares, mean, rstd, positions, channels, border, groups, eps, stretch,
-                         D: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-                         LAST: tl.constexpr, EVEN: tl.constexpr, SILU: tl.constexpr):
-        """Merges the stretches' statistics and normalises one of them."""
+    def group_norm_forward(x, skip, add, weight, bias, y, means, squares, mean, rstd, positions, channels, border,
+                           groups, stretch, eps, D: constexpr, G: constexpr, BLOCK_P: constexpr, BLOCK_C: constexpr,
+                           LAST: constexpr, EVEN: constexpr, SILU: constexpr, BLOCK_S: constexpr):
+        """Of groups that fit in registers (BLOCK_S 1), or of one of their stretches, whose statistics it merges."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
-        s = tl.arange(0, BLOCK_S)
-        seen = tl.minimum(tl.maximum(positions - s * stretch, 0), stretch).to(tl.float32)[:, None]
-        at = (s.to(tl.int64) * tl.num_programs(0) * G)[:, None] + group[None, :]
-        part = _load(means + at, seen > 0)                                      # (stretches, groups)
-        m = tl.sum(part * seen, 0) / positions
-        d = part - m[None, :]
-        r = tl.rsqrt(tl.sum(_load(squares + at, seen > 0) + d * d * seen * D, 0) / (D * positions) + eps)
+        first = tl.program_id(1) * stretch
+        last = tl.minimum(first + stretch, positions)
+        if BLOCK_S == 1:
+            u, p, mask = _read(x, skip, add, b, 0, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN)
+            m = _by_group(tl.sum(u, 0), member) / (D * positions)
+            n = tl.where(mask, u - _by_channel(m, member)[None, :], 0.0)
+            variance = _by_group(tl.sum(n * n, 0), member) / (D * positions)
+        else:
+            s = tl.arange(0, BLOCK_S)
+            seen = tl.minimum(tl.maximum(positions - s * stretch, 0), stretch).to(tl.float32)[:, None]
+            at = (s.to(tl.int64) * tl.num_programs(0) * G)[:, None] + group[None, :]            # (stretches, groups)
+            part = _load(means + at, seen > 0)
+            m = tl.sum(part * seen, 0) / positions
+            d = part - m[None, :]
+            variance = tl.sum(_load(squares + at, seen > 0) + d * d * seen * D, 0) / (D * positions)
+        r = tl.rsqrt(variance + eps)
         if tl.program_id(1) == 0:
             tl.store(mean + group, m)
             tl.store(rstd + group, r)
-        m, w, shift = _by_channel(m, member), _load(weight + c, own) * _by_channel(r, member), _load(bias + c, own)
-        first = tl.program_id(1) * stretch
-        last = tl.minimum(first + stretch, positions)
-        for start in range(first, last, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            mask = _inside(p, last, own, EVEN)
-            u = _read(x, skip, add, b, p, c, mask, own, positions, channels, border, LAST)
-            _write(y, u - m[None, :], w, shift, b, p, c, mask, positions, channels, LAST, SILU)
+        w, shift = _load(weight + c, own) * _by_channel(r, member), _load(bias + c, own)
+        if BLOCK_S == 1:
+            _write(y, n, w, shift, b, p, c, mask, positions, channels, LAST, SILU)
+        else:
+            m = _by_channel(m, member)
+            for start in range(first, last, BLOCK_P):
+                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
+                                   BLOCK_P, LAST, EVEN)
+                _write(y, u - m[None, :], w, shift, b, p, c, mask, positions, channels, LAST, SILU)
 
     @triton.jit
-    def _gradient(x, skip, add, dy, mean, rstd, weight, bias, b, p, c, mask, own, positions, channels, border,
-                  LAST: tl.constexpr, SILU: tl.constexpr):
+    def _gradient(dy, u, mean, rstd, weight, bias, b, p, c, mask, positions, channels,
+                  LAST: constexpr, SILU: constexpr):
         """n and dz of a tile, zeros outside."""
-        u = _read(x, skip, add, b, p, c, mask, own, positions, channels, border, LAST)
         g = _load(_at(dy, None, b, p, c, positions, channels, channels, LAST), mask)
         n = tl.where(mask, (u - mean[None, :]) * rstd[None, :], 0.0)
         if SILU:
@@ -188,24 +179,24 @@ if kernels.triton is not None:
         return n, g
 
     @triton.jit
-    def group_norm_backward(x, skip, add, weight, bias, dy, mean, rstd, sums, dx, dskip, dadd, positions, channels, border, groups, stretch,
-                            D: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LAST: tl.constexpr,
-                            EVEN: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, SPREAD: tl.constexpr):
-        """SUM: dz and dz n over a stretch, to sums (2, stretches, b, c); SPREAD: du from these; both: the stretch is everything."""
+    def group_norm_backward(x, skip, add, weight, bias, dy, mean, rstd, sums, dx, dskip, dadd, positions, channels,
+                            border, groups, stretch, D: constexpr, G: constexpr, BLOCK_P: constexpr,
+                            BLOCK_C: constexpr, LAST: constexpr, EVEN: constexpr, SILU: constexpr,
+                            SUM: constexpr, SPREAD: constexpr):
+        """SUM: dz and dz n over a stretch, to sums (2, stretches, b, c). SPREAD: du, from sums (2, b, c) unless SUM."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
         m, r = _load(mean + b * groups + c // D, own), _load(rstd + b * groups + c // D, own)
         w, shift = _load(weight + c, own), _load(bias + c, own)
-        end = tl.num_programs(0).to(tl.int64) * G * D
-        at = b * channels + c
+        at, end = b * channels + c, tl.num_programs(0).to(tl.int64) * G * D
         first = tl.program_id(1) * stretch
         last = tl.minimum(first + stretch, positions)
         if SUM:
             plain = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             weighed = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             for start in range(first, last, BLOCK_P):
-                p = start + tl.arange(0, BLOCK_P)
-                mask = _inside(p, last, own, EVEN)
-                n, g = _gradient(x, skip, add, dy, m, r, w, shift, b, p, c, mask, own, positions, channels, border, LAST, SILU)
+                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
+                                   BLOCK_P, LAST, EVEN)
+                n, g = _gradient(dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU)
                 plain += g
                 weighed += g * n
             a, q = tl.sum(plain, 0), tl.sum(weighed, 0)
@@ -218,11 +209,12 @@ if kernels.triton is not None:
             q = _by_channel(_by_group(q * w, member) / (D * positions), member)
             total = tl.zeros((BLOCK_C,), tl.float32)
             for start in range(first, last, BLOCK_P):
-                p = start + tl.arange(0, BLOCK_P)
-                mask = _inside(p, last, own, EVEN)
-                n, g = _gradient(x, skip, add, dy, m, r, w, shift, b, p, c, mask, own, positions, channels, border, LAST, SILU)
+                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
+                                   BLOCK_P, LAST, EVEN)
+                n, g = _gradient(dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU)
                 du = tl.where(mask, (g * w[None, :] - a[None, :] - n * q[None, :]) * r[None, :], 0.0)
-                tl.store(_at(dx, dskip, b, p, c, positions, channels, border, LAST), du.to(dx.dtype.element_ty), mask=mask)
+                into = _at(dx, dskip, b, p, c, positions, channels, border, LAST)
+                tl.store(into, du.to(dx.dtype.element_ty), mask=mask)
                 total += tl.sum(du, 0)
             if add is not None:
                 tl.store(dadd + tl.program_id(1) * end + at, total, mask=own)
@@ -231,28 +223,25 @@ if kernels.triton is not None:
 # ---------------------------------------------------------------------------------------------------------------------
 # launches
 
-def _power(n):
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
-
-
 def plan(x, channels, groups, last, forward):
-    """Constants, blocks of groups, positions a stretch, stretches and warps of a launch; from one sample's shape alone, so that its numbers do
-    not depend on the batch. Channels last, neighbouring groups share a program until a position's run of channels is made of 16-byte loads and
+    """Constants, blocks of groups, positions a stretch, stretches and warps of a launch, from one sample's shape alone.
+    Channels last, neighbouring groups share a program until a position's run of channels is made of 16-byte loads and
     not shorter than a 32-byte sector; where that takes over half of the limit, any run down to a sector will do."""
     positions, d, limit, g = x[0, 0].numel(), channels // groups, HELD if forward else TWICE, 1
-    run, values = d * x.element_size(), _power(x[0, 0].numel())
+    power, run = kernels.triton.next_power_of_2, d * x.element_size()
+    rows = power(positions)
     while last and groups % (2 * g) == 0 and (g * run % 16 or g * run < 32):
         g *= 2
     wide = g
-    while g > 1 and 2 * values * _power(g * d) > limit and g * run >= 64:
+    while g > 1 and 2 * rows * power(g * d) > limit and g * run >= 64:
         g //= 2
-    whole = values * _power(g * d) <= limit
+    whole = rows * power(g * d) <= limit
     g = g if whole else wide
-    block_p = values if whole and forward else min(values, max(1, TILE // _power(g * d)))
+    block_c = power(g * d)
+    block_p = rows if whole and forward else min(rows, max(1, TILE // block_c))
     stretch = positions if whole else -(-positions // STRETCHES // block_p) * block_p
-    constants = dict(D=d, G=g, BLOCK_P=block_p, BLOCK_C=_power(g * d), LAST=last, EVEN=positions % block_p == 0)
-    warps = min(16, max(4, block_p * _power(g * d) // (1024 if forward else 512)))
+    constants = dict(D=d, G=g, BLOCK_P=block_p, BLOCK_C=block_c, LAST=last, EVEN=positions % block_p == 0)
+    warps = min(16, max(4, block_p * block_c // (1024 if forward else 512)))
     return constants, groups // g, stretch, -(-positions // stretch), warps
 
 
@@ -261,60 +250,57 @@ def _launch(kernel, grid, args, constants, warps):
         kernel[grid](**args, **constants, num_warps=warps, num_stages=1)
 
 
-def _dense(t, last):
+def _new(x, *shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _map(x, channels, last):
+    b, _, *spatial = x.shape
+    y = _new(x, *((b, *spatial, channels) if last else (b, channels, *spatial)), dtype=x.dtype)
+    return y.movedim(-1, 1) if last else y
+
+
+def _dense(t, last=False):
     """Its values as (b, *spatial, c) or (b, c, *spatial) in memory, a copy if need be."""
     return t if t is None else t.movedim(1, -1).contiguous() if last else t.contiguous()
 
 
-def _empty(like, channels, last):
-    b, _, *spatial = like.shape
-    shape = (b, *spatial, channels) if last else (b, channels, *spatial)
-    y = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return y.movedim(-1, 1) if last else y
-
-
 def _sources(x, weight, bias, groups, add, skip):
     channels, last = len(weight), x.stride(1) == 1
-    args = dict(x=_dense(x, last), skip=_dense(skip, last), add=_dense(add, False), weight=_dense(weight, False), bias=_dense(bias, False),
-                positions=x[0, 0].numel(), channels=channels, border=x.shape[1], groups=groups)
-    return args, channels, last
+    return channels, last, dict(
+        x=_dense(x, last), skip=_dense(skip, last), add=_dense(add), weight=_dense(weight), bias=_dense(bias),
+        positions=x[0, 0].numel(), channels=channels, border=x.shape[1], groups=groups)
 
 
 def forward(x, weight, bias, groups, eps, silu, add, skip, launch=_launch):
     """y, and mean and rstd, each (b, groups)."""
-    args, channels, last = _sources(x, weight, bias, groups, add, skip)
+    channels, last, args = _sources(x, weight, bias, groups, add, skip)
     constants, blocks, stretch, stretches, warps = plan(x, channels, groups, last, True)
-    y = _empty(x, channels, last)
-    mean, rstd = torch.empty(2, len(x), groups, device=x.device).unbind()
-    out = dict(y=y, mean=mean, rstd=rstd, eps=eps)
-    if stretches == 1:
-        launch(group_norm_forward, (len(x) * blocks,), args | out, constants | dict(SILU=silu), warps)
-        return y, mean, rstd
-    means, squares = torch.empty(2, stretches, len(x), groups, device=x.device).unbind()
-    grid, args["stretch"] = (len(x) * blocks, stretches), stretch
-    part = {k: v for k, v in args.items() if k not in ("weight", "bias")} | dict(mean=means, square=squares)
-    launch(group_norm_statistics, grid, part, constants, warps)
-    constants = constants | dict(SILU=silu, BLOCK_S=_power(stretches))
-    launch(group_norm_apply, grid, args | out | dict(means=means, squares=squares), constants, warps)
+    grid, y, (mean, rstd) = (len(x) * blocks, stretches), _map(x, channels, last), _new(x, 2, len(x), groups)
+    means, squares = _new(x, 2, stretches, len(x), groups) if stretches > 1 else (None, None)
+    args |= dict(means=means, squares=squares, stretch=stretch)
+    if stretches > 1:
+        sources = {k: v for k, v in args.items() if k not in ("weight", "bias")}
+        launch(group_norm_statistics, grid, sources, constants, warps)
+    constants |= dict(SILU=silu, BLOCK_S=kernels.triton.next_power_of_2(stretches))
+    launch(group_norm_forward, grid, args | dict(y=y, mean=mean, rstd=rstd, eps=eps), constants, warps)
     return y, mean, rstd
 
 
 def backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, launch=_launch):
     """Gradients of x, weight, bias, add and skip."""
-    args, channels, last = _sources(x, weight, bias, groups, add, skip)
+    channels, last, args = _sources(x, weight, bias, groups, add, skip)
     constants, blocks, stretch, stretches, warps = plan(x, channels, groups, last, False)
-    dx, dskip = (None if t is None else _empty(t, t.shape[1], last) for t in (x, skip))
-    sums = torch.empty(2, stretches, len(x), channels, device=x.device)
-    dadd = None if add is None else torch.empty(stretches, len(x), channels, device=x.device)
-    args.update(dy=_dense(dy, last), mean=mean, rstd=rstd, sums=sums, dx=dx, dskip=dskip, dadd=dadd, stretch=stretch)
-    grid, constants["SILU"] = (len(x) * blocks, stretches), silu
-    whole = stretches == 1
+    grid, whole, constants["SILU"] = (len(x) * blocks, stretches), stretches == 1, silu
+    dx, dskip = (None if t is None else _map(t, t.shape[1], last) for t in (x, skip))
+    sums, dadd = _new(x, 2, stretches, len(x), channels), None if add is None else _new(x, stretches, *add.shape)
+    args |= dict(dy=_dense(dy, last), mean=mean, rstd=rstd, sums=sums, dx=dx, dskip=dskip, dadd=dadd, stretch=stretch)
     launch(group_norm_backward, grid, args, constants | dict(SUM=True, SPREAD=whole), warps)
     sums = sums.sum(1)                                                          # (2, b, c)
     if not whole:
         launch(group_norm_backward, grid, args | dict(sums=sums), constants | dict(SUM=False, SPREAD=True), warps)
-    dbias, dweight = sums.sum(1).to(weight.dtype)
-    return dx, dweight, dbias, add if add is None else dadd.sum(0).to(add.dtype), dskip
+    dbias, dweight = sums.sum(1)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None if add is None else dadd.sum(0).to(add.dtype), dskip
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -332,10 +318,8 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, add, skip = tensors
         try:
             return *backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd), None, None, None
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:                                              # of Triton's, ptxas' or the driver's many kinds
-            kernels.failed("group_norm's backward", error)
+        except Exception as error:                      # of the compiler's, the assembler's and the driver's own kinds
+            kernels.failed("group_norm's backward pass", error)
         with torch.enable_grad():
             x, weight, bias, add, skip = tensors = [t if t is None else t.detach().requires_grad_() for t in tensors]
             y = group_norm_ref(x, weight, bias, groups, eps, silu, add, skip)
@@ -344,20 +328,18 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=None):
-    """act(GroupNorm(cat([x, skip], 1) + add)), in x's dtype and format. x (b, c, *spatial), skip (b, c2, *spatial), add (b, c + c2)."""
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    """act(GroupNorm(cat([x, skip], 1) + add)): x (b, c, *spatial), skip (b, c2, *spatial), add (b, c + c2)."""
+    channels, (b, _, *spatial) = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels do not split into {groups} groups")
-    if skip is not None and (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
-        raise ValueError(f"skip {tuple(skip.shape)} does not lie beside x {tuple(x.shape)}")
-    if not len(weight) == len(bias) == channels or add is not None and add.shape != (len(x), channels):
-        raise ValueError(f"weight, bias and add must have {channels} channels, add {len(x)} rows")
-    fits = x.dim() > 2 and x.numel() and channels // groups <= TILE and (skip is None or skip.dtype == x.dtype)
+    if not len(weight) == len(bias) == channels or add is not None and add.shape != (b, channels) or (
+            skip is not None and skip.shape != (b, skip.shape[1], *spatial)):
+        raise ValueError(f"weight, bias, add and skip do not fit x {tuple(x.shape)} and {channels} channels")
+    fits = (spatial and x.numel() and channels // groups <= TILE and channels * x[0, 0].numel() < 2 ** 31
+            and (skip is None or skip.dtype == x.dtype))
     if fits and kernels.active(*(t for t in (x, weight, bias, add, skip) if t is not None)):
         try:
             return _GroupNorm.apply(x, weight, bias, add, skip, groups, eps, silu)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
             kernels.failed("group_norm", error)
     return group_norm_ref(x, weight, bias, groups, eps, silu, add, skip)
@@ -373,11 +355,11 @@ SITES = [("unet", (2, 16, 128), {
     (4, 16): ((640, 0), (1280, 0), (1920, 0), (2560, 0), (1920, 640), (2560, 1280)),
     (2, 8): ((1280, 0), (2560, 0), (2560, 1280))}),
     ("classifier", (1, 8, 64), {(16, 64): ((128, 0),), (8, 32): ((128, 0), (256, 0)), (4, 16): ((256, 0),)}),
-    ("vae", (1, 8), {(128, 512): ((128, 0), (256, 0)), (64, 256): ((128, 0), (256, 0), (512, 0)), (32, 128): ((256, 0), (512, 0)),
-                     (16, 64): ((512, 0),)})]
+    ("vae", (1, 8), {(128, 512): ((128, 0), (256, 0)), (64, 256): ((128, 0), (256, 0), (512, 0)),
+                     (32, 128): ((256, 0), (512, 0)), (16, 64): ((512, 0),)})]
 
 
-def inputs(b, c, s, h, w, device, add=False):
+def _inputs(b, c, s, h, w, device, add=False):
     def make(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device=device)
     x, skip = (make(b, n, h, w).to(memory_format=torch.channels_last) if n else None for n in (c - s, s))
@@ -385,56 +367,55 @@ def inputs(b, c, s, h, w, device, add=False):
 
 
 def shipped():
-    """What `kernels.gate` compiles: each different launch of forward and backward at the networks' shapes, in bfloat16, with SiLU and, where
-    they have one, the time embedding; what leaves these out is a part of it."""
-    calls = {}
+    """What `kernels.gate` compiles: each different launch of forward and backward at the networks' shapes, in bfloat16,
+    with SiLU and, where they have one, the time embedding; without these a kernel is a part of that."""
+    calls, names = {}, {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
     def record(kernel, grid, args, constants, warps):
-        kinds = {k: "*" + {torch.bfloat16: "bf16", torch.float32: "fp32"}[v.dtype] if torch.is_tensor(v) else "fp32" if isinstance(v, float) else v
-                 for k, v in args.items()}
-        key = kernel, *constants.items(), *((k, v % 16 == 0, v == 1) if isinstance(v, int) else (k, v) for k, v in kinds.items())
-        calls.setdefault(key, dict(name=f"{kernel.__name__} {network} {c}@{h}x{w}" + f" of them {s} the skip's" * (s > 0), fn=kernel, args=kinds,
-                                   constexprs=constants, num_warps=warps, num_stages=1, matrix=False))
+        args = {k: names[v.dtype] if torch.is_tensor(v) else "fp32" if k == "eps" else v for k, v in args.items()}
+        seen = [(k, (v % 16 == 0, v == 1) if isinstance(v, int) else v) for k, v in args.items()]
+        name = f"{kernel.__name__} {network} {c}@{h}x{w}" + f" skip {s}" * (s > 0)
+        calls.setdefault((kernel, *constants.items(), *seen), dict(
+            name=name, fn=kernel, args=args, constexprs=constants, num_warps=warps, num_stages=1, matrix=False))
 
     for network, _, maps in SITES:
-        for (h, w), norms in maps.items():
-            for c, s in norms:
-                given = inputs(2, c, s, h, w, "meta", network != "vae" and not s)
-                y, mean, rstd = forward(**given, eps=1e-5, launch=record)
-                backward(y, **given, mean=mean, rstd=rstd, launch=record)
+        for (h, w), c, s in ((m, *norm) for m, norms in maps.items() for norm in norms):
+            given = _inputs(2, c, s, h, w, "meta", network != "vae" and not s)
+            y, mean, rstd = forward(**given, eps=1e-5, launch=record)
+            backward(y, **given, mean=mean, rstd=rstd, launch=record)
     return calls.values()
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, help="also write the table here, as JSON")
+    p.add_argument("--out", type=Path, help="write the table here too, as JSON")
     args = p.parse_args(argv)
     if not torch.cuda.is_available() or kernels.triton is None:
-        sys.exit("kernels.group_norm: times need an NVIDIA GPU and Triton")
-    bench = kernels.triton.testing.do_bench
-    big = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-    copy = 2 * big.numel() / bench(lambda: big.clone()) / 1e6
-    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__, copy_gb_s=round(copy))
-    print(*(f"{k} {v}" for k, v in about.items()), "bfloat16, channels last, GroupNorm + SiLU; ms, and GB/s of ours", sep="; ")
-    print(f"{'':34}{'forward':>30}{'':9}{'forward + backward':>30}\n{'':34}" + f"{'eager':>10}{'compiled':>10}{'ours':>10}{'GB/s':>9}" * 2)
-    rows = []
+        sys.exit("kernels.group_norm: there is nothing to time without an NVIDIA GPU and Triton")
     kernels.choose("triton")
-    for network, b, c, h, w in ((n, b, c, *m) for n, batches, maps in SITES for m, norms in maps.items() for c, s in norms if not s for b in batches):
-        given = inputs(b, c, 0, h, w, "cuda")
+    block = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    copy = 2 * block.numel() / 1e6 / kernels.triton.testing.do_bench(block.clone)
+    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__,
+                 copy_gb_s=round(copy))
+    print("GroupNorm + SiLU, bfloat16, channels last; ms, and GB/s of ours; copies:", *about.values(), "GB/s")
+    print(f"{'':30}{'eager':>12}{'compiled':>12}{'ours':>12}{'GB/s':>12}  ... with the backward pass, likewise")
+    rows = []
+    for name, b, c, h, w in ((name, b, c, *m) for name, batches, maps in SITES for m, norms in maps.items()
+                             for c, s in norms if not s for b in batches):
+        given = _inputs(b, c, 0, h, w, "cuda")
         leaves = [given[k].normal_().requires_grad_() for k in ("x", "weight", "bias")]
-        dy, row = torch.randn_like(leaves[0]), dict(network=network, b=b, channels=c, map=[h, w])
+        dy, row = torch.randn_like(leaves[0]), dict(network=name, b=b, channels=c, map=(h, w))
         torch.compiler.reset()
         compiled = torch.compile(group_norm_ref, mode="max-autotune-no-cudagraphs", dynamic=False)
-        for name, f in (("eager", group_norm_ref), ("compiled", compiled), ("ours", group_norm)):
-            with torch.no_grad():
-                row[name] = bench(lambda: f(**given), return_mode="median")
-            row[name + "_both"] = bench(lambda: torch.autograd.grad(f(**given), leaves, dy), return_mode="median")
-        size = dy.numel() * dy.element_size() / 1e6                             # MB: x to y, then x and dy to dx
-        row |= dict(gb_s=2 * size / row["ours"], gb_s_both=5 * size / row["ours_both"])
+        for end, passes in (("", 2), ("_both", 5)):                             # over a map: x, y; with x, dy, dx
+            for kind, f in (("eager", group_norm_ref), ("compiled", compiled), ("ours", group_norm)):
+                run = (lambda: torch.autograd.grad(f(**given), leaves, dy)) if end else (lambda: f(**given))
+                with torch.set_grad_enabled(bool(end)):
+                    row[kind + end] = kernels.triton.testing.do_bench(run, return_mode="median")
+            row["gb_s" + end] = passes * dy.nbytes / 1e6 / row["ours" + end]
         rows.append(row)
-        times = "".join(f"{row[n + e]:>10.4f}" for e in ("",) for n in ("eager", "compiled", "ours")) + f"{row['gb_s']:>9.0f}"
-        times += "".join(f"{row[n + '_both']:>10.4f}" for n in ("eager", "compiled", "ours")) + f"{row['gb_s_both']:>9.0f}"
-        print(f"{network + f' b{b} {c}@{h}x{w}':<34}{times}", flush=True)
+        times = "".join(f"{v:12.4g}" for v in row.values() if isinstance(v, float))
+        print(f"{f'{name} b{b} {c}@{h}x{w}':<30}{times}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
 
