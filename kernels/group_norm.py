@@ -282,8 +282,8 @@ def forward(x, weight, bias, groups, eps, silu, add, skip, launch=_launch):
     if stretches > 1:
         sources = {k: v for k, v in args.items() if k not in ("weight", "bias")}
         launch(group_norm_statistics, grid, sources, constants, warps)
-    constants |= dict(SILU=silu, BLOCK_S=kernels.triton.next_power_of_2(stretches))
-    launch(group_norm_forward, grid, args | dict(y=y, mean=mean, rstd=rstd, eps=eps), constants, warps)
+    of = dict(SILU=silu, BLOCK_S=kernels.triton.next_power_of_2(stretches))
+    launch(group_norm_forward, grid, args | dict(y=y, mean=mean, rstd=rstd, eps=eps), constants | of, warps)
     return y, mean, rstd
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter repaired, for tests alone: every kernel of this folder runs on CPU tensors in a process of its own.
+"""Triton's interpreter repaired, for tests alone: kernels run on CPU tensors, in a process of their own.
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels
 
@@ -30,17 +30,21 @@ def repair():
     3. Triton 3.6.0 with NumPy 2.4 or later: a loop's bound is an array of one element, which is no index any more."""
     import triton.language as tl
     from triton.runtime import interpreter
-    convert, dot, patch = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def exact_convert(data, source, target, rounding):
         if (source, target) == (tl.bfloat16, tl.float32):
             return widened(data)
-        return narrowed(data) if (source, target) == (tl.float32, tl.bfloat16) else convert(data, source, target, rounding)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return narrowed(data)
+        return convert(data, source, target, rounding)
 
     def operand(x):                             # float16 too: exact, and NumPy has a fast product of float32 alone
-        kind = x.dtype.scalar
-        if kind in (tl.bfloat16, tl.float16):
-            return interpreter.TensorHandle(widened(x.data) if kind == tl.bfloat16 else x.data.astype(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(widened(x.data), tl.float32)
+        if x.dtype.scalar == tl.float16:
+            return interpreter.TensorHandle(x.data.astype(np.float32), tl.float32)
         return x
 
     def patch_index(tensor, *scope):
