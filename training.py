@@ -69,11 +69,11 @@ def glibc(function, *args):
         getattr(ctypes.CDLL(None), function)(*args)
 
 
-def keep_freed_memory():
+def keep_freed_memory(largest=2**30):
     """glibc returns large blocks to the system on every free and faults them in anew at the next use, which costs a training
-    step on a CPU a quarter of its time and more."""
-    glibc("mallopt", -3, 2**30)                             # M_MMAP_THRESHOLD
-    glibc("mallopt", -1, 2**30)                             # M_TRIM_THRESHOLD
+    step on a CPU a quarter of its time and more. Blocks above `largest` bytes still go back."""
+    glibc("mallopt", -3, largest)                           # M_MMAP_THRESHOLD
+    glibc("mallopt", -1, 2 * largest)                       # M_TRIM_THRESHOLD
     glibc("mallopt", -8, 1)                                 # M_ARENA_MAX: autograd's thread reuses what the main one freed
 
 
