@@ -24,58 +24,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import HOP, SAMPLE_RATE, MediaError, find_videos, mel, read_audio, whole, write_wav
+from data import SAMPLE_RATE, MediaError, detect_onsets, f1, find_videos, match, mel, read_audio, whole, write_wav
 from sample import generate, load_models
 
-COLUMN = HOP / SAMPLE_RATE      # seconds a mel column
-LAG = 2                         # columns over which a level has to rise
-QUIET = 0.3                     # mel level below which nothing counts: the room's tone, and residue of coding
-RISE = 0.03                     # mean rise over the bins that makes an onset
-ABOVE = 1.5                     # and by how many times the median rise around it, so that steady noise makes none
-AROUND, APART = 20, 3           # columns each side: of that median; where only the strongest rise is an onset
 SMEAR = 0.03                    # seconds: width of an onset when two trains of onsets are slid over each other
 SLIDE = 1.0                     # seconds: how far
-
-
-def onset_strength(level):
-    """How much louder each column of a mel (128, s) is than LAG columns before, rises only, mean over the bins -> (s,).
-    Each bin is held against its neighbours too, so that a gliding tone is no onset (Boeck and Widmer 2013)."""
-    level = np.maximum(np.asarray(level, np.float32) - QUIET, 0) / (1 - QUIET)                      # (m, s)
-    padded = np.pad(level, ((1, 1), (LAG, 0)))
-    before = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])[:, :level.shape[1]]
-    before[:, :LAG] = level[:, :LAG]                # what sounds as the clip begins has not begun in it
-    return np.maximum(level - before, 0).mean(0)
-
-
-def detect_onsets(level):
-    """Mel (128, s) -> onset times in seconds, ascending. A column's time is its centre."""
-    strength, times = onset_strength(level), []
-    for k in range(len(strength)):
-        near = strength[max(k - APART, 0):k + APART + 1]
-        around = strength[max(k - AROUND, 0):k + AROUND + 1]
-        first = k == 0 or strength[k] > strength[k - 1]             # of equal columns the first
-        if first and strength[k] >= near.max() and strength[k] > RISE + ABOVE * np.median(around):
-            times.append(k * COLUMN)
-    return np.array(times)
-
-
-def match(found, labelled, tolerance):
-    """The most pairs (found, labelled) no further apart than `tolerance`, each used once; both lists ascend."""
-    i, j, pairs = 0, 0, []
-    while i < len(found) and j < len(labelled):
-        if abs(found[i] - labelled[j]) <= tolerance:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif found[i] < labelled[j]:
-            i += 1
-        else:
-            j += 1
-    return pairs
-
-
-def f1(pairs, found, labelled):
-    """Precision, recall and F1 of counts; 0 where there is nothing to count."""
-    return pairs / max(found, 1), pairs / max(labelled, 1), 2 * pairs / max(found + labelled, 1)
 
 
 def desync(found, labelled):

@@ -19,7 +19,7 @@ import official
 import sample
 from checkpoints import Checkpoint
 from golden import rule
-from test_data import make, steady
+from test_media import make, steady
 
 pytestmark = pytest.mark.slow
 ROOT = Path(sample.__file__).resolve().parent

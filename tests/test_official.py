@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import VideoReformatter
 
 import data
 import ldm
@@ -24,7 +25,7 @@ from cavp import CAVP, CAVPConfig
 from checkpoints import save_model
 from data import HOP, SAMPLE_RATE, MediaError
 from golden import rule
-from test_data import grey, make, seen, steady
+from test_media import grey, make, seen, steady
 from test_sample import run, shuffled
 from vae import VAEConfig
 
@@ -258,7 +259,7 @@ def test_frames_are_coded_anew_there_and_the_sources_own_here(tmp_path):
     def detail(image, k):
         image[:] = noise[k % 4]
     clip = make(tmp_path / "clip.mp4", steady(4, 9), draw=detail, options={"qp": "1"})
-    scaler = data.VideoReformatter()
+    scaler = VideoReformatter()
     own = [data.picture(frame, 32, 32, scaler).transpose(2, 0, 1) for frame in official.at_ticks(clip, 4, 0, 33)]
     own = torch.from_numpy(np.stack(own))
     assert torch.equal(data.read_frames(clip, 4, 32, 0, 8.2), own)
