@@ -30,6 +30,7 @@ import stable_diffusion
 import training
 from checkpoints import Checkpoint, CheckpointError, convert, fill, fitting
 from kernels.attention import attention
+from kernels.packed import add_product
 from kernels.solver import multistep
 from kernels.transformer import add_layer_norm, geglu
 from vae import PRESETS as VAE_PRESETS
@@ -150,9 +151,19 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def product(weight):
+    """A linear layer without bias, of this weight (c_out, c_in); for use, not for training."""
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return layer
+
+
 class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out, emb_dim, groups):
+    """c_skip: channels of its input that come from the way down, as a map of their own."""
+
+    def __init__(self, c_in, c_out, emb_dim, groups, c_skip=0):
         super().__init__()
+        self.sources = (c_in - c_skip, c_skip) if c_skip else (c_in,)
         # the official keys' places, with holes where a SiLU or a dropout stands
         self.in_layers = nn.ModuleDict({"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)})
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
@@ -161,10 +172,24 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.out_layers["3"].weight)
         nn.init.zeros_(self.out_layers["3"].bias)
 
-    def forward(self, x, shifts):                               # (b, c_in, h, w), {block: (b, c_out)} -> (b, c_out, h, w)
-        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))
+    def fuse(self):
+        """The 1x1 convolution as a product for each source, which adds to what is there; nothing is joined in memory any more."""
+        if isinstance(self.skip_connection, nn.Conv2d):
+            self.out_layers["3"].bias += self.skip_connection.bias
+            self.skip_connection = nn.ModuleList(map(product, self.skip_connection.weight.flatten(1).split(self.sources, 1)))
+
+    def forward(self, x, shifts, skip=None):                    # (b, c, h, w), {block: (b, c_out)}, (b, c_skip, h, w) -> (b, c_out, h, w)
+        fused = isinstance(self.skip_connection, nn.ModuleList)
+        if skip is not None and not fused:
+            x, skip = torch.cat([x, skip], 1), None
+        h = self.in_layers["2"](self.in_layers["0"](x, silu=True, skip=skip))
         h = self.out_layers["3"](self.out_layers["0"](h, silu=True, add=shifts[self]))
-        return self.skip_connection(x) + h
+        if not fused:
+            return self.skip_connection(x) + h
+        h = h.permute(0, 2, 3, 1)
+        for source, layer in zip((x, skip), self.skip_connection):
+            h = add_product(h, source.permute(0, 2, 3, 1), layer)
+        return h.permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -180,9 +205,8 @@ class Attention(nn.Module):
         return tuple(y.unflatten(2, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context)))
 
     def fuse(self):
-        """Of self-attention: one product instead of three. For use, not for training or saving."""
-        self.to_qkv = nn.Linear(*self.to_q.weight.shape, bias=False, device="meta")
-        self.to_qkv.weight = nn.Parameter(torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]), requires_grad=False)
+        """Of self-attention: one product instead of three."""
+        self.to_qkv = product(torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
         del self.to_q, self.to_k, self.to_v
 
     def forward(self, x, keys_values=None):                     # (b, n, dim); None: of x itself
@@ -207,8 +231,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
-        return self.net(x)
+    def forward(self, x, h):                                    # -> x + what it makes of h
+        *first, last = self.net
+        for layer in first:
+            h = layer(h)
+        return x + last(h) if last.bias is not None else add_product(x, h, last)
 
 
 class TransformerBlock(nn.Module):
@@ -221,7 +248,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context):                              # (b, n, dim), Prepared
         x, h = add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2.weight, self.norm2.bias)
         x, h = add_layer_norm(x, self.attn2(h, context[self.attn2]), self.norm3.weight, self.norm3.bias)
-        return x + self.ff(h)
+        return self.ff(x, h)
 
 
 class SpatialTransformer(nn.Module):
@@ -233,6 +260,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+
+    def fuse(self):
+        """The last product's bias goes through the projection behind it; then its sum with the residual needs no pass of its own."""
+        for block in self.transformer_blocks:
+            block.attn1.fuse()
+        last = self.transformer_blocks[-1].ff.net[2]
+        self.proj_out.bias += self.proj_out.weight.flatten(1) @ last.bias
+        last.bias = None
 
     def forward(self, x, context):                              # (b, c, h, w)
         b, c, h, w = x.shape
@@ -263,10 +298,10 @@ class Upsample(nn.Module):
 class Blocks(nn.Sequential):
     """A sequence whose members are called with what each of them takes."""
 
-    def forward(self, x, shifts, context):
+    def forward(self, x, shifts, context, skip=None):
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, shifts)
+                x, skip = layer(x, shifts, skip), None
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
             else:
@@ -306,9 +341,9 @@ class Backbone(nn.Module):
                                    ResBlock(c, c, emb, cfg.groups))
         self.out_width = c
 
-    def stage(self, c_in, c_out, level):
+    def stage(self, c_in, c_out, level, c_skip=0):
         cfg = self.config
-        layers = [ResBlock(c_in, c_out, 4 * cfg.width, cfg.groups)]
+        layers = [ResBlock(c_in + c_skip, c_out, 4 * cfg.width, cfg.groups, c_skip)]
         if 2 ** level in cfg.attention:
             layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
         return Blocks(*layers)
@@ -336,11 +371,12 @@ class Backbone(nn.Module):
         emb = F.silu(self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)))
         return {block: block.emb_layers[1](emb) for block in self.modules() if isinstance(block, ResBlock)}
 
+    @torch.no_grad()
     def fuse(self):
         """Faster, the same numbers: for use, not for training or saving. -> self"""
-        for block in self.modules():
-            if isinstance(block, TransformerBlock):
-                block.attn1.fuse()
+        for part in self.modules():
+            if isinstance(part, (ResBlock, SpatialTransformer)):
+                part.fuse()
         return self
 
     def down(self, x, t, context):
@@ -365,7 +401,7 @@ class UNet(Backbone):
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(cfg.multipliers))):
             for i in range(cfg.blocks + 1):
-                block = self.stage(c + skips.pop(), cfg.width * multiplier, level)
+                block = self.stage(c, cfg.width * multiplier, level, skips.pop())
                 c = cfg.width * multiplier
                 if level and i == cfg.blocks:
                     block.append(Upsample(c))
@@ -377,7 +413,7 @@ class UNet(Backbone):
     def forward(self, x, t, context):
         h, skips, shifts, context = self.down(x, t, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), shifts, context)
+            h = block(h, shifts, context, skips.pop())
         return self.out["2"](self.out["0"](h, silu=True))
 
 

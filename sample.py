@@ -124,6 +124,7 @@ import official
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from kernels.packed import pack
 from ldm import LATENT_SHAPE, LDM, SAMPLERS, TIMES, Alignment, Replayed, UNetConfig, guided_eps
 from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
@@ -274,6 +275,7 @@ def load_models(weights="mini", device="cpu", dtype=None):
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
         ldm.unet.fuse(), align and align.model.fuse()
+        pack(ldm.unet), pack(ldm.vae)                           # not the classifier: a gradient passes through it
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:

@@ -50,10 +50,10 @@ CROP = 128                              # mel columns of a training sample
 # blocks
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm and what stands around it, in one pass over the map where a kernel runs: y = silu(norm(x + add))."""
+    """GroupNorm and what stands around it, in one pass over the map where a kernel runs: y = silu(norm(cat([x, skip], 1) + add))."""
 
-    def forward(self, x, silu=False, add=None):                 # (b, c, h, w), add (b, c)
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, add)
+    def forward(self, x, silu=False, add=None, skip=None):      # (b, c, h, w), add (b, c), skip (b, c2, h, w)
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, add, skip)
 
 
 def norm(channels, groups):

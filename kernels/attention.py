@@ -4,7 +4,7 @@ in   q (b, n, heads, d), k and v (b, m, heads, d), float32, float16 or bfloat16,
      projection, a condition's keys expanded over the batch; any n and m, d a multiple of 8 up to 256
 out  (b, n, heads, d) without gaps, so that .flatten(2) costs nothing
 
-    python -m kernels.attention --out attention.json        times, on a GPU
+    python -m kernels.attention --out attention             times, on a GPU
 
     s = q k^T d^-0.5,  p = exp(s - lse),  o = p v                               lse: log-sum-exp of a row of s
     delta = <do, o>,  ds = p (do v^T - delta),  dq = ds k d^-0.5,  dk = ds^T q d^-0.5,  dv = p^T do
@@ -13,35 +13,32 @@ Replaces two products, the softmax and the copies that bring heads together and 
 stride. A program holds some queries of one head and passes over the keys with a running maximum (FlashAttention-2, Dao
 2023). Up to 64 keys, be they a condition's 32 or a 4 x 16 map's, are one block: no loop, a plain softmax. Backward, one
 kernel passes over the keys for dq; another over the queries for dk and dv, left out where only q has a gradient, as in
-guidance. No atomics: the same twice. Sums, scores and lse are float32; products of half types run on tensor cores, those
-of float32 are exact ("ieee", no TF32). A head of 40 is computed as 64 columns, 80 as 64 + 16, 160 as 128 + 32.
+guidance. No atomics: the same twice. Sums, scores and lse are float32; products of half types run on tensor cores, of
+float32 they are exact ("ieee", no TF32). A head of 40 is computed as 64 columns, 80 as 64 + 16, 160 as 128 + 32.
 
 Where the kernels do not run (`kernels.active`), or fail, `attention_ref` does. Blocks are chosen from registers and
 shared memory as `kernels.gate` compiles them; not yet timed on a GPU.
 """
-import argparse
 import itertools
-import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import kernels
+from kernels.benchmark import WAYS, begin, compiled, finish
 
-# Kernel -> block of queries, block of keys, warps, stages, for heads computed as up to 64, up to 96 and more columns.
-# 128 x 64 reads keys half as often as 64 x 64, and 1024 queries still fill 132 SMs with one clip. Wide heads and the two
-# sums of dkv take all of a thread's 255 registers; with one stage instead of two the operand that stays would spill.
-HALF = {"few": [(64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)],
-        "forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)],
-        "dq": [(64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)],
-        "dkv": [(32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2)]}
-EXACT = {"few": [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],               # float32
-         "forward": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)],
-         "dq": [(16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)],
-         "dkv": [(16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)]}
+# Kernel -> block of queries, block of keys, warps, stages, for heads computed as up to 64, 96, 160 and 256 columns.
+# 128 x 64 reads keys half as often as 64 x 64, and 1024 queries fill 132 SMs even so. Wide heads and the two sums of
+# dkv take all of a thread's 255 registers; with one stage instead of two, the operand that stays would spill.
+HALF = {"few": [(64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)],
+        "forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2)],
+        "dq": [(64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)],
+        "dkv": [(32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)]}
+EXACT = {"few": [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],               # float32
+         "forward": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (32, 16, 8, 2)],
+         "dq": [(16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)],
+         "dkv": [(16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)]}
 LOG2E = 1.4426950408889634              # scores are in base 2, whose exponential is an instruction
 
 
@@ -233,7 +230,7 @@ def plan(kind, q, k, v):
     whole, table = _power(d), EXACT if q.dtype == torch.float32 else HALF
     d1, d2 = whole // 2, _power(d - whole // 2) if d > 64 else whole
     d1, d2 = (d1, d2) if d1 + d2 < whole else (whole, 0)
-    width = (d1 + d2 > 64) + (d1 + d2 > 96)
+    width = sum(d1 + d2 > limit for limit in (64, 96, 160))
     few = kind == "forward" and m <= table["few"][width][1]
     bq, bk, warps, stages = table["few" if few else kind][width]
     bk = _power(m) if few else bk
@@ -326,6 +323,7 @@ def attention(q, k, v):
 UNET = ((8, 40, 1024, 32), (8, 80, 256, 32), (8, 160, 64, 32), (8, 160, 16, 32))
 SITES = UNET + ((8, 32, 256, 32), (8, 32, 64, 32),
                 (3, 32, 256, 128), (3, 48, 64, 128), (4, 16, 256, 128), (4, 32, 64, 128))
+WIDE = ((8, 192, 256, 32), (8, 256, 256, 32))                   # of nobody's yet; compiled too, so that all widths are known to work
 
 
 def inputs(b, heads, d, n, m, dtype, device):
@@ -347,7 +345,7 @@ def shipped():
             name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}", fn=kernel, args=types, constexprs=constants,
             num_warps=warps, num_stages=stages, matrix=True, wide=kernel is attention_forward and tile >= 512 * warps))
 
-    for dtype, sites in ((torch.bfloat16, SITES), (torch.float16, UNET[:1]), (torch.float32, SITES[:5])):
+    for dtype, sites in ((torch.bfloat16, SITES + WIDE), (torch.float16, UNET[:1]), (torch.float32, SITES[:5] + WIDE[1:])):
         for heads, d, n, tokens in sites:
             for m in (None, tokens):
                 q, k, v = inputs(2, heads, d, n, m, dtype, "meta")
@@ -357,37 +355,25 @@ def shipped():
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, help="also write the table here, as JSON")
-    args = p.parse_args(argv)
-    if not torch.cuda.is_available() or kernels.triton is None:
-        sys.exit("kernels.attention: times need an NVIDIA GPU and Triton")
-    bench, kinds, rows = kernels.triton.testing.do_bench, ("eager", "compiled", "ours"), []
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__,
-                 matmul_tflops=round(2 * 8192 ** 3 / bench(lambda: a @ a) / 1e9))
-    print(*(f"{k} {v}" for k, v in about.items()), "bfloat16, 8 heads; ms, and TFLOP/s of ours", sep="; ")
-    print(" " * 30 + f"{'forward':>30}{'':9}{'forward + backward':>30}")
+    out, about, milliseconds = begin("kernels.attention", __doc__, argv)
+    print("bfloat16, 8 heads; ms, and TFLOP/s of ours\n" + " " * 30 + f"{'forward':>30}{'':9}{'forward + backward':>30}")
     print(" " * 30 + f"{'eager':>10}{'compiled':>10}{'ours':>10}{'TFLOP/s':>9}" * 2)
-    kernels.choose("triton")
+    rows = []
     for (heads, d, n, tokens), cross, b in itertools.product(UNET, (False, True), (2, 16, 128)):
-        row = dict(b=b, d=d, n=n, m=tokens if cross else n)
+        m = tokens if cross else n
         leaves = inputs(b, heads, d, n, tokens if cross else None, torch.bfloat16, "cuda")
         leaves = [x.normal_().requires_grad_() for x in leaves]
-        do = torch.randn_like(leaves[0])
-        torch.compiler.reset()
-        compiled = torch.compile(attention_ref, mode="max-autotune-no-cudagraphs", dynamic=False)
-        for kind, f in zip(kinds, (attention_ref, compiled, attention)):
+        do, row = torch.randn_like(leaves[0]), dict(name=f"b{b} {n}x{m} of {d}", b=b, d=d, n=n, m=m)
+        for way, f in zip(WAYS, (attention_ref, compiled(attention_ref), attention)):
             with torch.no_grad():
-                row[kind] = bench(lambda: f(*leaves), return_mode="median")
-            row[kind + "_both"] = bench(lambda: torch.autograd.grad(f(*leaves), leaves, do), return_mode="median")
-        work = 4 * b * heads * n * row["m"] * d / 1e9           # of the two products; backward has five
+                row[way] = milliseconds(lambda: f(*leaves))
+            row[way + "_both"] = milliseconds(lambda: torch.autograd.grad(f(*leaves), leaves, do))
+        work = 4 * b * heads * n * m * d / 1e9                  # of the two products; backward has five
         row |= dict(tflops=work / row["ours"], tflops_both=3.5 * work / row["ours_both"])
-        cells = ("".join(f"{row[k + e]:>10.4f}" for k in kinds) + f"{row['tflops' + e]:>9.1f}" for e in ("", "_both"))
-        print(f"b{b} {n}x{row['m']} of {d}".ljust(30) + "".join(cells), flush=True)
+        cells = ("".join(f"{row[way + e]:>10.4f}" for way in WAYS) + f"{row['tflops' + e]:>9.1f}" for e in ("", "_both"))
+        print(row["name"].ljust(30) + "".join(cells), flush=True)
         rows.append(row)
-    if args.out:
-        args.out.write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
+    finish(out, about, rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ in   x (b, c, *spatial), skip (b, c2, *spatial) or None, add (b, c + c2) or None
      read where they are if contiguous or channels last, else copied; act is SiLU or nothing
 out  (b, c + c2, *spatial) in x's dtype and format
 
-    python -m kernels.group_norm --out group_norm.json      times, on a GPU
+    python -m kernels.group_norm --out group_norm           times, on a GPU
 
     n = (u - mean) rstd,  z = n weight + bias,  dz = dy act'(z)                 u: the sum under the norm
     du = rstd (weight dz - <weight dz> - n <weight dz n>)                       < >: the mean over a group
@@ -23,16 +23,12 @@ residual block's 1x1 convolution must then be split in two. Otherwise, concatena
 Where the kernels do not run (`kernels.active`) or fail, `group_norm_ref` does. Sizes are reasoned from registers and
 memory sectors and compiled by `kernels.gate`; no GPU has timed them yet.
 """
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import kernels
+from kernels.benchmark import WAYS, begin, compiled, finish
 
 HELD = 32768        # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
 TWICE = 131072      # values that one program of the backward pass reads twice; more take two launches
@@ -387,37 +383,25 @@ def shipped():
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, help="write the table here too, as JSON")
-    args = p.parse_args(argv)
-    if not torch.cuda.is_available() or kernels.triton is None:
-        sys.exit("kernels.group_norm: there is nothing to time without an NVIDIA GPU and Triton")
-    kernels.choose("triton")
-    block = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-    copy = 2 * block.numel() / 1e6 / kernels.triton.testing.do_bench(block.clone)
-    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__,
-                 copy_gb_s=round(copy))
-    print("GroupNorm + SiLU, bfloat16, channels last; ms, and GB/s of ours; copies:", *about.values(), "GB/s")
+    out, about, milliseconds = begin("kernels.group_norm", __doc__, argv)
+    print("GroupNorm + SiLU, bfloat16, channels last; ms, and GB/s of ours")
     print(f"{'':30}{'eager':>12}{'compiled':>12}{'ours':>12}{'GB/s':>12}  ... with the backward pass, likewise")
     rows = []
     for name, b, c, h, w in ((name, b, c, *m) for name, batches, maps in SITES for m, norms in maps.items()
                              for c, s in norms if not s for b in batches):
         given = _inputs(b, c, 0, h, w, "cuda")
         leaves = [given[k].normal_().requires_grad_() for k in ("x", "weight", "bias")]
-        dy, row = torch.randn_like(leaves[0]), dict(network=name, b=b, channels=c, map=(h, w))
-        torch.compiler.reset()
-        compiled = torch.compile(group_norm_ref, mode="max-autotune-no-cudagraphs", dynamic=False)
+        dy, row = torch.randn_like(leaves[0]), dict(name=f"{name} b{b} {c}@{h}x{w}", b=b, channels=c, map=(h, w))
+        ways = list(zip(WAYS, (group_norm_ref, compiled(group_norm_ref), group_norm)))
         for end, passes in (("", 2), ("_both", 5)):                             # over a map: x, y; with x, dy, dx
-            for kind, f in (("eager", group_norm_ref), ("compiled", compiled), ("ours", group_norm)):
+            for way, f in ways:
                 run = (lambda: torch.autograd.grad(f(**given), leaves, dy)) if end else (lambda: f(**given))
                 with torch.set_grad_enabled(bool(end)):
-                    row[kind + end] = kernels.triton.testing.do_bench(run, return_mode="median")
+                    row[way + end] = milliseconds(run)
             row["gb_s" + end] = passes * dy.nbytes / 1e6 / row["ours" + end]
         rows.append(row)
-        times = "".join(f"{v:12.4g}" for v in row.values() if isinstance(v, float))
-        print(f"{f'{name} b{b} {c}@{h}x{w}':<30}{times}", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
+        print(row["name"].ljust(30) + "".join(f"{v:12.4g}" for v in row.values() if isinstance(v, float)), flush=True)
+    finish(out, about, rows)
 
 
 if __name__ == "__main__":

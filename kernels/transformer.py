@@ -4,7 +4,7 @@ in   x, y (b, n, c), y a branch's output or None; weight and bias (c,); h (b, n,
      float16 or bfloat16; read in place where channels are contiguous and one stride leads from row to row, else copied
 out  s, z (b, n, c) and g (b, n, d), contiguous, in the input's dtype
 
-    python -m kernels.transformer --out transformer.json        times, on a GPU
+    python -m kernels.transformer --out transformer             times, on a GPU
 
     s = x + y, rounded;  z = weight (s - <s>) / sqrt(<(s - <s>)^2> + eps) + bias        < >: the mean over channels
     g = value gate (1 + erf(gate / sqrt 2)) / 2
@@ -16,17 +16,14 @@ The plain-torch references run where an input requires grad while gradients are 
 (`kernels.active`) or fail, for more than 4096 channels, and where y has not the shape and dtype of x. The launch sizes
 are reasoned from registers and load widths and compiled by `kernels.gate`; no GPU has timed them yet.
 """
-import argparse
 import itertools
-import json
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels.benchmark import WAYS, begin, compiled, finish
 
 # channels up to: rows and warps of a program. A thread has 16 values of a row or fewer, two 16-byte loads in bfloat16;
 # short rows are one warp's, which sums without barriers, and several are a program's, so that there are fewer to start
@@ -179,35 +176,20 @@ def shipped():
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, help="also write the table here, as JSON")
-    args = p.parse_args(argv)
-    if not torch.cuda.is_available() or kernels.triton is None:
-        sys.exit("kernels.transformer: times need an NVIDIA GPU and Triton")
-    bench = kernels.triton.testing.do_bench
-    big = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-    copy = 2 * big.numel() / bench(lambda: big.clone()) / 1e6
-    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__)
-    about["copy_gb_s"] = round(copy)
-    print(*(f"{k} {v}" for k, v in about.items()), "bfloat16; ms, and GB/s of ours", sep="; ")
-    print(f"{'':34}{'eager':>10}{'compiled':>10}{'ours':>10}{'GB/s':>9}")
+    out, about, milliseconds = begin("kernels.transformer", __doc__, argv)
+    print(f"bfloat16; ms, and GB/s of ours\n{'':34}{'eager':>10}{'compiled':>10}{'ours':>10}{'GB/s':>9}")
     rows, passes = [], dict(add_layer_norm=4, layer_norm=2, geglu=1.5)      # over memory of the first input's size
-    kernels.choose("triton")
     for (n, c), b, name in itertools.product(SITES, (2, 16, 128), passes):
         given = [t if t is None else t.normal_() for t in inputs(b, n, c, "cuda")[name]]
         ours, ref = (geglu, geglu_ref) if name == "geglu" else (add_layer_norm, add_layer_norm_ref)
-        torch.compiler.reset()
-        compiled = torch.compile(ref, mode="max-autotune-no-cudagraphs", dynamic=False)
-        row = dict(kernel=name, b=b, tokens=n, channels=4 * c if name == "geglu" else c)
+        row = dict(name=f"{name} b{b} {n}x{4 * c if name == 'geglu' else c}", b=b, tokens=n)
         with torch.no_grad():
-            for k, f in (("eager", ref), ("compiled", compiled), ("ours", ours)):
-                row[k] = bench(lambda: f(*given), return_mode="median")
-        row["gb_s"] = passes[name] * given[0].numel() * given[0].element_size() / row["ours"] / 1e6
+            for way, f in zip(WAYS, (ref, compiled(ref), ours)):
+                row[way] = milliseconds(lambda: f(*given))
+        row["gb_s"] = passes[name] * given[0].nbytes / row["ours"] / 1e6
         rows.append(row)
-        times = "".join(f"{row[k]:>10.4f}" for k in ("eager", "compiled", "ours"))
-        print(f"{name + f' b{b} {n}x' + str(row['channels']):<34}{times}{row['gb_s']:>9.0f}", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
+        print(row["name"].ljust(34) + "".join(f"{row[way]:>10.4f}" for way in WAYS) + f"{row['gb_s']:>9.0f}", flush=True)
+    finish(out, about, rows)
 
 
 if __name__ == "__main__":

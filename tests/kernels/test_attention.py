@@ -243,5 +243,5 @@ def test_shipped_launches_are_whole_and_different():
 
 def test_times_need_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="times need an NVIDIA GPU"):
+    with pytest.raises(SystemExit, match="without an NVIDIA GPU"):
         file.main([])

@@ -70,6 +70,8 @@ def inputs(b=2, w=8):
 def test_unet(unet):
     ours, plain = both(lambda: unet(*inputs()))
     rule.close("U-Net", ours, plain, 1e-5)
+    fused = copy.deepcopy(unet).fuse()                          # reads the skips where they are
+    rule.close("U-Net, fused", both(lambda: fused(*inputs()))[0], plain, 1e-5)
 
 
 @torch.no_grad()
@@ -89,6 +91,8 @@ def test_classifier_gradient(classifier):
 @torch.no_grad()
 def test_guided_sampling(unet, classifier):
     x, _, context = inputs(1)
+    unet, classifier = copy.deepcopy(unet).fuse(), copy.deepcopy(classifier)
+    classifier.model.fuse()
     features, times = rule.normal("features", 1, 8, 16), ldm.TIMES["dpm"](3)
 
     def run():
