@@ -1,38 +1,51 @@
-"""Mel spectrograms and back, onsets, and the clips that training reads.
+"""Mel spectrograms and back, onsets, and the prepared sets that training reads.
 
 in   sound float32 (n,) at 16 kHz, and folders of videos; files themselves are read and written by media.py, whose functions
      are handed on here
-out  mel float32 (128, s) in [0, 1] and sound again, onset times, and a prepared training set (safetensors shards + index.json)
+out  mel float32 (128, s) in [0, 1] and sound again, onset times, and a prepared set: every clip's frames as JPEG and its sound as
+     int16, in large files with random access (`Set` has the form), and readers that draw windows from it
 
 Diff-Foley section 3.1 and its data_preprocess/wav2spec.py fix the mel; fast Griffin-Lim is Perraudin, Balazs and
 Sondergaard 2013.
 
     python data.py prepare RAW OUT --fps 15.625 --size 64 --workers 4
+    python data.py prepare vggsound OUT --csv vggsound.csv --fps 4 --size 224
 
 Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there: the inverse is at 22,050 Hz,
-and tones fall).
+and tones fall). Frames are JPEG one by one with full chroma (there: H.264 and one .npy a clip).
 """
 import argparse
+import csv
+import hashlib
+import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
-from collections import deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from fractions import Fraction
 from functools import lru_cache
+from multiprocessing import parent_process
 from pathlib import Path
 
+import av
 import numpy as np
-import safetensors
 import torch
-from safetensors.numpy import save as to_safetensors
-from safetensors.torch import load_file as load_safetensors
+from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from media import (SAMPLE_RATE, MediaError, MediaInfo, find_videos, frames_from, output_suffix, picture,     # noqa: F401
-                   probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
+from media import (LONGEST, SAMPLE_RATE, MediaError, MediaInfo, find_videos, frames_from, output_suffix, picture,     # noqa: F401
+                   pictures, probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
+
+with suppress(ImportError):     # Windows has none: there nothing keeps two processes from preparing one set
+    import fcntl
 
 N_FFT = 1024
 HOP = 256
@@ -46,7 +59,14 @@ QUIET = 0.3                     # mel level below which nothing counts: the room
 RISE = 0.03                     # mean rise over the bins that makes an onset
 ABOVE = 1.5                     # and by how many times the median rise around it, so that steady noise makes none
 AROUND, APART = 20, 3           # columns each side: of that median; where only the strongest rise is an onset
-SHARD = 64                      # clips per file of a prepared set
+SHORTEST = 0.5                  # seconds: what is shorter is no clip
+SILENT = 0.001                  # of full scale, -60 dB: sound that never rises above it is none
+HELD_OUT = 0.05                 # share of the clips in each of "val" and "test"
+SPLITS = ("train", "val", "test")
+JPEG_QUANTIZER = "2"            # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
+SHARD = 2**30                   # bytes after which a set goes on in a new file
+COMMIT = 2.0                    # seconds of work that a kill can cost
+OPEN = 64                       # shards that a process holds open
 
 
 # ---- mel spectrogram and its inverse -------------------------------------------------------------------------------
@@ -170,231 +190,555 @@ def f1(pairs, found, labelled):
     return pairs / max(found, 1), pairs / max(labelled, 1), 2 * pairs / max(found + labelled, 1)
 
 
-# ---- training sets -------------------------------------------------------------------------------------------------
+# ---- frames as JPEG ------------------------------------------------------------------------------------------------
 
-def load_clip(path, fps, size):
-    """Frames (f, 3, h, w) and int16 sound (n,) of a whole clip, equally long; or the reason why it cannot be used."""
-    with warnings.catch_warnings(record=True):
+def encode_jpegs(images, size):
+    """uint8 (size, size, 3) images -> bytes of each. Full chroma: at half of it small things lose 2 to 6 dB for a quarter of the bytes."""
+    context, scaler, last, jpeg = av.CodecContext.create("mjpeg", "w"), VideoReformatter(), None, None
+    context.width, context.height, context.pix_fmt, context.time_base = size, size, "yuvj444p", Fraction(1, 25)
+    context.thread_count, context.qscale, context.options = 1, True, {"qmin": JPEG_QUANTIZER}    # the same for every frame
+    for number, image in enumerate(images):
+        if image is not last:                    # what is shown for longer than one frame is encoded once
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+            frame = scaler.reformat(frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG", threads=1)
+            frame.pts = number
+            (jpeg,), last = map(bytes, context.encode(frame)), image
+        yield jpeg
+
+
+@lru_cache(maxsize=1)
+def jpeg_decoder(_process):
+    """A process's decoder and converter: setting them up costs more than a frame. Threads would cost more than they do."""
+    context = av.CodecContext.create("mjpeg", "r")
+    context.thread_count, context.options = 1, {"err_detect": "explode"}
+    return context, VideoReformatter()
+
+
+def decode_jpegs(jpegs, size):
+    """Bytes of each frame -> uint8 (f, 3, size, size); ValueError or FFmpegError where one of them is no such picture."""
+    context, scaler = jpeg_decoder(os.getpid())
+    out = np.empty((len(jpegs), 3, size, size), np.uint8)
+    for image, jpeg in zip(out, jpegs):
+        frame, = context.decode(av.Packet(jpeg))
+        if (frame.width, frame.height) != (size, size):
+            raise ValueError(f"{frame.width} x {frame.height} pixels")
+        for channel, plane in zip((1, 2, 0), scaler.reformat(frame, format="gbrp", threads=1).planes):
+            image[channel] = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)[:, :size]
+    return out
+
+
+# ---- sets of clips on disk -----------------------------------------------------------------------------------------
+
+def entry(columns):
+    """A clip's entry in the index; its name, its label and its columns are each (first byte, bytes)."""
+    return np.dtype([("shard", "<u4"), ("split", "<u4"), *((name, "<u8", 2) for name in ("name", "label", *columns))])
+
+
+def read_about(root):
+    """set.json, or the reason why a folder is no set."""
+    try:
+        about = json.loads((root / "set.json").read_text())
+        return {"columns": list(map(str, about["columns"])), "fps": float(about["fps"]), **about}
+    except FileNotFoundError:
+        raise MediaError(f"{root}: not a prepared set; make one with python data.py prepare VIDEOS {root}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(f"{root / 'set.json'}: cannot be read ({error}); prepare the set again in another folder") from None
+
+
+class Set:
+    """Clips on disk, opened at the same cost however many they are.
+
+    set.json          what all clips have in common, and "clips": how many there are; null until the set is finished first
+    index.bin         an `entry` a clip, mapped into memory
+    names.bin         names and labels, one after the other
+    shard-00000.bin   columns, one after the other. A column is some bytes of each clip; those in use:
+                      "bounds" uint32 (f + 1,), where each frame starts in "frames", which are JPEGs; "features" float16 (f, width);
+                      "sound" int16 (n,)
+    left_out.csv      the files that are not in it: name, reason, and what exactly was found
+
+    All files only grow, an entry follows what it describes, and `clips` follows the entries: a reader never sees half a clip."""
+
+    def __init__(self, root):
+        self.root, self.files, self.process = Path(root), {}, None       # open files, and the process that opened them
+        self.about = read_about(self.root)
+        if self.about["clips"] is None:
+            raise MediaError(f"{root}: an unfinished set; run the command that makes it again, it goes on where it stopped")
         try:
-            frames = read_frames(path, fps, size)
-            wav = read_audio(path, duration=probe(path).duration)
-        except MediaError as error:
-            return str(error)
-    return frames.numpy(), (wav.numpy() * 32767).round().astype(np.int16)
+            self.index = np.memmap(self.root / "index.bin", entry(self.about["columns"]), "r", shape=(self.about["clips"],))
+        except (OSError, ValueError) as error:
+            raise MediaError(f"{self.root / 'index.bin'}: missing or cut off ({error}); prepare the set again") from None
+
+    def __reduce__(self):
+        return type(self), (self.root,)          # to another process goes the name, not the map
+
+    def stretch(self, name, start, count):
+        """`count` bytes of one of the set's files."""
+        if self.process != os.getpid():          # a file's position is shared with the process that forked
+            self.files, self.process = {}, os.getpid()
+        try:
+            if name not in self.files:
+                if len(self.files) == OPEN:
+                    self.files.pop(next(iter(self.files))).close()
+                self.files[name] = open(self.root / name, "rb", buffering=0)
+            self.files[name].seek(start)
+            found = self.files[name].read(count)
+        except OSError as error:
+            raise MediaError(f"{self.root / name}: cannot be read ({error.strerror}); prepare the set again") from None
+        if len(found) < count:
+            raise MediaError(f"{self.root / name}: cut off at byte {start + len(found)}; prepare the set again")
+        return found
+
+    def text(self, clip, what):
+        """A clip's "name" or "label"."""
+        return self.stretch("names.bin", *map(int, self.index[clip][what])).decode()
+
+    def column(self, clip, name, dtype, start=0, count=None):
+        """`count` values, at most, of a clip's column from value `start` on, as an array."""
+        where, step = self.index[clip], np.dtype(dtype).itemsize
+        first, size = map(int, where[name])
+        start = min(start * step, size)
+        size = size - start if count is None else min(count * step, size - start)
+        return np.frombuffer(self.stretch(f"shard-{where['shard']:05d}.bin", first + start, size), dtype)
+
+    def frames(self, clip, start=0, count=None):
+        """Pictures of a clip, as many of `count` as there are: uint8 (f, 3, size, size)."""
+        bounds = self.column(clip, "bounds", "<u4", start, None if count is None else count + 1)
+        blob = self.column(clip, "frames", np.uint8, int(bounds[0]), int(bounds[-1] - bounds[0])).tobytes()
+        at = (bounds - bounds[0]).tolist()
+        try:
+            return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
+        except (ValueError, av.error.FFmpegError) as error:
+            jpeg_decoder.cache_clear()
+            shard = self.root / f"shard-{self.index[clip]['shard']:05d}.bin"
+            raise MediaError(f"{shard}: a frame of {self.text(clip, 'name')} is damaged ({str(error).splitlines()[0]}); "
+                             "prepare the set again") from None
+
+    def left_out(self):
+        """[(name, reason)] of the files that are not in the set."""
+        with suppress(FileNotFoundError), open(self.root / "left_out.csv", newline="") as file:
+            return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
+        return []
 
 
-def load_clips(paths, fps, size, workers):
-    """`load_clip` of every path, in order, in `workers` processes that stay at most a few clips ahead."""
-    if workers <= 1:
-        yield from (load_clip(path, fps, size) for path in paths)
-        return
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead = deque()
-        for path in paths:
-            ahead.append(pool.submit(load_clip, path, fps, size))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def split_of(name, said=None):
+    """The split of a clip, by its name alone, so that files which come later move none. `said`: what a CSV says; of its "train"
+    a share becomes "val", as VGGSound's CSV has none."""
+    u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if said in ("val", "test"):
+        return said
+    return "val" if u < HELD_OUT else "test" if u < 2 * HELD_OUT and said is None else "train"
 
 
-def write_shard(path, tensors):
-    """Named arrays to a safetensors file, whole or not at all."""
-    with whole(path) as part:
-        part.write_bytes(to_safetensors(tensors))
+class Writer:
+    """Appends clips to a set, its own or one that was begun: after a kill at any moment the same clips in the same order give the same
+    bytes as without it. A context: what was added is on disk when it ends, however it ends."""
+
+    def __init__(self, root, about):
+        self.root, self.about, self.dtype = Path(root), {"format": 2, **about, "clips": None}, entry(about["columns"])
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.root / ".lock", "wb")
+            if "fcntl" in globals():
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if not (self.root / ".lock").exists():
+                raise self.unwritable(error) from None
+            raise MediaError(f"{root}: another process is preparing it; wait for that one, or give another folder") from None
+        except OSError as error:
+            raise self.unwritable(error) from None
+        if (self.root / "set.json").exists():
+            made = read_about(self.root)
+            differ = [f"{k} {made.get(k)} instead of {v}" for k, v in self.about.items() if k != "clips" and made.get(k) != v]
+            if differ:
+                raise MediaError(f"{root}: a set with {', '.join(differ)} is there; give another folder")
+            self.about["clips"] = made["clips"]
+        else:
+            self.write_about(None)
+        self.open()
+
+    def unwritable(self, error):
+        return MediaError(f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and run the "
+                          "same command again: it goes on where it stopped")
+
+    def write_about(self, clips):
+        self.about["clips"] = clips
+        with whole(self.root / "set.json") as part:
+            part.write_text(json.dumps(self.about, indent=1) + "\n")
+
+    def open(self):
+        """Back to the last clip that is wholly there; what a kill left behind it is cut off."""
+        self.index_file, self.names_file = (open(self.root / name, "a+b") for name in ("index.bin", "names.bin"))
+        self.index_file.seek(0)
+        content = self.index_file.read()
+        index = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
+        sizes = np.array([path.stat().st_size for path in sorted(self.root.glob("shard-*.bin"))] + [0])
+        last = self.about["columns"][-1]
+        there = index[last].sum(1) <= sizes[np.minimum(index["shard"], len(sizes) - 1)]
+        there &= index["label"].sum(1) <= self.names_file.seek(0, os.SEEK_END)
+        index = index[:len(index) if there.all() else int(there.argmin())]
+        if len(index) < (self.about["clips"] or 0):
+            raise MediaError(f"{self.root}: damaged: {len(index)} of its {self.about['clips']} clips are there; prepare it in another folder")
+        self.shard, self.end, self.names_end = (
+            (int(index[-1]["shard"]), int(index[-1][last].sum()), int(index[-1]["label"].sum())) if len(index) else (0, 0, 0))
+        self.index_file.truncate(len(index) * self.dtype.itemsize)
+        self.names_file.truncate(self.names_end)
+        for path in self.root.glob("shard-*.bin"):
+            if int(path.stem[6:]) > self.shard:
+                path.unlink()
+        self.shard_file = open(self.root / f"shard-{self.shard:05d}.bin", "ab")
+        self.shard_file.truncate(self.end)
+        self.index, self.pending, self.clock = index.copy(), [], time.monotonic()
+        self.names_file.seek(0)
+        text = self.names_file.read()
+        self.names = {text[a:a + n].decode() for a, n in index["name"].tolist()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        try:
+            if not isinstance(error, OSError):
+                self.commit()
+        except OSError as second:
+            raise self.unwritable(second) from None
+        finally:
+            for file in (self.shard_file, self.names_file, self.index_file, self.lock):
+                with suppress(OSError):
+                    file.close()
+        if isinstance(error, OSError):
+            raise self.unwritable(error) from None
+
+    def add(self, name, label, split, columns):
+        """One clip; `columns` {name: bytes}."""
+        if self.end >= SHARD:
+            self.commit()
+            self.shard_file.close()
+            self.shard, self.end = self.shard + 1, 0
+            self.shard_file = open(self.root / f"shard-{self.shard:05d}.bin", "ab")
+        new = np.zeros((), self.dtype)
+        new["shard"], new["split"] = self.shard, SPLITS.index(split)
+        for what, text in (("name", name), ("label", label)):
+            new[what] = self.names_end, self.names_file.write(text.encode())
+            self.names_end += int(new[what][1])
+        for column in self.about["columns"]:
+            new[column] = self.end, self.shard_file.write(columns[column])
+            self.end += int(new[column][1])
+        self.names.add(name)
+        self.pending.append(new)
+        if time.monotonic() - self.clock > COMMIT:
+            self.commit()
+
+    def commit(self):
+        """Columns and names first, then the entries that point at them."""
+        if self.pending:
+            for file in (self.shard_file, self.names_file):
+                file.flush()
+                os.fsync(file.fileno())
+            self.index_file.write(np.stack(self.pending).tobytes())
+            self.index_file.flush()
+            os.fsync(self.index_file.fileno())
+            self.index, self.pending = np.concatenate([self.index, np.stack(self.pending)]), []
+        self.clock = time.monotonic()
+
+    def finish(self, needed=SPLITS):
+        """From now on readers see all that was added. Where chance has left a split of `needed` without a clip, and there are three clips or
+        more, the largest split gives it its first one (by the hash), for good."""
+        self.commit()
+        text = self.root.joinpath("names.bin").read_bytes()
+        for k in map(SPLITS.index, needed if len(self.index) >= 3 else ()):
+            if not (self.index["split"] == k).any():
+                rich = np.flatnonzero(self.index["split"] == np.bincount(self.index["split"]).argmax())
+                names = [text[a:a + n] for a, n in self.index["name"][rich].tolist()]
+                self.index["split"][rich[min(range(len(rich)), key=lambda i: hashlib.sha256(names[i]).digest())]] = k
+                with open(self.root / "index.bin", "r+b") as file:
+                    file.write(self.index.tobytes())
+        if self.about["clips"] != len(self.index):
+            self.write_about(len(self.index))
 
 
-def prepare(raw, out, fps=15.625, size=64, workers=1):
-    """Folder of videos to OUT/shard-*.safetensors and OUT/index.json; the same bytes for any number of workers.
-    Returns the index. index.json comes last, so an interrupted set is never mistaken for a finished one."""
-    out, raw = Path(out), Path(raw)
+# ---- from videos to a set ------------------------------------------------------------------------------------------
+
+Job = namedtuple("Job", "name path start seconds label split")          # a clip to be: a stretch of a file
+Report = namedtuple("Report", "clips new left_out missing")             # left_out [(name, reason, what was found)]; rows without a file
+
+
+def read_csv(path):
+    """VGGSound's rows `id,start,label,train|test`, without a header -> [(id, start, label, split)]."""
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                if row:
+                    youtube, start, label, split = row
+                    rows.append((youtube, int(float(start)), label, SPLITS[SPLITS.index(split.strip())]))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MediaError(f"--csv {path}: cannot be read ({error}); give a text file") from None
+    except (ValueError, csv.Error):
+        raise MediaError(f"--csv {path}: line {number} is not `id,start,label,train|val|test`; correct it") from None
+    return rows
+
+
+def find_jobs(raw, table=None):
+    """-> jobs in a fixed order, [(name, reason, what was found)] of the files that are none, rows of the CSV without a file.
+    With a CSV, files are ID_START.mp4 (six digits), cut already, or ID.mp4, of which the ten seconds from START are taken."""
+    raw = Path(raw)
     videos = find_videos([raw])
     root = raw if raw.is_dir() else raw.parent
-    index = {"fps": fps, "size": size, "clips": [], "left_out": []}
-    with whole(out / "index.json") as part:      # an unwritable folder is noticed before the work, not after
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (out / "index.json", *out.glob("shard-*.safetensors")):
-            old.unlink(missing_ok=True)
-        shard, full = {}, 0
-        for path, clip in zip(videos, tqdm(load_clips(videos, fps, size, workers), total=len(videos), unit="clip")):
-            name = path.relative_to(root).as_posix()
-            if isinstance(clip, str):
-                index["left_out"].append({"name": name, "reason": clip})
-                continue
-            if len(shard) == 2 * SHARD:
-                write_shard(out / f"shard-{full:05d}.safetensors", shard)
-                shard, full = {}, full + 1
-            shard[f"{name}/frames"], shard[f"{name}/sound"] = clip
-            index["clips"].append({"name": name, "shard": full, "frames": len(clip[0]), "samples": len(clip[1])})
-        if shard:
-            write_shard(out / f"shard-{full:05d}.safetensors", shard)
-        part.write_text(json.dumps(index, indent=1))
-    return index
+    names = {path: path.relative_to(root).as_posix() for path in videos}
+    if table is None:
+        return [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()], [], 0
+    files, jobs, used, missing = {}, [], set(), 0
+    for path in reversed(videos):                # of two of one name the first
+        files[path.stem] = path
+    for youtube, start, label, said in read_csv(table):
+        stem = f"{youtube}_{start:06d}"
+        cut, full = files.get(stem), files.get(youtube)
+        if cut or full:
+            path = cut or full
+            name = names[path] if cut else (Path(names[path]).parent / f"{stem}{path.suffix}").as_posix()
+            jobs.append(Job(name, path, *((0.0, None) if cut else (float(start), 10.0)), label, split_of(stem, said)))
+            used.add(path)
+        missing += not (cut or full)
+    jobs = sorted({job.name: job for job in reversed(jobs)}.values())      # of two rows for one clip the first
+    return jobs, [(names[p], "not in the CSV", "no row of it asks for this file") for p in videos if p not in used], missing
 
 
-def prepared_index(path):
-    """index.json -> (frames a second, size), [clip entries]."""
+def encode_clip(job, fps, size):
+    """A clip's columns {name: bytes}, or why it is left out: (reason, what was found). Frames go to the encoder one by one."""
+    with warnings.catch_warnings(record=True):
+        try:
+            info = probe(job.path)
+            seconds = min(info.duration - job.start, job.seconds or LONGEST)
+            if not info.has_audio:
+                return "no sound track", f"{job.path}: only a picture"
+            if seconds < SHORTEST:
+                return "too short", f"{job.path}: {max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
+            wav = read_audio(job.path, job.start, seconds).numpy()
+            peak = float(np.abs(wav).max())
+            if not peak > SILENT:
+                return "silent", f"{job.path}: its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
+            jpegs = list(encode_jpegs(pictures(job.path, fps, size, job.start, seconds), size))
+        except MediaError as error:
+            return "undecodable", str(error)
+        except Exception as error:               # nothing that a damaged file makes a library raise may stop all others
+            return "undecodable", f"{job.path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    bounds = np.cumsum([0, *map(len, jpegs)])
+    if bounds[-1] >= 2**32:
+        return "too long", f"{job.path}: {bounds[-1] / 1e9:.1f} GB of frames; cut it"
+    return {"bounds": bounds.astype("<u4").tobytes(), "frames": b"".join(jpegs),
+            "sound": (wav * 32767).round().astype("<i2").tobytes()}
+
+
+def settle_worker():
+    """One thread; Ctrl-C is the parent's to answer; and when that has died, nobody waits for us."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encoded(jobs, fps, size, workers):
+    """(job, `encode_clip` of it), in order, from `workers` processes that stay at most a few clips ahead. A file that kills its process
+    is left out: those under way with it are done again, each alone."""
+    jobs, ahead, pool = deque(jobs), deque(), None
     try:
-        index = json.loads(path.read_text())
-        return (index["fps"], index["size"]), index["clips"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{path}: not the index of a prepared set; run python data.py prepare again") from error
+        while jobs or ahead:
+            try:
+                pool = pool or ProcessPoolExecutor(max(1, workers), initializer=settle_worker)
+                while jobs and len(ahead) <= 2 * workers:
+                    ahead.append((jobs[0], pool.submit(encode_clip, jobs[0], fps, size)))
+                    jobs.popleft()
+                job, future = ahead[0]
+                result = future.result()
+            except BrokenProcessPool:
+                pool = pool.shutdown()
+                jobs.extendleft(job for job, _ in reversed(ahead))
+                ahead = deque([(jobs.popleft(), None)])
+                job, result = ahead[0][0], ("undecodable", f"{ahead[0][0].path}: the decoder died of it")
+                with ProcessPoolExecutor(1, initializer=settle_worker) as alone, suppress(BrokenProcessPool):
+                    result = alone.submit(encode_clip, job, fps, size).result()
+            ahead.popleft()
+            yield job, result
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-class Clips(torch.utils.data.Dataset):
-    """Windows of `frames` pictures and the sound that starts with the first of them, from a prepared set (read lazily,
-    slice by slice) or from a plain folder of videos (decoded on access).
+def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
+    """Folder of videos to a set in OUT, the same bytes for any number of workers; what is there already stays, files that were left
+    out are tried again. -> Report"""
+    jobs, left_out, missing = find_jobs(raw, table)
+    about = {"columns": ["bounds", "frames", "sound"], "fps": fps, "size": size, "labels": table is not None}
+    with Writer(out, about) as writer:
+        todo = [job for job in jobs if job.name not in writer.names]
+        before = len(writer.names)
+        with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="prepare", unit="clip", disable=not todo) as bar:
+            for job, result in encoded(todo, fps, size, workers):
+                if isinstance(result, dict):
+                    writer.add(job.name, job.label, job.split, result)
+                else:
+                    reason, found = result
+                    left_out.append((job.name, reason, found.removeprefix(f"{job.path}: ")))
+                bar.update()
+        with whole(writer.root / "left_out.csv") as part, open(part, "w", newline="") as file:
+            csv.writer(file).writerows([("name", "reason", "found"), *sorted(left_out)])
+        if not writer.names:
+            raise MediaError(f"{raw}: no usable clip: {counted(left_out, out)}")
+        writer.finish(SPLITS if table is None else ("val",))
+        return Report(len(writer.names), len(writer.names) - before, left_out, missing)
 
-    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),), "name", "start": s}
-    random_start draws the first frame from (seed, index), where index e * len + i is clip i in epoch e, so runs repeat
-    whatever reads them, and leaves out clips that are too short; otherwise windows start at 0 and short clips end in
-    their last picture and in silence. `frames` None: whole clips."""
 
-    def __init__(self, root, fps, size, frames=None, seed=0, random_start=True):
-        self.root, self.fps, self.size, self.frames = Path(root), fps, size, frames
-        if not self.root.is_dir():
-            raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
-        self.seed, self.random_start = seed, random_start and frames is not None
-        self.shards, self.process = {}, None     # open files, and the process that opened them
-        index = self.root / "index.json"
-        self.prepared = index.is_file()
-        found = self.read_index(index) if self.prepared else self.search()
-        self.clips = [clip for clip in found if not self.random_start or clip["frames"] >= frames]
-        if len(found) > len(self.clips):
-            warnings.warn(f"{root}: left out {len(found) - len(self.clips)} of {len(found)} clips, "
-                          f"shorter than {frames / fps:.2f} s", stacklevel=2)
-        if not self.clips:
-            raise MediaError(f"{root}: no clip with sound of at least {frames / fps:.2f} s; give longer clips")
+def counted(left_out, out):
+    """One line about what was left out."""
+    reasons = Counter(reason for _, reason, _ in left_out)
+    return (f"left out {len(left_out)} files (" + ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) +
+            f"), each with its reason in {Path(out) / 'left_out.csv'}")
 
-    def read_index(self, path):
-        made, clips = prepared_index(path)
-        if made != (self.fps, self.size):
-            raise MediaError(f"{self.root}: prepared at {made[0]:g} fps and {made[1]} pixels; run python data.py "
-                             f"prepare RAW {self.root} --fps {self.fps:g} --size {self.size}")
-        return clips
 
-    def search(self):
-        if list(self.root.glob("shard-*.safetensors")):
-            raise MediaError(f"{self.root}: an unfinished prepared set; run python data.py prepare again")
-        videos, clips = find_videos([self.root]), []
-        for path in videos:
-            with suppress(MediaError):
-                info = probe(path)
-                if info.has_audio:
-                    frames = math.ceil(info.duration * self.fps - 1e-6)
-                    clips.append({"name": path.relative_to(self.root).as_posix(), "frames": frames})
-        if len(clips) < len(videos):
-            warnings.warn(f"{self.root}: left out {len(videos) - len(clips)} of {len(videos)} files, unreadable or "
-                          "without sound", stacklevel=3)
-        return clips
+def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
+    """The set to read for a --data folder: itself if it is one; a plain folder of videos is prepared under `cache`, once, and later only
+    what is new in it."""
+    root = Path(root)
+    if (root / "set.json").is_file():
+        return root
+    if not root.is_dir():
+        raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
+    place = root.resolve()
+    out = Path(cache) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{fps:g}fps-{size}px"
+    print(f"{root}: videos; their frames at {fps:g} a second and {size} pixels and their sound are kept in {out}", file=sys.stderr)
+    report = prepare(root, out, fps, size, os.cpu_count())
+    if report.left_out:
+        print(f"{root}: {counted(report.left_out, out)}", file=sys.stderr)
+    return out
+
+
+# ---- what training draws -------------------------------------------------------------------------------------------
+
+class Windows(torch.utils.data.Dataset):
+    """What the readers share: a set, and which of its clips they draw from, as an array of numbers.
+
+    Items are pure functions of (seed, index), where index e * len + i is clip i in epoch e, so runs repeat whatever reads them.
+    split  "train", "val", "test", or None for all clips"""
+
+    def __init__(self, root, seed, split, column, values, seconds):
+        """Of the split's clips, those whose `column` has at least `values` values of 4 bytes; `seconds` says so to a person."""
+        self.set, self.seed, self.split, self.needs = Set(root), seed, split, f"shorter than {seconds:.2f} s"
+        if column not in self.set.about["columns"]:
+            made = " and ".join(self.set.about["columns"])
+            raise MediaError(f"{root}: holds {made}, not {column}; give " + (
+                "what python cavp.py --extract wrote" if column == "features" else "a prepared set or a folder of videos"))
+        index = self.set.index
+        inside = np.ones(len(index), bool) if split is None else index["split"] == SPLITS.index(split)
+        long = index[column][:, 1] >= values
+        self.clips, self.short = (np.flatnonzero(inside & choice) for choice in (long, ~long))
+        if not inside.any():
+            raise MediaError(f"{root}: no clip of its {len(index)} is for {split}; three clips or more give one to each split")
+        if not len(self.clips):
+            raise MediaError(f"{root}: no clip of at least {seconds:.2f} s{f' for {split}' if split else ''}; give longer clips")
+        if len(self.short):
+            warnings.warn(f"{root}: {len(self.short)} of {inside.sum()} clips are {self.needs} and left out", stacklevel=3)
+
+    @property
+    def left_out(self):
+        """[(name, reason)] of the files that the set could not take and of the clips that are too short here."""
+        return self.set.left_out() + [(self.set.text(clip, "name"), self.needs) for clip in self.short]
+
+    def about(self, index):
+        """Name, label and split of an item's clip."""
+        clip = self.clips[index % len(self.clips)]
+        return self.set.text(clip, "name"), self.set.text(clip, "label"), SPLITS[self.set.index[clip]["split"]]
 
     def __len__(self):
         return len(self.clips)
 
-    def __getstate__(self):
-        return {**self.__dict__, "shards": {}}   # open files do not travel to another process
 
-    def window(self, index):
-        """Entry of the clip, its first frame in this draw, and the number of frames."""
-        clip, first = self.clips[index % len(self.clips)], 0
+def padded(array, n, repeat=False):
+    """The first axis filled up to n: with silence, or with its last entry again."""
+    array = torch.from_numpy(array)
+    rest = array[-1:] if repeat else array.new_zeros(1)
+    return torch.cat([array, rest.expand(n - len(array), *array.shape[1:])]) if len(array) < n else array
+
+
+class Clips(Windows):
+    """Windows of `frames` pictures and the sound that starts with the first of them.
+
+    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),), "name", "start": s} and "label" where
+          the set has labels
+    random_start draws the first frame and leaves out clips that are too short; otherwise windows start at 0 and short clips end in
+    their last picture and in silence. `frames` None: whole clips."""
+
+    def __init__(self, root, fps, size, frames=None, seed=0, random_start=True, split=None):
+        self.fps, self.frames, self.random_start = fps, frames, random_start and frames is not None
+        least = frames if self.random_start else 1
+        super().__init__(root, seed, split, "bounds", 4 * (least + 1), least / fps)
+        made = self.set.about
+        if (made["fps"], made["size"]) != (fps, size):
+            raise MediaError(f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with python data.py "
+                             f"prepare VIDEOS OUT --fps {fps:g} --size {size}")
+
+    def __getitem__(self, index):
+        clip = self.clips[index % len(self.clips)]
+        there = int(self.set.index[clip]["bounds"][1]) // 4 - 1
+        frames, first = self.frames or there, 0
         if self.random_start:
-            first = int(np.random.default_rng([self.seed, index]).integers(clip["frames"] - self.frames + 1))
-        return clip, first, self.frames or clip["frames"]
-
-    def __getitem__(self, index):
-        clip, first, frames = self.window(index)
+            first = int(np.random.default_rng([self.seed, index]).integers(there - frames + 1))
         start, n = first / self.fps, round(frames / self.fps * SAMPLE_RATE)
-        if self.prepared:
-            video = self.slice(clip, "frames", first, frames)
-            wav = self.slice(clip, "sound", round(start * SAMPLE_RATE), n).float() / 32767
-        else:
-            path = self.root / clip["name"]
-            video = read_frames(path, self.fps, self.size, start, frames / self.fps)[:frames]
-            wav = read_audio(path, start, n / SAMPLE_RATE)
-        video = torch.cat([video, video[-1:].expand(frames - len(video), -1, -1, -1)])  # (f, 3, h, w)
-        wav = torch.nn.functional.pad(wav, (0, n - len(wav)))                                # (n,)
-        return {"video": video, "wav": wav, "name": clip["name"], "start": start}
-
-    def slice(self, clip, what, start, n):
-        """`n` entries from `start` of a clip's "frames" or "sound", read from its shard without touching the rest."""
-        if self.process != os.getpid():
-            self.shards, self.process = {}, os.getpid()
-        path = self.root / f"shard-{clip['shard']:05d}.safetensors"
-        if path not in self.shards:
-            try:
-                self.shards[path] = safetensors.safe_open(path, "pt")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise MediaError(f"{path}: missing or damaged; run python data.py prepare again") from error
-        return self.shards[path].get_slice(f"{clip['name']}/{what}")[start:start + n]
+        sound = self.set.column(clip, "sound", "<i2", round(start * SAMPLE_RATE), n)
+        item = {"video": padded(self.set.frames(clip, first, frames), frames, repeat=True),           # (f, 3, h, w)
+                "wav": padded(sound.astype(np.float32) / 32767, n), "name": self.set.text(clip, "name"), "start": start}
+        return {**item, "label": self.set.text(clip, "label")} if self.set.about.get("labels") else item
 
 
-class Sounds(Clips):
-    """Windows of the sound alone, for the autoencoder: {"wav": float32 (samples,)}; a "frame" is one mel column here."""
+class Sounds(Windows):
+    """Windows of the sound alone, from a set of any frames, for the autoencoder: {"wav": float32 (samples,)}, starting on a mel column."""
 
-    def __init__(self, root, samples, seed=0):
-        super().__init__(root, SAMPLE_RATE / HOP, None, samples // HOP, seed)
-
-    def read_index(self, path):
-        return [{**clip, "frames": clip["samples"] // HOP} for clip in prepared_index(path)[1]]
+    def __init__(self, root, samples, seed=0, split=None):
+        self.columns = samples // HOP
+        super().__init__(root, seed, split, "sound", 2 * self.columns * HOP, samples / SAMPLE_RATE)
 
     def __getitem__(self, index):
-        clip, first, columns = self.window(index)
-        if self.prepared:
-            wav = self.slice(clip, "sound", first * HOP, columns * HOP).float() / 32767
-        else:
-            wav = read_audio(self.root / clip["name"], first / self.fps, columns / self.fps)
-        return {"wav": torch.nn.functional.pad(wav, (0, columns * HOP - len(wav)))}
+        clip = self.clips[index % len(self.clips)]
+        there = int(self.set.index[clip]["sound"][1]) // (2 * HOP)
+        first = int(np.random.default_rng([self.seed, index]).integers(there - self.columns + 1))
+        return {"wav": torch.from_numpy(self.set.column(clip, "sound", "<i2", first * HOP, self.columns * HOP).astype(np.float32) / 32767)}
 
 
-class Pairs(torch.utils.data.Dataset):
-    """Features and sound of one model window, for stage 2, from the folder that `cavp.py --extract` wrote.
+class Pairs(Windows):
+    """Features and sound of one model window, for stage 2, from the set that `cavp.py --extract` wrote.
 
-    item  {"features": float32 (frames, 512), "wav": float32 (WINDOW,)}, a pure function of (seed, index), see Clips
-    merge  share of the items that are two clips joined in time (split-and-merge augmentation of stage 2), with
+    item  {"features": float32 (frames, 512), "wav": float32 (WINDOW,)}
+    merge  share of the items that are two clips of the split joined in time (split-and-merge augmentation of stage 2), with
            the sound cut at the sample where the second one's first frame starts (officially up to 0.25 s beside it)
     roll   share of the items whose features and sound are rotated in time by the same amount
     A clip shorter than the window ends in its last feature and in silence."""
 
-    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0):
-        self.fps, self.frames, self.merge, self.roll, self.seed = fps, frames, merge, roll, seed
-        self.files = sorted(Path(root).glob("*.safetensors"))
-        if not self.files:
-            raise MediaError(f"{root}: no features here; write them with "
-                             f"python cavp.py --data CLIPS --init CAVP --extract {root}")
-        with safetensors.safe_open(self.files[0], "pt") as file:
-            made = float((file.metadata() or {}).get("fps", 0))
-        if made != fps:
-            raise MediaError(f"{root}: features at {made:g} a second, the model needs {fps:g}; "
+    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None):
+        self.fps, self.frames, self.merge, self.roll = fps, frames, merge, roll
+        super().__init__(root, seed, split, "features", 1, 1 / fps)
+        if self.set.about["fps"] != fps:
+            raise MediaError(f"{root}: features at {self.set.about['fps']:g} a second, the model needs {fps:g}; "
                              "extract them with a CAVP of the same preset")
 
-    def __len__(self):
-        return len(self.files)
-
-    def cut(self, path, draw, frames, samples):
+    def cut(self, clip, draw, frames, samples):
         """`frames` features and `samples` of sound from a random place of a clip."""
-        try:
-            clip = load_safetensors(path)
-            features, sound = clip["features"], clip["sound"]
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
-            raise MediaError(f"{path}: not a file of cavp.py --extract; remove it and extract again") from error
-        first = int(draw.integers(max(0, len(features) - frames) + 1))
-        features = features[first:first + frames].float()
-        features = torch.cat([features, features[-1:].expand(frames - len(features), -1)])
-        start = round(first / self.fps * SAMPLE_RATE)
-        wav = sound[start:start + samples].float() / 32767
-        return features, torch.nn.functional.pad(wav, (0, samples - len(wav)))
+        width = self.set.about["width"]
+        there = int(self.set.index[clip]["features"][1]) // (2 * width)
+        first = int(draw.integers(max(0, there - frames) + 1))
+        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(-1, width)       # (f, 512)
+        sound = self.set.column(clip, "sound", "<i2", round(first / self.fps * SAMPLE_RATE), samples)
+        return (padded(features.astype(np.float32), frames, repeat=True),
+                padded(sound.astype(np.float32) / 32767, samples))
 
     def __getitem__(self, index):
         draw = np.random.default_rng([self.seed, index])
-        path = self.files[index % len(self.files)]
+        clip = self.clips[index % len(self.clips)]
         if draw.random() < self.merge:
             n = int(draw.integers(self.frames // 4, self.frames * 3 // 4 + 1))
             m = round(n / self.fps * SAMPLE_RATE)
-            other = self.files[int(draw.integers(len(self.files)))]
-            parts = [self.cut(path, draw, n, m), self.cut(other, draw, self.frames - n, WINDOW - m)]
+            other = self.clips[int(draw.integers(len(self.clips)))]
+            parts = [self.cut(clip, draw, n, m), self.cut(other, draw, self.frames - n, WINDOW - m)]
             features, wav = (torch.cat(part) for part in zip(*parts))
         else:
-            features, wav = self.cut(path, draw, self.frames, WINDOW)
+            features, wav = self.cut(clip, draw, self.frames, WINDOW)
         if draw.random() < self.roll:
             n = int(draw.integers(self.frames))
             features, wav = features.roll(n, 0), wav.roll(round(n / self.fps * SAMPLE_RATE))
@@ -407,21 +751,25 @@ def main():
     p = commands.add_parser("prepare", help="folder of videos to a compact training set",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("raw", type=Path, help="folder of videos")
-    p.add_argument("out", type=Path, help="folder to write: shard-*.safetensors and index.json")
+    p.add_argument("out", type=Path, help="folder of the set; one that is there is gone on with")
+    p.add_argument("--csv", type=Path, help="rows `id,start,label,train|test`, as VGGSound's: which clips, their labels and splits")
     p.add_argument("--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)")
     p.add_argument("--size", type=int, default=64, help="side of the square frames in pixels (mini: 64, paper: 224)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     args = parser.parse_args()
-    if not (0 < args.fps <= 240 and 1 <= args.size <= 4096 and args.workers >= 0):
-        parser.error("--fps must be in (0, 240], --size in [1, 4096], --workers at least 0")
+    if not (0 < args.fps <= 240 and 1 <= args.size <= 4096 and args.workers >= 1):
+        parser.error("--fps must be in (0, 240], --size in [1, 4096], --workers at least 1")
     try:
-        index = prepare(args.raw, args.out, args.fps, args.size, args.workers)
+        report = prepare(args.raw, args.out, args.fps, args.size, args.workers, args.csv)
     except MediaError as error:
         sys.exit(print(error, file=sys.stderr) or 1)
-    for clip in index["left_out"]:
-        print(clip["reason"], file=sys.stderr)
-    print(f"{args.out}: {len(index['clips'])} clips, {len(index['left_out'])} left out")
-    sys.exit(1 if index["left_out"] else 0)
+    except KeyboardInterrupt:
+        sys.exit(print(f"{args.out}: interrupted; the same command goes on where it stopped", file=sys.stderr) or 130)
+    print(f"{args.out}: {report.clips} clips, {report.new} of them new" +
+          (f"; {report.missing} rows of {args.csv} have no file" if report.missing else ""))
+    if report.left_out:
+        print(counted(report.left_out, args.out), file=sys.stderr)
+    sys.exit(1 if report.left_out else 0)
 
 
 if __name__ == "__main__":

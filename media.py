@@ -42,6 +42,9 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts"
 class MediaError(Exception):
     """A user's file cannot be used: one line naming the file, the reason and the remedy."""
 
+    def __str__(self):                           # a data loader's worker hands it on inside a traceback, as the last line
+        return super().__str__().strip().split("\n")[-1].removeprefix(f"{__name__}.MediaError: ")
+
 
 FINAL = {}                      # temporary path -> the path it stands for, which is what messages have to name
 
@@ -256,29 +259,41 @@ def frames_from(path, start):
     yield from frames_from(path, 0.0)            # the index misled us: from the beginning
 
 
-def read_frames(path, fps, size, start=0.0, duration=None):
-    """uint8 (f, 3, size, size); frame i is what a viewer sees at start + i/fps seconds after the first shown picture.
-
-    Ends with the picture: f = ceil(fps * seconds that are there). Only the result and one frame are held in memory."""
+def pictures(path, fps, size, start=0.0, duration=None):
+    """What a viewer sees at start + i/fps, one after the other: uint8 (size, size, 3), the same array again where nothing new
+    is shown. However long the video is, one frame of it is held in memory."""
     info = probe(path)
     if not 0 <= start < info.duration:
         raise MediaError(f"{path}: --start {start:g} lies outside its {info.duration:.3f} s; choose an earlier start")
-    seconds = min(info.duration - start, duration or LONGEST)
-    count = max(1, math.ceil(seconds * fps - 1e-6))
-    out = np.empty((count, 3, size, size), np.uint8)
+    count = frame_count(min(info.duration - start, duration or LONGEST), fps)
     done, view, image, scaler = 0, None, None, VideoReformatter()
     for moment, frame in frames_from(path, start):
         slack = min(5e-4, float(frame.time_base) / 2)    # time stamps are rounded to this, in Matroska to 1 ms
         while view is not None and done < count and start + done / fps < moment - slack:
-            image = picture(view, size, size, scaler).transpose(2, 0, 1) if image is None else image
-            out[done], done = image, done + 1
+            image = picture(view, size, size, scaler) if image is None else image
+            yield image
+            done += 1
         if done == count:
-            break
+            return
         view, image = frame, None
     if view is None:
         raise MediaError(f"{path}: no picture decodes after {start:g} s; choose an earlier start")
-    if done < count:
-        out[done:] = picture(view, size, size, scaler).transpose(2, 0, 1)    # the last stays until its own end
+    image = picture(view, size, size, scaler) if image is None else image
+    yield from itertools.repeat(image, count - done)     # the last stays until its own end
+
+
+def frame_count(seconds, fps):
+    return max(1, math.ceil(seconds * fps - 1e-6))
+
+
+def read_frames(path, fps, size, start=0.0, duration=None):
+    """uint8 (f, 3, size, size); frame i is what a viewer sees at start + i/fps seconds after the first shown picture.
+
+    Ends with the picture: f = ceil(fps * seconds that are there). Only the result and one frame are held in memory."""
+    seconds = min(max(0.0, probe(path).duration - start), duration or LONGEST)
+    out = np.empty((frame_count(seconds, fps), 3, size, size), np.uint8)
+    for i, image in enumerate(pictures(path, fps, size, start, duration)):
+        out[i] = image.transpose(2, 0, 1)
     return torch.from_numpy(out)                                                     # (f, 3, h, w)
 
 

@@ -1,8 +1,11 @@
-"""data.py: mel and its inverse against goldens and by ear's measures, training clips."""
+"""data.py: mel and its inverse against goldens and by ear's measures; prepared sets, how they are made, broken and read."""
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -10,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save_file as save_tensors
 
 import data
 from test_media import clicks, make, one_line, onsets, seen, steady
@@ -90,9 +92,9 @@ def test_vocoder_does_not_depend_on_the_batch_but_on_the_seed():
     assert data.vocode(mel[0, :, :1], iterations=2).shape == (256,)
 
 
-# ---- training sets -------------------------------------------------------------------------------------------------
+# ---- prepared sets -------------------------------------------------------------------------------------------------
 
-FPS = 15.625
+FPS = 15.625                                     # 1024 samples a frame
 
 
 def flash_clip(path, moment, seconds=3.0):
@@ -104,38 +106,98 @@ def flash_clip(path, moment, seconds=3.0):
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
+    """Four good clips, one of them short, and one file for each reason to leave one out."""
     folder = tmp_path_factory.mktemp("raw")
     (folder / "sub").mkdir()
-    for k, name in enumerate(("c.mp4", "a.mp4", "sub/b.mp4")):
+    for k, name in enumerate(("c.mp4", "a.mkv", "sub/b.mp4")):
         flash_clip(folder / name, 1.0 + 0.4 * k)
     flash_clip(folder / "short.mp4", 0.3, 0.6)
     make(folder / "mute.mp4", steady(25, 3))
+    make(folder / "quiet.mp4", steady(25, 2), wav=0.0009 * clicks(2, [1.0]))
+    flash_clip(folder / "blink.mp4", 0.1, 0.3)
     (folder / "broken.mp4").write_bytes(b"\0" * 100)
-    (folder / "a.foley.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (folder / "a.foley.mp4").write_bytes((folder / "c.mp4").read_bytes())
     return folder
 
 
-def test_prepare_is_the_same_for_any_number_of_workers(raw, tmp_path):
-    data.prepare(raw, tmp_path / "1", FPS, 32)
+REASONS = [("blink.mp4", "too short"), ("broken.mp4", "undecodable"), ("mute.mp4", "no sound track"), ("quiet.mp4", "silent")]
+
+
+@pytest.fixture(scope="module")
+def set_of_four(raw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "set"
+    data.prepare(raw, folder, FPS, 32)
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def names(root):
+    opened = data.Set(root)
+    return [opened.text(clip, "name") for clip in range(len(opened.index))]
+
+
+def splits(root):
+    opened = data.Set(root)
+    return {name: data.SPLITS[k] for name, k in zip(names(root), opened.index["split"])}
+
+
+def python(code, *args, **options):
+    """A process that imports data.py."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+
+
+def test_the_command_names_what_it_leaves_out_and_workers_change_no_byte(raw, set_of_four, tmp_path):
     done = subprocess.run([sys.executable, "data.py", "prepare", str(raw), str(tmp_path / "3"), "--size", "32",
                            "--workers", "3"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "broken.mp4" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    one, three = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "13")
-    assert one == three and sorted(one) == ["index.json", "shard-00000.safetensors"]
-    index = json.loads(one["index.json"])
-    assert [clip["name"] for clip in index["clips"]] == ["a.mp4", "c.mp4", "short.mp4", "sub/b.mp4"]
-    assert [clip["name"] for clip in index["left_out"]] == ["broken.mp4", "mute.mp4"]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "4 clips, 4 of them new" in done.stdout
+    summary = done.stderr.splitlines()[-1]
+    assert "left out 4 files (1 no sound track, 1 silent, 1 too short, 1 undecodable)" in summary and "left_out.csv" in summary
+    assert content(tmp_path / "3") == content(set_of_four)
+    assert sorted(content(set_of_four)) == [".lock", "index.bin", "left_out.csv", "names.bin", "set.json", "shard-00000.bin"]
+    assert names(set_of_four) == ["a.mkv", "c.mp4", "short.mp4", "sub/b.mp4"]
+    assert data.Set(set_of_four).left_out() == REASONS
 
 
-@pytest.mark.parametrize("kind", ["plain", "prepared"])
-def test_clips_keep_picture_and_sound_together(raw, tmp_path, kind):
-    root = raw
-    if kind == "prepared":
-        data.prepare(raw, tmp_path / "set", FPS, 32)
-        root = tmp_path / "set"
-    with pytest.warns(UserWarning, match="left out"):
-        clips = data.Clips(root, FPS, 32, frames=20, seed=1)
-    assert len(clips) == 3
+def test_a_set_holds_the_frames_and_the_sound_of_its_files(raw, set_of_four):
+    """Frames within what JPEG loses, sound within half a step of 16 bits."""
+    clips = data.Clips(set_of_four, FPS, 32)
+    for k, name in enumerate(names(set_of_four)):
+        frames, item = data.read_frames(raw / name, FPS, 32), clips[k]
+        assert item["video"].shape == frames.shape and item["name"] == name and "label" not in item
+        assert (item["video"].float() - frames.float()).square().mean() < 10             # 38 dB
+        wav = data.read_audio(raw / name, duration=data.probe(raw / name).duration)
+        assert len(item["wav"]) == len(frames) * 1024 >= len(wav) and not item["wav"][len(wav):].any()
+        assert (item["wav"][:len(wav)] - wav).abs().max() <= 0.5001 / 32767
+
+
+@pytest.mark.parametrize("size, n", [(64, 5), (50, 3), (224, 2)])
+def test_jpegs_are_close_in_every_colour_and_at_every_size(size, n):
+    rng = np.random.default_rng(size)
+    coarse = rng.integers(0, 255, (n, size // 8 + 1, size // 8 + 1, 3), np.uint8)
+    images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size]                           # squares of any colour
+    back = data.decode_jpegs(list(data.encode_jpegs(images, size)), size)
+    assert back.shape == (n, 3, size, size)
+    error = back.astype(float) - images.transpose(0, 3, 1, 2)
+    assert np.abs(error.mean((2, 3))).max() < 1.5 and (error ** 2).mean() < 20
+    with pytest.raises((ValueError, data.av.error.FFmpegError)):
+        data.decode_jpegs([next(data.encode_jpegs(images, size))], size + 1)
+
+
+def test_a_picture_that_is_held_is_encoded_once(raw):
+    image = np.zeros((16, 16, 3), np.uint8)
+    jpegs = list(data.encode_jpegs([image, image, image + 90], 16))
+    assert jpegs[0] is jpegs[1] and jpegs[0] != jpegs[2]
+
+
+def test_clips_keep_picture_and_sound_together(set_of_four):
+    with pytest.warns(UserWarning, match="1 of 4 clips are shorter than 1.28 s"):
+        clips = data.Clips(set_of_four, FPS, 32, frames=20, seed=1)
+    assert len(clips) == 3 and clips.left_out == [*REASONS, ("short.mp4", "shorter than 1.28 s")]
     both = 0
     for index in range(12):                                      # four epochs
         item = clips[index]
@@ -147,52 +209,322 @@ def test_clips_keep_picture_and_sound_together(raw, tmp_path, kind):
             assert -1e-3 <= flash - click < 0.041                # the first frame taken within 40 ms of the click
             both += 1
     assert both >= 3 and len({clips[index]["start"] for index in range(12)}) > 4
+    whole = data.Clips(set_of_four, FPS, 32)
+    for index in range(12):                                      # a window is that stretch of the whole clip
+        item = clips[index]
+        clip = next(c for c in map(whole.__getitem__, range(4)) if c["name"] == item["name"])
+        first = round(item["start"] * FPS)
+        assert torch.equal(item["video"], clip["video"][first:first + 20])
+        assert torch.equal(item["wav"], clip["wav"][first * 1024:(first + 20) * 1024])
 
 
-def test_a_short_clip_is_padded(raw, tmp_path):
-    data.prepare(raw, tmp_path / "set", FPS, 32)
-    for root in (raw, tmp_path / "set"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # of the files that are no clips
-            clips = data.Clips(root, FPS, 32, frames=20, random_start=False)
-        items = [clips[i] for i in range(4)]
-        item = next(item for item in items if item["name"] == "short.mp4")
-        assert item["start"] == 0 and torch.equal(item["video"][-1], item["video"][9])
-        assert item["wav"][12000:].abs().max() == 0 and onsets(item["wav"]) == pytest.approx([0.3], abs=2e-3)
+def test_a_short_clip_is_padded(set_of_four):
+    clips = data.Clips(set_of_four, FPS, 32, frames=20, random_start=False)
+    item = next(item for item in map(clips.__getitem__, range(4)) if item["name"] == "short.mp4")
+    assert item["start"] == 0 and item["video"].shape == (20, 3, 32, 32) and torch.equal(item["video"][-1], item["video"][9])
+    assert item["wav"][12000:].abs().max() == 0 and onsets(item["wav"]) == pytest.approx([0.3], abs=2e-3)
 
 
-def test_a_set_made_otherwise_names_the_command(raw, tmp_path):
-    data.prepare(raw, tmp_path / "set", FPS, 32)
+def test_clips_in_worker_processes(set_of_four):
+    clips = data.Clips(set_of_four, FPS, 32, frames=8, random_start=False)
+    here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard and a decoder here, before the workers start
+    for context in ("fork", "spawn") if sys.platform == "linux" else ("spawn",):
+        loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=2, multiprocessing_context=context)
+        assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
+
+
+# ---- killed, full, extended, damaged -------------------------------------------------------------------------------
+
+SMALL_SHARDS = """
+import sys, data
+data.SHARD, data.COMMIT = 250_000, 0.0            # three clips to a shard, every clip its own commit
+try:
+    data.prepare(sys.argv[1], sys.argv[2], 15.625, 32, 2)
+except data.MediaError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def nine(raw, tmp_path_factory):
+    """Nine good files and a broken one, and the set that an undisturbed process makes of them."""
+    folder = tmp_path_factory.mktemp("nine")
+    (folder / "raw").mkdir()
+    for k in range(9):
+        (folder / "raw" / f"{k}.mp4").write_bytes((raw / ("c.mp4" if k % 2 else "sub/b.mp4")).read_bytes())
+    (folder / "raw" / "3bad.mp4").write_bytes(b"\0" * 100)
+    assert python(SMALL_SHARDS, folder / "raw", folder / "set").wait() == 0
+    assert len(list((folder / "set").glob("shard-*.bin"))) == 3
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
+    """Killed after one, four and seven clips, with rubbish behind what was committed, as a kill between two writes leaves it."""
+    out = tmp_path / "set"
+    record = data.entry(["bounds", "frames", "sound"]).itemsize
+    for clips in (1, 4, 7):
+        process = python(SMALL_SHARDS, nine / "raw", out)
+        while not (out / "index.bin").exists() or (out / "index.bin").stat().st_size < clips * record:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        with pytest.raises(data.MediaError, match="unfinished"):
+            data.Set(out)
+        there = (out / "index.bin").stat().st_size // record
+        assert clips <= there < 9
+        for name in ("index.bin", "names.bin", max(p.name for p in out.glob("shard-*.bin"))):
+            with open(out / name, "ab") as file:
+                file.write(b"rubbish")
+        time.sleep(0.3)                                          # its workers notice that it is gone
+    assert python(SMALL_SHARDS, nine / "raw", out).wait() == 0
+    assert content(out) == content(nine / "set")
+    assert names(out) == [f"{k}.mp4" for k in range(9)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
+def test_a_full_disk_stops_with_one_line_and_goes_on(nine, tmp_path):
+    """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
+    out = tmp_path / "set"
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n" + SMALL_SHARDS
+    process = python(limited, nine / "raw", out)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    assert "cannot be written" in errors.splitlines()[-1] and "same command again" in errors.splitlines()[-1]
+    assert python(SMALL_SHARDS, nine / "raw", out).wait() == 0
+    assert content(out) == content(nine / "set")
+
+
+def test_new_files_are_appended_and_nothing_else_changes(raw, nine, tmp_path):
+    videos, out = tmp_path / "raw", tmp_path / "set"
+    videos.mkdir()
+    for k in (2, 4, 6, 8):
+        (videos / f"{k}.mp4").write_bytes((nine / "raw" / f"{k}.mp4").read_bytes())
+    (videos / "7.mp4").write_bytes(b"\0" * 100)
+    first = data.prepare(videos, out, FPS, 32)
+    before, was = content(out), splits(out)
+    assert (first.clips, first.new) == (4, 4) and [name for name, *_ in first.left_out] == ["7.mp4"]
+    assert set(was.values()) == {"train", "val", "test"}         # four clips give one to each
+    again = data.prepare(videos, out, FPS, 32)
+    assert (again.clips, again.new) == (4, 0) and content(out) == before
+    old = data.Set(out)
+    for k in (0, 1, 7):                                          # one of them has been repaired
+        (videos / f"{k}.mp4").write_bytes((nine / "raw" / f"{k}.mp4").read_bytes())
+    more = data.prepare(videos, out, FPS, 32)
+    assert (more.clips, more.new, more.left_out) == (7, 3, [])
+    assert names(out) == ["2.mp4", "4.mp4", "6.mp4", "8.mp4", "0.mp4", "1.mp4", "7.mp4"]
+    assert all(splits(out)[name] == split for name, split in was.items())
+    for name in ("index.bin", "names.bin", "shard-00000.bin"):
+        assert content(out)[name].startswith(before[name])
+    assert len(old.index) == 4 and old.text(3, "name") == "8.mp4"        # whoever has it open goes on
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
+def test_two_processes_do_not_prepare_one_set(nine, tmp_path):
+    about = {"columns": ["bounds", "frames", "sound"], "fps": FPS, "size": 32, "labels": False}
+    with data.Writer(tmp_path / "set", about):
+        process = python(SMALL_SHARDS, nine / "raw", tmp_path / "set")
+        assert "another process" in process.communicate()[1] and process.returncode == 1
+
+
+class Deadly:
+    """A path that ends the process which unpickles it, as a crash in a decoder would."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_file_that_kills_its_process_is_left_out(nine, tmp_path, monkeypatch):
+    jobs, *rest = data.find_jobs(nine / "raw")
+    jobs = [job._replace(path=Deadly()) if job.name in ("5.mp4", "6.mp4") else job for job in jobs]
+    monkeypatch.setattr(data, "find_jobs", lambda *_: (jobs, *rest))
+    report = data.prepare(nine / "raw", tmp_path / "set", FPS, 32, 3)
+    assert names(tmp_path / "set") == [f"{k}.mp4" for k in (0, 1, 2, 3, 4, 7, 8)]
+    assert [name for name, _, found in report.left_out if "died" in found] == ["5.mp4", "6.mp4"]
+
+
+def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
+    root = tmp_path / "set"
+
+    def fresh():
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(set_of_four, root)
+        return root / "shard-00000.bin"
+
+    def damage(clips):
+        """The message of each way to read the clips."""
+        for read in (clips.__getitem__, lambda k: next(iter(torch.utils.data.DataLoader(clips, num_workers=1)))):
+            with pytest.raises(data.MediaError) as caught:
+                read(0)
+            yield caught
+    for spoil, words in ((lambda shard: shard.unlink(), "cannot be read"), (lambda shard: os.truncate(shard, 2000), "cut off"),
+                         (lambda shard: shard.write_bytes(b"\7" * shard.stat().st_size), "")):
+        shard = fresh()
+        clips = data.Clips(root, FPS, 32, frames=8, random_start=False)
+        spoil(shard)
+        for caught in damage(clips):
+            one_line(caught, str(shard), words)
+    shard = fresh()
+    bytes_there = bytearray(shard.read_bytes())
+    start = int(data.Set(root).index[0]["frames"][0])
+    bytes_there[start:start + 300] = b"\0" * 300
+    shard.write_bytes(bytes_there)
+    for caught in damage(data.Clips(root, FPS, 32, frames=8, random_start=False)):
+        one_line(caught, str(shard), "a.mkv is damaged")
+    os.truncate(fresh(), 2000)
     with pytest.raises(data.MediaError) as caught:
-        data.Clips(tmp_path / "set", 4, 32, frames=4)
+        data.prepare(tmp_path, root, FPS, 32) if list(tmp_path.glob("*.mp4")) else data.Writer(root, dict(data.Set(root).about, clips=None))
+    one_line(caught, str(root), "damaged: 0 of its 4 clips")
+    fresh()
+    os.truncate(root / "index.bin", 100)
+    with pytest.raises(data.MediaError) as caught:
+        data.Set(root)
+    one_line(caught, "index.bin", "cut off")
+
+
+def test_a_set_made_otherwise_names_the_command(raw, set_of_four, tmp_path):
+    with pytest.raises(data.MediaError) as caught:
+        data.Clips(set_of_four, 4, 32, frames=4)
     one_line(caught, "--fps 4 --size 32")
-    os.remove(tmp_path / "set" / "index.json")
     with pytest.raises(data.MediaError) as caught:
-        data.Clips(tmp_path / "set", FPS, 32, frames=4)
-    one_line(caught, "prepare again")
+        data.prepare(raw, set_of_four, 4, 32)
+    one_line(caught, "fps 15.625 instead of 4", "another folder")
+    with pytest.raises(data.MediaError) as caught:
+        data.Clips(raw, FPS, 32)
+    one_line(caught, "not a prepared set", "data.py prepare")
+    with pytest.raises(data.MediaError) as caught:
+        data.Pairs(set_of_four, FPS, 128)
+    one_line(caught, "not features", "--extract")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.mp4").write_bytes(b"\0")
+    with pytest.raises(data.MediaError) as caught:
+        data.prepare(tmp_path / "bad", tmp_path / "none", FPS, 32)
+    assert "no usable clip: left out 1 files (1 undecodable)" in str(caught.value)
 
 
-def test_clips_in_worker_processes(raw, tmp_path):
-    data.prepare(raw, tmp_path / "set", FPS, 32)
-    clips = data.Clips(tmp_path / "set", FPS, 32, frames=8, random_start=False)
-    here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard here, before the workers start
-    loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=2)
-    assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
+def test_a_plain_folder_is_prepared_once_beside_the_run(raw, tmp_path, capsys, monkeypatch):
+    videos, cache = tmp_path / "videos", tmp_path / "cache"
+    videos.mkdir()
+    (videos / "a.mkv").write_bytes((raw / "a.mkv").read_bytes())
+    (videos / "broken.mp4").write_bytes(b"\0" * 100)
+    root = data.prepared(videos, FPS, 32, cache)
+    assert root.parent == cache and names(root) == ["a.mkv"]
+    said = capsys.readouterr().err
+    assert str(root) in said and "left out 1 files" in said
+    assert data.prepared(root, FPS, 32, cache) == root           # a set is what it is
+    before = content(root)
+    monkeypatch.chdir(tmp_path)
+    assert data.prepared("videos", FPS, 32, cache) == root and content(root) == before
+    (videos / "c.mp4").write_bytes((raw / "c.mp4").read_bytes())
+    assert names(data.prepared(videos, FPS, 32, cache)) == ["a.mkv", "c.mp4"]
+    assert data.prepared(videos, 4, 32, cache) != root
+    with pytest.raises(data.MediaError) as caught:
+        data.prepared(tmp_path / "missing", FPS, 32, cache)
+    one_line(caught, "no such folder")
+
+
+# ---- splits and labels ---------------------------------------------------------------------------------------------
+
+def test_the_split_is_a_function_of_the_name():
+    found = [data.split_of(f"{k:05d}.mp4") for k in range(20000)]
+    share = {split: found.count(split) / 20000 for split in data.SPLITS}
+    assert share["val"] == pytest.approx(0.05, abs=0.005) and share["test"] == pytest.approx(0.05, abs=0.005)
+    assert data.split_of("00000.mp4") == "train" and [k for k in range(60) if found[k] != "train"] == [3, 38, 47, 50, 59]
+    said = [data.split_of(f"{k:05d}.mp4", "train") for k in range(20000)]
+    assert "test" not in said and [s == "val" for s in said] == [s == "val" for s in found]
+    assert data.split_of("x", "test") == "test" and data.split_of("x", "val") == "val"
+
+
+def test_readers_keep_to_their_split(set_of_four, raw, tmp_path):
+    of = splits(set_of_four)
+    assert sorted(of.values()) == ["test", "train", "train", "val"]
+    for split in data.SPLITS:
+        clips = data.Clips(set_of_four, FPS, 32, frames=5, split=split)
+        assert sorted(clips[k]["name"] for k in range(len(clips))) == sorted(name for name in of if of[name] == split)
+        assert [clips.about(k)[2] for k in range(len(clips))] == [split] * len(clips)
+        assert len(data.Sounds(set_of_four, 5 * 1024, split=split)) == len(clips)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.mkv").write_bytes((raw / "a.mkv").read_bytes())
+    data.prepare(tmp_path / "one", tmp_path / "set", FPS, 32)
+    with pytest.raises(data.MediaError) as caught:
+        data.Clips(tmp_path / "set", FPS, 32, split="val")
+    one_line(caught, "no clip of its 1 is for val", "three clips")
+
+
+def test_vggsounds_csv_names_clips_labels_and_splits(raw, tmp_path):
+    videos, table = tmp_path / "videos", tmp_path / "vggsound.csv"
+    (videos / "more").mkdir(parents=True)
+    times = steady(25, 14)
+    make(videos / "more" / "-full_id.mp4", times, wav=clicks(14, [4.5, 12.9]), size=(32, 32))          # to be cut
+    (videos / "cut0_000030.mp4").write_bytes((raw / "c.mp4").read_bytes())                         # cut already
+    (videos / "spare.mp4").write_bytes((raw / "c.mp4").read_bytes())
+    table.write_text('-full_id,3,"playing drums, loud",test\n-full_id,12,"playing drums, loud",train\ncut0,30,people sniggering,train\n'
+                     'gone,5,wind noise,test\n\n')
+    report = data.prepare(videos, tmp_path / "set", FPS, 32, 1, table)
+    assert (report.clips, report.missing) == (3, 1)
+    assert report.left_out == [("spare.mp4", "not in the CSV", "no row of it asks for this file")]
+    clips = data.Clips(tmp_path / "set", FPS, 32)
+    found = {item["name"]: item for item in map(clips.__getitem__, range(3))}
+    assert {name: item["label"] for name, item in found.items()} == {
+        "cut0_000030.mp4": "people sniggering", "more/-full_id_000003.mp4": "playing drums, loud", "more/-full_id_000012.mp4": "playing drums, loud"}
+    assert len(found["more/-full_id_000003.mp4"]["video"]) == 157 and len(found["more/-full_id_000012.mp4"]["video"]) == 32     # 10 s; 2 s
+    assert onsets(found["more/-full_id_000003.mp4"]["wav"]) == pytest.approx([1.5, 9.9], abs=2e-3)
+    of = splits(tmp_path / "set")
+    assert of["more/-full_id_000003.mp4"] == "test" and {of["cut0_000030.mp4"], of["more/-full_id_000012.mp4"]} == {"train", "val"}
+    table.write_text("a,b\n")
+    with pytest.raises(data.MediaError) as caught:
+        data.prepare(videos, tmp_path / "other", FPS, 32, 1, table)
+    one_line(caught, "--csv", "line 1")
+
+
+# ---- a set of any size ---------------------------------------------------------------------------------------------
+
+def of_many(source, folder, clips):
+    """A set whose index says that it has so many clips: those of `source`, again and again."""
+    shutil.copytree(source, folder)
+    index = np.fromfile(folder / "index.bin", data.entry(data.Set(source).about["columns"]))
+    np.resize(index, clips).tofile(folder / "index.bin")
+    about = json.loads((folder / "set.json").read_text())
+    (folder / "set.json").write_text(json.dumps({**about, "clips": clips}))
+    return folder
+
+
+def test_opening_and_drawing_cost_the_same_at_any_number_of_clips(set_of_four, tmp_path, monkeypatch):
+    stretch, costs = data.Set.stretch, []
+    monkeypatch.setattr(data.Set, "stretch", lambda *args: costs[-1].append(args[3]) or stretch(*args))
+    objects = {}
+    for count in (200, 200, 200_000):                            # the first only warms up
+        root = of_many(set_of_four, tmp_path / f"{count}-{len(costs)}", count)
+        gc.collect()
+        costs.append([])
+        before = sys.getallocatedblocks()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            clips = data.Clips(root, FPS, 32, frames=5, split="train", seed=3)
+        objects[count] = sys.getallocatedblocks() - before       # Python's own objects, not the arrays' one block
+        assert costs[-1] == []                                   # nothing but the map has been opened
+        assert clips.clips.nbytes + clips.short.nbytes == 8 * (clips.set.index["split"] == 0).sum()
+        assert len(clips) == count // 2
+        assert clips[len(clips) - 1]["video"].shape == (5, 3, 32, 32)
+    assert abs(objects[200] - objects[200_000]) < 200
+    assert len(costs[1]) == len(costs[2]) and sum(costs[2]) < 30_000
 
 
 # ---- windows for stage 2 and for the autoencoder --------------------------------------------------------------------
 
-FPS = 15.625                                     # 1024 samples a frame
+FEATURES = {"columns": ["features", "sound"], "fps": FPS, "width": 512, "network": "made up"}
 
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory):
-    """Three extracted clips whose features and sound both say which clip and which frame they belong to."""
-    folder = tmp_path_factory.mktemp("features")
-    for k in range(3):
-        frame = torch.arange(160) + 200 * k                                          # (f,)
-        save_tensors({"features": frame[:, None].half().expand(-1, 512).contiguous(),
-                      "sound": frame.to(torch.int16).repeat_interleave(1024)}, folder / f"{k}.safetensors", {"fps": str(FPS)})
+    """Four extracted clips whose features and sound both say which clip and which frame they belong to."""
+    folder = tmp_path_factory.mktemp("features") / "set"
+    with data.Writer(folder, FEATURES) as writer:
+        for k in range(4):
+            frame = np.arange(160) + 200 * k                                         # (f,)
+            columns = {"features": frame[:, None].repeat(512, 1).astype("<f2"), "sound": frame.astype("<i2").repeat(1024)}
+            writer.add(str(k), "", "test" if k == 2 else "train", {name: column.tobytes() for name, column in columns.items()})
+        writer.finish(needed=())
     return folder
 
 
@@ -221,27 +553,41 @@ def test_pairs_keep_sound_and_features_together(extracted, kind):
 def test_pairs_are_a_function_of_seed_and_index(extracted):
     a, b = (data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=seed) for seed in (1, 1))
     other = data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=2)
-    assert all(torch.equal(a[k]["wav"], b[k]["wav"]) for k in range(9))
-    assert any(not torch.equal(a[k]["wav"], other[k]["wav"]) for k in range(9))
-    assert not torch.equal(a[0]["wav"], a[3]["wav"])                                 # the same clip one epoch later
+    assert all(torch.equal(a[k]["wav"], b[k]["wav"]) for k in range(12))
+    assert any(not torch.equal(a[k]["wav"], other[k]["wav"]) for k in range(12))
+    assert not torch.equal(a[0]["wav"], a[4]["wav"])                                 # the same clip one epoch later
+
+
+def test_both_halves_of_a_merged_pair_are_of_the_split(extracted):
+    for split, clips in (("train", {0, 1, 3}), ("test", {2})):
+        pairs = data.Pairs(extracted, FPS, 128, merge=1.0, split=split)
+        assert {int(f) // 200 for k in range(30) for f in pairs[k]["features"][:, 0]} == clips
+
+
+def test_a_pair_longer_than_its_clip_ends_in_silence(extracted):
+    item = data.Pairs(extracted, FPS, 180, split="test")[0]
+    assert item["features"].shape == (180, 512) and (item["features"][160:] == item["features"][159]).all()
 
 
 def test_pairs_name_the_remedy(extracted, tmp_path):
-    with pytest.raises(data.MediaError, match="--extract"):
+    with pytest.raises(data.MediaError, match="not a prepared set"):
         data.Pairs(tmp_path, FPS, 128)
     with pytest.raises(data.MediaError, match="15.625"):
         data.Pairs(extracted, 4.0, 32)
+    with pytest.raises(data.MediaError, match="not bounds"):
+        data.Clips(extracted, FPS, 32)
+    with pytest.raises(data.MediaError, match="network made up instead of another"):
+        data.Writer(extracted, {**FEATURES, "network": "another"})
 
 
 def test_sounds_start_on_mel_columns(tmp_path):
-    ramp = (torch.arange(3 * data.HOP * 64) // data.HOP).to(torch.int16).numpy()       # each sample says its mel column
-    frames = np.zeros((1, 3, 2, 2), np.uint8)
-    (tmp_path / "shard-00000.safetensors").write_bytes(data.to_safetensors({"a/frames": frames, "a/sound": ramp}))
-    (tmp_path / "index.json").write_text(json.dumps(
-        {"fps": 4, "size": 2, "clips": [{"name": "a", "shard": 0, "frames": 1, "samples": len(ramp)}], "left_out": []}))
-    sounds = data.Sounds(tmp_path, 64 * data.HOP)
-    starts = {int((sounds[k]["wav"][0] * 32767).round()) for k in range(20)}
-    assert len(starts) > 10
+    ramp = (np.arange(3 * data.HOP * 64 + 100) // data.HOP).astype("<i2")             # each sample says its mel column
+    with data.Writer(tmp_path / "set", FEATURES) as writer:
+        writer.add("a", "", "train", {"features": b"", "sound": ramp.tobytes()})
+        writer.finish()
+    sounds = data.Sounds(tmp_path / "set", 64 * data.HOP)
+    starts = {int((sounds[k]["wav"][0] * 32767).round()) for k in range(1500)}
+    assert starts == set(range(129))                                                 # every one that fits
     for k in range(5):
         columns = (sounds[k]["wav"] * 32767).round().view(-1, data.HOP)
         assert (columns == columns[:, :1]).all() and (columns[:, 0].diff() == 1).all()
