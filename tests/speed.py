@@ -23,6 +23,7 @@ import cavp                                                     # noqa: E402
 import ldm                                                      # noqa: E402
 import training                                                 # noqa: E402
 import vae                                                      # noqa: E402
+from kernels.packed import pack                                 # noqa: E402
 from plain import plainly                                       # noqa: E402
 
 STAGES = {"U-Net, batch 2": "unet", "decoder, 8.192 s": "decoder", "CAVP video, 32 frames": "features"}
@@ -53,6 +54,7 @@ def worker(pipe, kind, dtype):
     if kind == "ours":
         towers, video = towers.fold().to(dtype), video.to(dtype)
         context = unet.fuse().prepare(context, t[:1])           # once a clip, as in sampling
+        pack(unet), pack(decoder)
     else:
         for model in (unet, decoder, towers):
             plainly(model)
