@@ -1,9 +1,9 @@
 """Mel spectrograms and back, onsets, and the prepared sets that training reads.
 
-in   sound float32 (n,) at 16 kHz, and folders of videos; files themselves are read and written by media.py, whose functions
-     are handed on here
-out  mel float32 (128, s) in [0, 1] and sound again, onset times, and a prepared set: every clip's frames as JPEG and its sound as
-     int16, in large files with random access (`Set` has the form), and readers that draw windows from it
+in   sound float32 (n,) at 16 kHz, and folders of videos; files themselves are read and written by media.py, whose
+     functions are handed on here
+out  mel float32 (128, s) in [0, 1] and sound again, onset times, and a prepared set: every clip's frames as JPEG and its
+     sound as int16, in large files with random access (`Set` has the form), and readers that draw windows from it
 
 Diff-Foley section 3.1 and its data_preprocess/wav2spec.py fix the mel; fast Griffin-Lim is Perraudin, Balazs and
 Sondergaard 2013.
@@ -12,12 +12,11 @@ Sondergaard 2013.
     python data.py prepare vggsound OUT --csv vggsound.csv --fps 4 --size 224
 
 Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there: the inverse is at 22,050 Hz,
-and tones fall). Frames are JPEG one by one with full chroma (there: H.264 and one .npy a clip).
+and tones fall).
 """
 import argparse
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -41,8 +40,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from media import (LONGEST, SAMPLE_RATE, MediaError, MediaInfo, find_videos, frames_from, output_suffix, picture,     # noqa: F401
-                   pictures, probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
+from media import (LONGEST, SAMPLE_RATE, MediaError, MediaInfo, find_videos, frames_from, output_suffix,     # noqa: F401
+                   picture, pictures, probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
 
 with suppress(ImportError):     # Windows has none: there nothing keeps two processes from preparing one set
     import fcntl
@@ -64,6 +63,7 @@ SILENT = 0.001                  # of full scale, -60 dB: sound that never rises 
 HELD_OUT = 0.05                 # share of the clips in each of "val" and "test"
 SPLITS = ("train", "val", "test")
 JPEG_QUANTIZER = "2"            # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
+FORMAT = 2                      # of prepared sets
 SHARD = 2**30                   # bytes after which a set goes on in a new file
 COMMIT = 2.0                    # seconds of work that a kill can cost
 OPEN = 64                       # shards that a process holds open
@@ -193,14 +193,16 @@ def f1(pairs, found, labelled):
 # ---- frames as JPEG ------------------------------------------------------------------------------------------------
 
 def encode_jpegs(images, size):
-    """uint8 (size, size, 3) images -> bytes of each. Full chroma: at half of it small things lose 2 to 6 dB for a quarter of the bytes."""
+    """uint8 (size, size, 3) images -> bytes of each. Full chroma: without it small things lose 2 to 6 dB, for a fifth of the
+    bytes."""
     context, scaler, last, jpeg = av.CodecContext.create("mjpeg", "w"), VideoReformatter(), None, None
     context.width, context.height, context.pix_fmt, context.time_base = size, size, "yuvj444p", Fraction(1, 25)
-    context.thread_count, context.qscale, context.options = 1, True, {"qmin": JPEG_QUANTIZER}    # the same for every frame
+    context.thread_count, context.qscale, context.options = 1, True, {"qmin": JPEG_QUANTIZER}    # for every frame alike
     for number, image in enumerate(images):
         if image is not last:                    # what is shown for longer than one frame is encoded once
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-            frame = scaler.reformat(frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG", threads=1)
+            frame = scaler.reformat(frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG",
+                                    threads=1)
             frame.pts = number
             (jpeg,), last = map(bytes, context.encode(frame)), image
         yield jpeg
@@ -208,14 +210,14 @@ def encode_jpegs(images, size):
 
 @lru_cache(maxsize=1)
 def jpeg_decoder(_process):
-    """A process's decoder and converter: setting them up costs more than a frame. Threads would cost more than they do."""
+    """A process's decoder and converter: setting them up costs more than a frame, and threads more than they bring."""
     context = av.CodecContext.create("mjpeg", "r")
     context.thread_count, context.options = 1, {"err_detect": "explode"}
     return context, VideoReformatter()
 
 
 def decode_jpegs(jpegs, size):
-    """Bytes of each frame -> uint8 (f, 3, size, size); ValueError or FFmpegError where one of them is no such picture."""
+    """Bytes of each frame -> uint8 (f, 3, size, size); ValueError or FFmpegError where one is no such picture."""
     context, scaler = jpeg_decoder(os.getpid())
     out = np.empty((len(jpegs), 3, size, size), np.uint8)
     for image, jpeg in zip(out, jpegs):
@@ -229,6 +231,10 @@ def decode_jpegs(jpegs, size):
 
 # ---- sets of clips on disk -----------------------------------------------------------------------------------------
 
+AS_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}            # a file's name need not be text
+AGAIN = "delete the set and prepare it again"
+
+
 def entry(columns):
     """A clip's entry in the index; its name, its label and its columns are each (first byte, bytes)."""
     return np.dtype([("shard", "<u4"), ("split", "<u4"), *((name, "<u8", 2) for name in ("name", "label", *columns))])
@@ -238,35 +244,40 @@ def read_about(root):
     """set.json, or the reason why a folder is no set."""
     try:
         about = json.loads((root / "set.json").read_text())
-        return {"columns": list(map(str, about["columns"])), "fps": float(about["fps"]), **about}
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']} instead of {FORMAT}")
+        return about
     except FileNotFoundError:
         raise MediaError(f"{root}: not a prepared set; make one with python data.py prepare VIDEOS {root}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{root / 'set.json'}: cannot be read ({error}); prepare the set again in another folder") from None
+        raise MediaError(f"{root / 'set.json'}: cannot be read ({error}); prepare the set in another folder") from None
 
 
 class Set:
     """Clips on disk, opened at the same cost however many they are.
 
-    set.json          what all clips have in common, and "clips": how many there are; null until the set is finished first
+    set.json          what all clips have in common, and "clips": how many there are; null until it is first finished
     index.bin         an `entry` a clip, mapped into memory
     names.bin         names and labels, one after the other
-    shard-00000.bin   columns, one after the other. A column is some bytes of each clip; those in use:
-                      "bounds" uint32 (f + 1,), where each frame starts in "frames", which are JPEGs; "features" float16 (f, width);
-                      "sound" int16 (n,)
+    shard-00000.bin   columns, one after the other. A column is some bytes of each clip:
+                          "bounds"    uint32 (f + 1,), where each frame starts in
+                          "frames"    JPEGs
+                          "features"  float16 (f, width), instead of these two in what `cavp.py --extract` writes
+                          "sound"     int16 (n,)
     left_out.csv      the files that are not in it: name, reason, and what exactly was found
 
-    All files only grow, an entry follows what it describes, and `clips` follows the entries: a reader never sees half a clip."""
+    Files only grow, an entry follows what it describes, and "clips" follows the entries: nobody sees half a clip."""
 
     def __init__(self, root):
         self.root, self.files, self.process = Path(root), {}, None       # open files, and the process that opened them
         self.about = read_about(self.root)
         if self.about["clips"] is None:
-            raise MediaError(f"{root}: an unfinished set; run the command that makes it again, it goes on where it stopped")
+            raise MediaError(f"{root}: an unfinished set; run the command that makes it again, it goes on from there")
+        path = self.root / "index.bin"
         try:
-            self.index = np.memmap(self.root / "index.bin", entry(self.about["columns"]), "r", shape=(self.about["clips"],))
+            self.index = np.memmap(path, entry(self.about["columns"]), "r", shape=(self.about["clips"],))
         except (OSError, ValueError) as error:
-            raise MediaError(f"{self.root / 'index.bin'}: missing or cut off ({error}); prepare the set again") from None
+            raise MediaError(f"{path}: missing or cut off ({error}); {AGAIN}") from None
 
     def __reduce__(self):
         return type(self), (self.root,)          # to another process goes the name, not the map
@@ -283,14 +294,14 @@ class Set:
             self.files[name].seek(start)
             found = self.files[name].read(count)
         except OSError as error:
-            raise MediaError(f"{self.root / name}: cannot be read ({error.strerror}); prepare the set again") from None
+            raise MediaError(f"{self.root / name}: cannot be read ({error.strerror}); {AGAIN}") from None
         if len(found) < count:
-            raise MediaError(f"{self.root / name}: cut off at byte {start + len(found)}; prepare the set again")
+            raise MediaError(f"{self.root / name}: cut off at byte {start + len(found)}; {AGAIN}")
         return found
 
     def text(self, clip, what):
         """A clip's "name" or "label"."""
-        return self.stretch("names.bin", *map(int, self.index[clip][what])).decode()
+        return os.fsdecode(self.stretch("names.bin", *map(int, self.index[clip][what])))
 
     def column(self, clip, name, dtype, start=0, count=None):
         """`count` values, at most, of a clip's column from value `start` on, as an array."""
@@ -309,46 +320,46 @@ class Set:
             return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
         except (ValueError, av.error.FFmpegError) as error:
             jpeg_decoder.cache_clear()
-            shard = self.root / f"shard-{self.index[clip]['shard']:05d}.bin"
-            raise MediaError(f"{shard}: a frame of {self.text(clip, 'name')} is damaged ({str(error).splitlines()[0]}); "
-                             "prepare the set again") from None
+            shard, reason = f"shard-{self.index[clip]['shard']:05d}.bin", str(error).splitlines()[0]
+            raise MediaError(f"{self.root / shard}: a frame of {self.text(clip, 'name')} is damaged ({reason}); "
+                             f"{AGAIN}") from None
 
     def left_out(self):
         """[(name, reason)] of the files that are not in the set."""
-        with suppress(FileNotFoundError), open(self.root / "left_out.csv", newline="") as file:
+        path = self.root / "left_out.csv"
+        if not path.exists():                    # features: whatever was left out, was so before
+            return []
+        with open(path, newline="", **AS_NAMES) as file:
             return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
-        return []
 
 
 def split_of(name, said=None):
-    """The split of a clip, by its name alone, so that files which come later move none. `said`: what a CSV says; of its "train"
-    a share becomes "val", as VGGSound's CSV has none."""
-    u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    """The split of a clip, by its name alone, so that files which come later move none. `said`: what a CSV says; of its
+    "train" a share becomes "val", as VGGSound's CSV has none."""
+    u = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
     if said in ("val", "test"):
         return said
     return "val" if u < HELD_OUT else "test" if u < 2 * HELD_OUT and said is None else "train"
 
 
 class Writer:
-    """Appends clips to a set, its own or one that was begun: after a kill at any moment the same clips in the same order give the same
-    bytes as without it. A context: what was added is on disk when it ends, however it ends."""
+    """Appends clips to a set, a new one or one that was begun. After a kill at any moment the same clips in the same order
+    give the same bytes as without it. A context: what was added is on disk when it ends, however it ends."""
 
     def __init__(self, root, about):
-        self.root, self.about, self.dtype = Path(root), {"format": 2, **about, "clips": None}, entry(about["columns"])
+        self.root, self.about, self.dtype = Path(root), {"format": FORMAT, **about, "clips": None}, entry(about["columns"])
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.root / ".lock", "wb")
             if "fcntl" in globals():
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if not (self.root / ".lock").exists():
-                raise self.unwritable(error) from None
-            raise MediaError(f"{root}: another process is preparing it; wait for that one, or give another folder") from None
+        except BlockingIOError:
+            raise MediaError(f"{root}: another process is preparing it; wait for that, or give another folder") from None
         except OSError as error:
             raise self.unwritable(error) from None
         if (self.root / "set.json").exists():
             made = read_about(self.root)
-            differ = [f"{k} {made.get(k)} instead of {v}" for k, v in self.about.items() if k != "clips" and made.get(k) != v]
+            differ = [f"{k} {made.get(k)} instead of {v}" for k, v in about.items() if made.get(k) != v]
             if differ:
                 raise MediaError(f"{root}: a set with {', '.join(differ)} is there; give another folder")
             self.about["clips"] = made["clips"]
@@ -357,40 +368,44 @@ class Writer:
         self.open()
 
     def unwritable(self, error):
-        return MediaError(f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and run the "
-                          "same command again: it goes on where it stopped")
+        return MediaError(f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and "
+                          "run the same command again: it goes on where it stopped")
 
     def write_about(self, clips):
         self.about["clips"] = clips
         with whole(self.root / "set.json") as part:
             part.write_text(json.dumps(self.about, indent=1) + "\n")
 
+    def path(self, shard):
+        return self.root / f"shard-{shard:05d}.bin"
+
     def open(self):
         """Back to the last clip that is wholly there; what a kill left behind it is cut off."""
         self.index_file, self.names_file = (open(self.root / name, "a+b") for name in ("index.bin", "names.bin"))
         self.index_file.seek(0)
-        content = self.index_file.read()
+        self.names_file.seek(0)
+        content, text = self.index_file.read(), self.names_file.read()
         index = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
-        sizes = np.array([path.stat().st_size for path in sorted(self.root.glob("shard-*.bin"))] + [0])
         last = self.about["columns"][-1]
-        there = index[last].sum(1) <= sizes[np.minimum(index["shard"], len(sizes) - 1)]
-        there &= index["label"].sum(1) <= self.names_file.seek(0, os.SEEK_END)
+        shards = range(int(index["shard"].max(initial=0)) + 1)
+        sizes = np.array([path.stat().st_size if path.exists() else 0 for path in map(self.path, shards)])
+        there = (index[last].sum(1) <= sizes[index["shard"]]) & (index["label"].sum(1) <= len(text))
         index = index[:len(index) if there.all() else int(there.argmin())]
         if len(index) < (self.about["clips"] or 0):
-            raise MediaError(f"{self.root}: damaged: {len(index)} of its {self.about['clips']} clips are there; prepare it in another folder")
-        self.shard, self.end, self.names_end = (
-            (int(index[-1]["shard"]), int(index[-1][last].sum()), int(index[-1]["label"].sum())) if len(index) else (0, 0, 0))
+            raise MediaError(f"{self.root}: damaged, {len(index)} of its first {self.about['clips']} clips are there; {AGAIN}")
+        self.shard = self.end = self.names_end = 0
+        if len(index):
+            final = index[-1]
+            self.shard, self.end, self.names_end = map(int, (final["shard"], final[last].sum(), final["label"].sum()))
         self.index_file.truncate(len(index) * self.dtype.itemsize)
         self.names_file.truncate(self.names_end)
         for path in self.root.glob("shard-*.bin"):
-            if int(path.stem[6:]) > self.shard:
+            if path > self.path(self.shard):
                 path.unlink()
-        self.shard_file = open(self.root / f"shard-{self.shard:05d}.bin", "ab")
+        self.shard_file = open(self.path(self.shard), "ab")
         self.shard_file.truncate(self.end)
         self.index, self.pending, self.clock = index.copy(), [], time.monotonic()
-        self.names_file.seek(0)
-        text = self.names_file.read()
-        self.names = {text[a:a + n].decode() for a, n in index["name"].tolist()}
+        self.names = {os.fsdecode(text[a:a + n]) for a, n in index["name"].tolist()}
 
     def __enter__(self):
         return self
@@ -414,11 +429,11 @@ class Writer:
             self.commit()
             self.shard_file.close()
             self.shard, self.end = self.shard + 1, 0
-            self.shard_file = open(self.root / f"shard-{self.shard:05d}.bin", "ab")
+            self.shard_file = open(self.path(self.shard), "ab")
         new = np.zeros((), self.dtype)
         new["shard"], new["split"] = self.shard, SPLITS.index(split)
         for what, text in (("name", name), ("label", label)):
-            new[what] = self.names_end, self.names_file.write(text.encode())
+            new[what] = self.names_end, self.names_file.write(os.fsencode(text))
             self.names_end += int(new[what][1])
         for column in self.about["columns"]:
             new[column] = self.end, self.shard_file.write(columns[column])
@@ -441,8 +456,8 @@ class Writer:
         self.clock = time.monotonic()
 
     def finish(self, needed=SPLITS):
-        """From now on readers see all that was added. Where chance has left a split of `needed` without a clip, and there are three clips or
-        more, the largest split gives it its first one (by the hash), for good."""
+        """From now on readers see all that was added. Where chance has left a split of `needed` without a clip, and there are
+        three clips or more, the largest split gives it its first one (by the hash), for good."""
         self.commit()
         text = self.root.joinpath("names.bin").read_bytes()
         for k in map(SPLITS.index, needed if len(self.index) >= 3 else ()):
@@ -459,7 +474,8 @@ class Writer:
 # ---- from videos to a set ------------------------------------------------------------------------------------------
 
 Job = namedtuple("Job", "name path start seconds label split")          # a clip to be: a stretch of a file
-Report = namedtuple("Report", "clips new left_out missing")             # left_out [(name, reason, what was found)]; rows without a file
+Report = namedtuple("Report", "clips new left_out missing")             # left_out [(name, reason, what was found)],
+                                                                        # missing rows of the CSV that have no file
 
 
 def read_csv(path):
@@ -479,8 +495,8 @@ def read_csv(path):
 
 
 def find_jobs(raw, table=None):
-    """-> jobs in a fixed order, [(name, reason, what was found)] of the files that are none, rows of the CSV without a file.
-    With a CSV, files are ID_START.mp4 (six digits), cut already, or ID.mp4, of which the ten seconds from START are taken."""
+    """-> jobs in a fixed order, [(name, reason, what was found)] of the files that are none, rows of the CSV without one.
+    With a CSV, files are ID_START.mp4 (six digits), cut already, or ID.mp4, of which ten seconds from START are taken."""
     raw = Path(raw)
     videos = find_videos([raw])
     root = raw if raw.is_dir() else raw.parent
@@ -500,31 +516,32 @@ def find_jobs(raw, table=None):
             used.add(path)
         missing += not (cut or full)
     jobs = sorted({job.name: job for job in reversed(jobs)}.values())      # of two rows for one clip the first
-    return jobs, [(names[p], "not in the CSV", "no row of it asks for this file") for p in videos if p not in used], missing
+    spare = [(names[path], "not in the CSV", "no row of it asks for this file") for path in videos if path not in used]
+    return jobs, spare, missing
 
 
 def encode_clip(job, fps, size):
-    """A clip's columns {name: bytes}, or why it is left out: (reason, what was found). Frames go to the encoder one by one."""
+    """A clip's columns {name: bytes}, or why it is left out: (reason, what was found). Frames are encoded one by one."""
     with warnings.catch_warnings(record=True):
         try:
             info = probe(job.path)
             seconds = min(info.duration - job.start, job.seconds or LONGEST)
             if not info.has_audio:
-                return "no sound track", f"{job.path}: only a picture"
+                return "no sound track", "only a picture"
             if seconds < SHORTEST:
-                return "too short", f"{job.path}: {max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
+                return "too short", f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
             wav = read_audio(job.path, job.start, seconds).numpy()
             peak = float(np.abs(wav).max())
             if not peak > SILENT:
-                return "silent", f"{job.path}: its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
+                return "silent", f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
             jpegs = list(encode_jpegs(pictures(job.path, fps, size, job.start, seconds), size))
         except MediaError as error:
-            return "undecodable", str(error)
-        except Exception as error:               # nothing that a damaged file makes a library raise may stop all others
-            return "undecodable", f"{job.path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return "undecodable", str(error).removeprefix(f"{job.path}: ")
+        except Exception as error:               # nothing that a damaged file makes a library raise may stop the others
+            return "undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     bounds = np.cumsum([0, *map(len, jpegs)])
     if bounds[-1] >= 2**32:
-        return "too long", f"{job.path}: {bounds[-1] / 1e9:.1f} GB of frames; cut it"
+        return "too long", f"{bounds[-1] / 1e9:.1f} GB of frames; cut it"
     return {"bounds": bounds.astype("<u4").tobytes(), "frames": b"".join(jpegs),
             "sound": (wav * 32767).round().astype("<i2").tobytes()}
 
@@ -537,8 +554,8 @@ def settle_worker():
 
 
 def encoded(jobs, fps, size, workers):
-    """(job, `encode_clip` of it), in order, from `workers` processes that stay at most a few clips ahead. A file that kills its process
-    is left out: those under way with it are done again, each alone."""
+    """(job, `encode_clip` of it), in order, from `workers` processes that stay at most a few clips ahead. A file that kills
+    its process is left out: which of those under way it was, is found by doing them again, one alone at a time."""
     jobs, ahead, pool = deque(jobs), deque(), None
     try:
         while jobs or ahead:
@@ -553,7 +570,7 @@ def encoded(jobs, fps, size, workers):
                 pool = pool.shutdown()
                 jobs.extendleft(job for job, _ in reversed(ahead))
                 ahead = deque([(jobs.popleft(), None)])
-                job, result = ahead[0][0], ("undecodable", f"{ahead[0][0].path}: the decoder died of it")
+                job, result = ahead[0][0], ("undecodable", "the decoder died of it")
                 with ProcessPoolExecutor(1, initializer=settle_worker) as alone, suppress(BrokenProcessPool):
                     result = alone.submit(encode_clip, job, fps, size).result()
             ahead.popleft()
@@ -564,8 +581,8 @@ def encoded(jobs, fps, size, workers):
 
 
 def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
-    """Folder of videos to a set in OUT, the same bytes for any number of workers; what is there already stays, files that were left
-    out are tried again. -> Report"""
+    """Folder of videos to a set in OUT, the same bytes for any number of workers; what is there already stays, files that
+    were left out are tried again. -> Report"""
     jobs, left_out, missing = find_jobs(raw, table)
     about = {"columns": ["bounds", "frames", "sound"], "fps": fps, "size": size, "labels": table is not None}
     with Writer(out, about) as writer:
@@ -576,10 +593,9 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
                 if isinstance(result, dict):
                     writer.add(job.name, job.label, job.split, result)
                 else:
-                    reason, found = result
-                    left_out.append((job.name, reason, found.removeprefix(f"{job.path}: ")))
+                    left_out.append((job.name, *result))
                 bar.update()
-        with whole(writer.root / "left_out.csv") as part, open(part, "w", newline="") as file:
+        with whole(writer.root / "left_out.csv") as part, open(part, "w", newline="", **AS_NAMES) as file:
             csv.writer(file).writerows([("name", "reason", "found"), *sorted(left_out)])
         if not writer.names:
             raise MediaError(f"{raw}: no usable clip: {counted(left_out, out)}")
@@ -595,8 +611,8 @@ def counted(left_out, out):
 
 
 def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
-    """The set to read for a --data folder: itself if it is one; a plain folder of videos is prepared under `cache`, once, and later only
-    what is new in it."""
+    """The set to read for a --data folder: itself if it is one; a plain folder of videos is prepared under `cache`, once, and
+    later only what is new in it."""
     root = Path(root)
     if (root / "set.json").is_file():
         return root
@@ -604,7 +620,7 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
         raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
     place = root.resolve()
     out = Path(cache) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{fps:g}fps-{size}px"
-    print(f"{root}: videos; their frames at {fps:g} a second and {size} pixels and their sound are kept in {out}", file=sys.stderr)
+    print(f"{root}: videos; kept ready to read, at {fps:g} frames a second and {size} pixels, in {out}", file=sys.stderr)
     report = prepare(root, out, fps, size, os.cpu_count())
     if report.left_out:
         print(f"{root}: {counted(report.left_out, out)}", file=sys.stderr)
@@ -616,24 +632,26 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
 class Windows(torch.utils.data.Dataset):
     """What the readers share: a set, and which of its clips they draw from, as an array of numbers.
 
-    Items are pure functions of (seed, index), where index e * len + i is clip i in epoch e, so runs repeat whatever reads them.
+    Items are pure functions of (seed, index), where index e * len + i is clip i in epoch e, so runs repeat whatever reads
+    them.
     split  "train", "val", "test", or None for all clips"""
 
-    def __init__(self, root, seed, split, column, values, seconds):
-        """Of the split's clips, those whose `column` has at least `values` values of 4 bytes; `seconds` says so to a person."""
+    def __init__(self, root, seed, split, column, least, seconds):
+        """Of the split's clips, those whose `column` has at least `least` bytes; to a person, that is so many `seconds`."""
         self.set, self.seed, self.split, self.needs = Set(root), seed, split, f"shorter than {seconds:.2f} s"
         if column not in self.set.about["columns"]:
             made = " and ".join(self.set.about["columns"])
-            raise MediaError(f"{root}: holds {made}, not {column}; give " + (
-                "what python cavp.py --extract wrote" if column == "features" else "a prepared set or a folder of videos"))
+            give = "what python cavp.py --extract wrote" if column == "features" else "a prepared set or a folder of videos"
+            raise MediaError(f"{root}: holds {made}, not {column}; give {give}")
         index = self.set.index
         inside = np.ones(len(index), bool) if split is None else index["split"] == SPLITS.index(split)
-        long = index[column][:, 1] >= values
+        long = index[column][:, 1] >= least
         self.clips, self.short = (np.flatnonzero(inside & choice) for choice in (long, ~long))
         if not inside.any():
-            raise MediaError(f"{root}: no clip of its {len(index)} is for {split}; three clips or more give one to each split")
+            raise MediaError(f"{root}: no clip of its {len(index)} is for {split}; give three or more, and each split has one")
         if not len(self.clips):
-            raise MediaError(f"{root}: no clip of at least {seconds:.2f} s{f' for {split}' if split else ''}; give longer clips")
+            of = f" for {split}" if split else ""
+            raise MediaError(f"{root}: no clip of at least {seconds:.2f} s{of}; give longer clips")
         if len(self.short):
             warnings.warn(f"{root}: {len(self.short)} of {inside.sum()} clips are {self.needs} and left out", stacklevel=3)
 
@@ -661,10 +679,10 @@ def padded(array, n, repeat=False):
 class Clips(Windows):
     """Windows of `frames` pictures and the sound that starts with the first of them.
 
-    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),), "name", "start": s} and "label" where
-          the set has labels
-    random_start draws the first frame and leaves out clips that are too short; otherwise windows start at 0 and short clips end in
-    their last picture and in silence. `frames` None: whole clips."""
+    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),), "name", "start": s} and
+          "label" where the set has labels
+    random_start draws the first frame and leaves out clips that are too short; otherwise windows start at 0 and short clips
+    end in their last picture and in silence. `frames` None: whole clips."""
 
     def __init__(self, root, fps, size, frames=None, seed=0, random_start=True, split=None):
         self.fps, self.frames, self.random_start = fps, frames, random_start and frames is not None
@@ -672,8 +690,8 @@ class Clips(Windows):
         super().__init__(root, seed, split, "bounds", 4 * (least + 1), least / fps)
         made = self.set.about
         if (made["fps"], made["size"]) != (fps, size):
-            raise MediaError(f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with python data.py "
-                             f"prepare VIDEOS OUT --fps {fps:g} --size {size}")
+            raise MediaError(f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with "
+                             f"python data.py prepare VIDEOS OUT --fps {fps:g} --size {size}")
 
     def __getitem__(self, index):
         clip = self.clips[index % len(self.clips)]
@@ -683,13 +701,15 @@ class Clips(Windows):
             first = int(np.random.default_rng([self.seed, index]).integers(there - frames + 1))
         start, n = first / self.fps, round(frames / self.fps * SAMPLE_RATE)
         sound = self.set.column(clip, "sound", "<i2", round(start * SAMPLE_RATE), n)
-        item = {"video": padded(self.set.frames(clip, first, frames), frames, repeat=True),           # (f, 3, h, w)
-                "wav": padded(sound.astype(np.float32) / 32767, n), "name": self.set.text(clip, "name"), "start": start}
-        return {**item, "label": self.set.text(clip, "label")} if self.set.about.get("labels") else item
+        item = {"video": padded(self.set.frames(clip, first, frames), frames, repeat=True),          # (f, 3, h, w)
+                "wav": padded(sound.astype(np.float32) / 32767, n),                                  # (n,)
+                "name": self.set.text(clip, "name"), "start": start}
+        return {**item, "label": self.set.text(clip, "label")} if self.set.about["labels"] else item
 
 
 class Sounds(Windows):
-    """Windows of the sound alone, from a set of any frames, for the autoencoder: {"wav": float32 (samples,)}, starting on a mel column."""
+    """Windows of the sound alone, whatever else the set holds, for the autoencoder: {"wav": float32 (samples,)}, starting on
+    a mel column."""
 
     def __init__(self, root, samples, seed=0, split=None):
         self.columns = samples // HOP
@@ -699,7 +719,8 @@ class Sounds(Windows):
         clip = self.clips[index % len(self.clips)]
         there = int(self.set.index[clip]["sound"][1]) // (2 * HOP)
         first = int(np.random.default_rng([self.seed, index]).integers(there - self.columns + 1))
-        return {"wav": torch.from_numpy(self.set.column(clip, "sound", "<i2", first * HOP, self.columns * HOP).astype(np.float32) / 32767)}
+        sound = self.set.column(clip, "sound", "<i2", first * HOP, self.columns * HOP)
+        return {"wav": torch.from_numpy(sound.astype(np.float32) / 32767)}
 
 
 class Pairs(Windows):
@@ -723,7 +744,7 @@ class Pairs(Windows):
         width = self.set.about["width"]
         there = int(self.set.index[clip]["features"][1]) // (2 * width)
         first = int(draw.integers(max(0, there - frames) + 1))
-        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(-1, width)       # (f, 512)
+        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(-1, width)   # (f, 512)
         sound = self.set.column(clip, "sound", "<i2", round(first / self.fps * SAMPLE_RATE), samples)
         return (padded(features.astype(np.float32), frames, repeat=True),
                 padded(sound.astype(np.float32) / 32767, samples))
@@ -752,7 +773,7 @@ def main():
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("raw", type=Path, help="folder of videos")
     p.add_argument("out", type=Path, help="folder of the set; one that is there is gone on with")
-    p.add_argument("--csv", type=Path, help="rows `id,start,label,train|test`, as VGGSound's: which clips, their labels and splits")
+    p.add_argument("--csv", type=Path, help="rows `id,start,label,train|test`, as VGGSound's: clips, labels and splits")
     p.add_argument("--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)")
     p.add_argument("--size", type=int, default=64, help="side of the square frames in pixels (mini: 64, paper: 224)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")

@@ -42,7 +42,7 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts"
 class MediaError(Exception):
     """A user's file cannot be used: one line naming the file, the reason and the remedy."""
 
-    def __str__(self):                           # a data loader's worker hands it on inside a traceback, as the last line
+    def __str__(self):                           # a data loader's worker hands it on as the last line of a traceback
         return super().__str__().strip().split("\n")[-1].removeprefix(f"{__name__}.MediaError: ")
 
 
@@ -260,8 +260,8 @@ def frames_from(path, start):
 
 
 def pictures(path, fps, size, start=0.0, duration=None):
-    """What a viewer sees at start + i/fps, one after the other: uint8 (size, size, 3), the same array again where nothing new
-    is shown. However long the video is, one frame of it is held in memory."""
+    """What a viewer sees at start + i/fps, one after the other: uint8 (size, size, 3), the same array again where nothing
+    new is shown. However long the video is, one frame of it is held in memory."""
     info = probe(path)
     if not 0 <= start < info.duration:
         raise MediaError(f"{path}: --start {start:g} lies outside its {info.duration:.3f} s; choose an earlier start")
