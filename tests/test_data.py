@@ -188,10 +188,21 @@ def test_jpegs_are_close_in_every_colour_and_at_every_size(size, n):
         data.decode_jpegs([next(data.encode_jpegs(images, size))], size + 1)
 
 
-def test_a_picture_that_is_held_is_encoded_once(raw):
+def test_a_picture_that_is_held_is_encoded_once():
     image = np.zeros((16, 16, 3), np.uint8)
     jpegs = list(data.encode_jpegs([image, image, image + 90], 16))
     assert jpegs[0] is jpegs[1] and jpegs[0] != jpegs[2]
+
+
+def test_frames_go_to_the_encoder_one_by_one(raw):
+    """However long a film is, nobody holds it decoded."""
+    taken = []
+    jpegs = data.encode_jpegs((taken.append(k) or np.full((16, 16, 3), k, np.uint8) for k in range(9)), 16)
+    for k in range(1, 4):
+        next(jpegs)
+        assert len(taken) == k
+    film = data.pictures(raw / "c.mp4", 1000, 16)                # would be three thousand frames
+    assert next(film) is next(film)
 
 
 def test_clips_keep_picture_and_sound_together(set_of_four):
