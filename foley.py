@@ -73,8 +73,18 @@ MATERIALS = {
                           170, .14, 1., 1.6, 520, .030, (1, 1.9, 2.7)),
     "water": Material((.16, .42, .70), (.30, .60, .85), "waves", .3, 0.,
                       700, .18, .0, .12, 2500, .008, (1,)),
+    # of set "other" alone: what a model trained on the usual set has never seen or heard
+    "bell": Material((.50, .33, .12), (.28, .36, .26), "rings", .7, .45,
+                     720, 3., .25, .05, 4500, .003, (1, 1.2, 1.5, 2, 2.67, 4)),
+    "ice": Material((.86, .93, 1.), (.60, .76, .95), "mottle", .8, .35,
+                    3300, .10, .5, .9, 5800, .008, (1, 1.87, 2.71, 3.5)),
+    "drum": Material((.93, .86, .72), (.45, .08, .10), "band", .1, .70,
+                     140, .50, .8, .3, 700, .010, (1, 1.59, 2.14, 2.3, 2.65, 2.92)),
+    "bamboo": Material((.80, .74, .34), (.47, .44, .16), "halves", .3, .55,
+                       620, .09, .6, .8, 1500, .008, (1, 2.32, 3.9, 5.2)),
 }
-SOLIDS = tuple(name for name in MATERIALS if name != "water")
+OTHER = ("bell", "ice", "drum", "bamboo")
+SOLIDS = {"usual": tuple(name for name in MATERIALS if name not in ("water", *OTHER)), "other": OTHER}
 FLOORS = ("wood", "stone", "ceramic", "metal", "rubber")
 
 
@@ -130,6 +140,7 @@ class World:
     ground: Thing               # the floor itself
     times: np.ndarray           # of the frames (f,)
     duration: float
+    solids: tuple = SOLIDS["usual"]                 # what things are made of
     scenery: list = field(default_factory=list)     # sprites that never move
     sprites: list = field(default_factory=list)     # sprites that may, drawn in this order
     impacts: list = field(default_factory=list)
@@ -340,7 +351,7 @@ def act_bodies(world, rng, left, right):
     for place in rng.permutation(count):
         size = min(rng.uniform(0.05, 0.11), 0.42 * (right - left) / count)
         x = left + 0.02 + (right - left - 0.04) * (place + rng.uniform(0.4, 0.6)) / count
-        thing = Thing.make(rng, str(rng.choice([m for m in SOLIDS if m not in unfit])), size)
+        thing = Thing.make(rng, str(rng.choice([m for m in world.solids if m not in unfit])), size)
         release = rng.uniform(0.2, 0.62 * world.duration)
         looks, lies, hung = looks + [jitter(rng, thing.material)], target and not bodies, rng.random() < 0.45
         y, throw = -size - 0.02, (rng.uniform(-0.7, 0.7), rng.uniform(0, 0.8))
@@ -380,7 +391,7 @@ def ease(u):
 def act_hammer(world, rng, left, right):
     """A mallet strikes a plate on the floor; some swings stop short of it and make no sound."""
     width, middle, floor = right - left, (left + right) / 2, world.floor
-    plate = Thing.make(rng, str(rng.choice(SOLIDS)), min(rng.uniform(0.09, 0.18), 0.32 * width))
+    plate = Thing.make(rng, str(rng.choice(world.solids)), min(rng.uniform(0.09, 0.18), 0.32 * width))
     head = Thing.make(rng, str(rng.choice(["wood", "metal", "rubber", "stone", "plastic"])), rng.uniform(0.045, 0.075))
     thick, arm, side = rng.uniform(0.025, 0.045), min(rng.uniform(0.25, 0.45), 0.6 * width), rng.choice([-1, 1])
     top, flat = floor - 0.03 - 2 * thick, (plate.size - 0.01, thick - 0.01)
@@ -445,7 +456,7 @@ def act_drip(world, rng, left, right):
 def act_glide(world, rng, left, right):
     """A ball rolls, or a rod pushes a block, in smooth bursts; the end of a burst may run into a post."""
     ball = rng.random() < 0.5
-    material = str(rng.choice([m for m in SOLIDS if not ball or m != "cardboard"]))
+    material = str(rng.choice([m for m in world.solids if not ball or m != "cardboard"]))
     thing = Thing.make(rng, material, min(rng.uniform(0.05, 0.09), 0.25 * (right - left)))
     post, size = posts(world, rng, left, right, rng.uniform(0.2, 0.45)), thing.size
     fine, bounce = np.arange(round(world.duration * FINE)) / FINE, MATERIALS[material].bounce
@@ -488,7 +499,7 @@ def act_glide(world, rng, left, right):
 def distract(world, rng):
     """Something that moves and never touches anything, and so makes no sound."""
     t, kind = world.times, rng.choice(["float", "pendulum", "bird", "car", "yoyo", "arc"])
-    material, size = str(rng.choice(SOLIDS)), rng.uniform(0.04, 0.09)
+    material, size = str(rng.choice(world.solids)), rng.uniform(0.04, 0.09)
     f, p, look, put = rng.uniform(0.15, 0.7, 3), rng.uniform(0, 7, 3), jitter(rng, material), world.sprites.append
     if kind == "float":
         x, y = 0.5 + 0.45 * np.sin(f[0] * t + p[0]), 0.3 + 0.2 * np.sin(f[1] * 2 * t + p[1])
@@ -521,9 +532,9 @@ def distract(world, rng):
         put(body_sprite(look, ball, size, 0.5 + speed * s, 0.25 + sag * s * s, 4 * s, np.abs(s) < 1.2))
 
 
-def imagine(rng, times, duration):
+def imagine(rng, times, duration, solids):
     """One try at a world: a floor, one to three acts side by side (none in a few worlds), distractors."""
-    world = World(rng.uniform(0.74, 0.9), Thing.make(rng, str(rng.choice(FLOORS)), 0.25), times, duration)
+    world = World(rng.uniform(0.74, 0.9), Thing.make(rng, str(rng.choice(FLOORS)), 0.25), times, duration, solids)
     world.scenery.append(Sprite(jitter(rng, world.ground.material), 0.5, world.floor + 0.5, (0.9, 0.495), 0.005))
     for _ in range(int(rng.choice([0, 1, 2, 3], p=[.35, .35, .2, .1]))):
         distract(world, rng)
@@ -545,10 +556,10 @@ def acceptable(world, lanes):
     return len(hits) <= max(3, 1.5 * world.duration) and gaps.min() > 0.03 and np.mean(gaps < 0.12) <= 0.3
 
 
-def make_world(rng, times, duration):
+def make_world(rng, times, duration, solids=SOLIDS["usual"]):
     """The first acceptable world that the stream of chance brings."""
     for _ in range(100):
-        world, lanes = imagine(rng, times, duration)
+        world, lanes = imagine(rng, times, duration, solids)
         if acceptable(world, lanes):
             break
     return world
@@ -770,18 +781,18 @@ class Clip(NamedTuple):
     labels: dict
 
 
-def make_clip(seed, index, size=96, fps=15.625, duration=8.192):
-    """Clip `index` of set `seed`. World, picture and sound draw from streams of their own."""
+def make_clip(seed, index, size=96, fps=15.625, duration=8.192, materials="usual"):
+    """Clip `index` of set `seed`, of things made of `SOLIDS[materials]`. World, picture and sound draw from streams of their own."""
     world_rng, draw_rng, sound_rng = (np.random.default_rng([seed, index, k]) for k in range(3))
     total = max(1, round(duration * fps))
-    world = make_world(world_rng, np.arange(total) / fps, total / fps)
+    world = make_world(world_rng, np.arange(total) / fps, total / fps, SOLIDS[materials])
     onsets = [{"time": round(float(h.time), 5), "material": h.thing.material, "strength": round(float(h.strength), 4),
                "kind": h.kind, "other": h.other.material} for h in world.audible()]
     sustained = [{"start": round(float(r.start), 5), "end": round(float(r.start) + len(r.speed) / FINE, 5),
                   "kind": r.kind, "material": r.thing.material,
                   "strength": round(float(min(r.speed.max() / 0.8, 1.2)), 4)} for r in world.rubs]
     labels = {"onsets": onsets, "sustained": sustained, "seed": seed, "index": index, "duration": total / fps,
-              "fps": fps, "size": size, "floor": world.ground.material}
+              "fps": fps, "size": size, "materials": materials, "floor": world.ground.material}
     return Clip(draw(world, draw_rng, size), sound(world, sound_rng, round(total / fps * SAMPLE_RATE)), labels)
 
 
@@ -837,11 +848,12 @@ def standing(out, indices, kind):
         try:
             labels = json.loads(path.with_suffix(".json").read_text())
             same = all(labels[key] == kind[key] for key in ("seed", "size", "fps")) and labels["index"] == index
+            same = same and labels.get("materials", "usual") == kind.get("materials", "usual")
             same = same and round(kind["duration"] * kind["fps"]) == round(labels["duration"] * kind["fps"])
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
-            raise MediaError(f"{path}: not a clip of this set (seed, size, fps or duration differ); give another OUT")
+            raise MediaError(f"{path}: not a clip of this set (seed, size, fps, duration or materials differ); give another OUT")
     return missing
 
 
@@ -877,6 +889,8 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=96, help="width and height in pixels, even (96)")
     parser.add_argument("--fps", type=float, default=15.625, help="frames a second (15.625)")
     parser.add_argument("--duration", type=float, default=8.192, help="seconds (8.192)")
+    parser.add_argument("--materials", choices=list(SOLIDS), default="usual", help="what things are made of; other: four materials "
+                        "that the usual set has not, to fine-tune on (usual)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
     args = parser.parse_args(argv)
     for flag, fine, need in (("--clips", args.clips > 0, "1 or more"), ("--seed", args.seed >= 0, "0 or more"),
@@ -888,7 +902,7 @@ def main(argv=None):
             parser.error(f"{flag}: must be {need}")
     try:
         made = make_set(args.out, args.clips, args.workers, args.start, seed=args.seed, size=args.size, fps=args.fps,
-                        duration=args.duration)
+                        duration=args.duration, materials=args.materials)
     except MediaError as error:
         print(f"foley.py: {error}", file=sys.stderr)
         return 1

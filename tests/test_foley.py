@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import data
-import evaluate
 import foley
 
 SMALL = dict(size=64, fps=15.625, duration=4.096)
@@ -125,10 +124,19 @@ def test_sound_rises_at_the_labels_and_not_before(clips):
     assert len(rises) > 60 and np.percentile(rises, 3) > 3 and np.median(rises) > 15
 
 
+def onsets_of(wav):
+    return data.detect_onsets(data.mel(torch.as_tensor(wav)).numpy())
+
+
+def agreement(wavs, labelled, tolerance):
+    """F1 over all of them."""
+    found = [onsets_of(wav) for wav in wavs]
+    pairs = sum(len(data.match(a, b, tolerance)) for a, b in zip(found, labelled))
+    return data.f1(pairs, sum(map(len, found)), sum(map(len, labelled)))[2]
+
+
 def test_one_detector_finds_the_labels(clips):
-    found = [evaluate.onsets_of(clip.wav) for clip in clips]
-    row = evaluate.score(found, [onset_times(clip) for clip in clips])
-    assert row["onset_f1_100ms"] >= 0.9 and row["onset_f1_50ms"] >= 0.9 and row["desync_ms"] <= 16
+    assert agreement([clip.wav for clip in clips], [onset_times(clip) for clip in clips], 0.05) >= 0.9
 
 
 def test_strengths_spread_over_twenty_decibels_and_onsets_over_the_clip():
@@ -137,7 +145,7 @@ def test_strengths_spread_over_twenty_decibels_and_onsets_over_the_clip():
     assert np.percentile(strengths, 95) - np.percentile(strengths, 5) > 15
     assert np.histogram([o.time for o in onsets], 4, (0, 8.192))[0].min() > 0.1 * len(onsets)
     assert {o.kind for o in onsets} == {"bounce", "wall", "collision", "hammer", "drip"}
-    assert {o.thing.material for o in onsets} == set(foley.MATERIALS)
+    assert {o.thing.material for o in onsets} == {*foley.SOLIDS["usual"], "water"}
 
 
 def sounding(index):
@@ -159,7 +167,7 @@ def test_things_that_touch_nothing_make_no_sound():
             foley.distract(world, rng)
         frames, wav = foley.draw(world, rng, 64), foley.sound(world, rng, 65536)
         assert not world.audible() and np.sqrt(np.mean(wav ** 2)) < 10 ** (-57 / 20)
-        assert len(evaluate.onsets_of(wav)) == 0
+        assert len(onsets_of(wav)) == 0
         assert np.abs(np.diff(frames.astype(int), axis=0)).max() > 20               # though it moves
 
 
@@ -192,7 +200,7 @@ def test_materials_sound_apart():
     for name, size, strength in itertools.product(names, (0.055, 0.07, 0.09, 0.11), (0.2, 0.8)):
         nearest = names[int(np.abs(known - features(name, size, strength)).sum(1).argmin())]
         right[name] += nearest == name
-    assert sum(right.values()) >= 0.8 * 80 and min(right.values()) >= 4
+    assert sum(right.values()) >= 0.8 * 8 * len(names) and min(right.values()) >= 4
 
 
 def test_materials_look_apart():
@@ -207,7 +215,7 @@ def test_materials_look_apart():
     names = list(foley.MATERIALS)
     known = np.array([np.mean([patch(name) for _ in range(8)], 0) for name in names])
     right = sum(names[int(((known - patch(name)) ** 2).sum(1).argmin())] == name for name in names for _ in range(10))
-    assert right >= 85                                              # of 100
+    assert right >= 8.5 * len(names)
 
 
 def test_size_lowers_pitch_and_strength_brightens():
@@ -263,6 +271,13 @@ def test_motion_is_seen_before_every_impact(act):
     assert checked >= 3
 
 
+def test_the_other_set_is_of_other_materials():
+    """Which a model of the usual set has never met; the usual set's clips stay what they are."""
+    heard = [onset["material"] for index in range(8) for onset in foley.make_clip(5, index, 32, materials="other").labels["onsets"]]
+    assert {*heard} - {"water"} == {*foley.SOLIDS["other"]} and not {*foley.SOLIDS["other"]} & {*foley.SOLIDS["usual"]}
+    assert foley.make_clip(5, 0, 32).labels["materials"] == "usual"
+
+
 def test_every_material_pattern_draws_inside_its_shape():
     for name, material in foley.MATERIALS.items():
         canvas = np.full((1, 48, 48, 3), 0.5, np.float32)
@@ -276,5 +291,4 @@ def test_demo_is_the_documented_clip(tmp_path):
     info, wav = data.probe(ROOT / "demo.mp4"), data.read_audio(ROOT / "demo.mp4")
     assert (info.width, info.height, info.frames) == (320, 320, 200) and len(wav) == 128000
     world = foley.make_world(np.random.default_rng([2306, 1274, 0]), np.arange(200) / 25, 8.0)
-    row = evaluate.score([evaluate.onsets_of(torch.as_tensor(wav))], [[h.time for h in world.audible()]])
-    assert row["onset_f1_100ms"] >= 0.9
+    assert agreement([wav], [[h.time for h in world.audible()]], 0.1) >= 0.9
