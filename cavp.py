@@ -15,21 +15,22 @@ by 2.4 %); the pooled features of a long clip are normalised over the 512 featur
 window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent
 moments hardly count as anchors.
 """
+import functools
 import itertools
+import hashlib
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from tqdm import tqdm
 
 import data
 import training
-from checkpoints import Checkpoint, CheckpointError, fill, fitting, write_whole
+from checkpoints import Checkpoint, fill, fitting
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ PRESETS = {
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
 # paper: 300 epochs of 567,980 videos at 8 x 30
-RECIPES = {"mini": dict(steps=1200, batch=16, lr=6e-4, warmup=50, by_loudness=1),
-           "paper": dict(steps=710_000, batch=240, lr=8e-4, warmup=200, by_loudness=0)}
+RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, by_loudness=1),
+           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, by_loudness=0)}
 FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
@@ -294,30 +295,134 @@ def loudness_rise(mel, segments):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def cut_clips(video, wav, config, generator=None):
-    """One training clip a video (mini), or three whose starts are at least half a clip apart (paper: s1 in [0, 8], s2 in
-    [s1+8, 16], s3 in [s2+8, 24]): (b, f, 3, h, w), (b, n) -> (b*clips, frames, 3, h, w), mel (b*clips, 128, s)."""
-    cfg = config
-    columns = cfg.frames // cfg.video_pool * cfg.audio_pool * AUDIO_STEP
+def span(config):
+    """Frames of a video that the clips of one training step lie in."""
+    return config.frames + (config.clips - 1) * config.frames // 2 + (8 if config.clips > 1 else 0)
+
+
+def clip_starts(videos, config, generator):
+    """(videos, clips) first frames: 0 (mini), or three at least half a clip apart (paper: s1 in [0, 8], s2 in [s1+8, 16], s3 in [s2+8, 24])."""
+    starts, half = torch.zeros(videos, config.clips, dtype=torch.long), config.frames // 2
+    for row in starts if config.clips > 1 else ():
+        for k in range(config.clips):
+            low = row[k - 1].item() + half if k else 0
+            row[k] = torch.randint(low, half * (k + 1) + 1, (), generator=generator)
+    return starts
+
+
+def cut_clips(video, wav, config, starts):
+    """The clips of each video that begin at `starts` (b, clips), and their sound from the sample where their first frame starts:
+    (b, f, 3, h, w), (b, n) -> (b*clips, frames, 3, h, w), mel (b*clips, 128, s)."""
+    samples = config.frames // config.video_pool * config.audio_pool * AUDIO_STEP * data.HOP
     videos, wavs = [], []
-    for v, a in zip(video, wav):
-        start, half = 0, cfg.frames // 2
-        for k in range(cfg.clips):
-            low, high = (start + half if k else 0), half * (k + 1)
-            start = torch.randint(low, high + 1, (), generator=generator).item() if cfg.clips > 1 else 0
-            sample = round(start / cfg.fps * data.SAMPLE_RATE)
-            videos.append(v[start:start + cfg.frames])
-            piece = a[sample:sample + columns * data.HOP]
-            wavs.append(F.pad(piece, (0, columns * data.HOP - len(piece))))
+    for v, a, row in zip(video, wav, starts.tolist()):
+        for start in row:
+            videos.append(v[start:start + config.frames])
+            first = round(start / config.fps * data.SAMPLE_RATE)
+            piece = a[first:first + samples]
+            wavs.append(F.pad(piece, (0, samples - len(piece))))
     return torch.stack(videos), data.mel(torch.stack(wavs))
 
 
-def augment(video):
-    """uint8 (b, f, 3, h, w) -> float in [0, 1]; each clip mirrored or not, brighter or darker: neither changes its sound."""
-    b = len(video)
-    video = torch.where(torch.rand(b, 1, 1, 1, 1, device=video.device) < 0.5, video.flip(-1), video).float() / 255
-    gain = torch.empty(b, 1, 1, 1, 1, device=video.device).uniform_(0.7, 1.3)
-    return (video * gain).clamp_(0, 1)
+def augment(video, mirrored, gain):
+    """uint8 (b, f, 3, h, w) -> float in [0, 1]; each clip mirrored or not, brighter or darker (b,): neither changes its sound."""
+    mirrored, gain = (x[:, None, None, None, None] for x in (mirrored, gain))
+    return (torch.where(mirrored, video.flip(-1), video).float() / 255 * gain).clamp_(0, 1)
+
+
+def edge(model):
+    """Consecutive segments of one window could be told apart by their distance to its zero-padded ends, so those are left out."""
+    return math.ceil(model.context / model.config.video_pool) if model.config.clips == 1 else 0
+
+
+def embed(model, video, mel, mirrored, gain):
+    """uint8 (n*clips, f, 3, h, w), (n*clips, 128, s) -> unit features (n, segments, 512) of both, the scale of their products."""
+    video = model.encode_video(augment(video, mirrored, gain), pool=True, normalize=False)
+    audio = model.encode_audio(mel, pool=True, normalize=False)
+    n, cut = len(mel) // model.config.clips, edge(model)
+    video, audio = (F.normalize(x.float(), dim=-1).view(n, -1, x.shape[-1]) for x in (video, audio))
+    return video[:, cut:video.shape[1] - cut], audio[:, cut:audio.shape[1] - cut], model.logit_scale.exp()
+
+
+def moving(model):
+    """The running statistics of all norms that are in training."""
+    return [s for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training for s in (m.running_mean, m.running_var)]
+
+
+def put_together(now, before, chunks):
+    """Running statistics as one process would have them that sees all chunks in order: each process has moved the same `before` by its own
+    `chunks`, each chunk taking a tenth of the way."""
+    if training.world() == 1 or not now:
+        return
+    kept = 0.9 ** chunks
+    ours = torch.cat([(n - kept * b) for n, b in zip(now, before)]) * kept ** (training.world() - 1 - training.rank())
+    dist.all_reduce(ours)
+    for n, b, moved in zip(now, before, ours.split([len(b) for b in before])):
+        n.copy_(kept ** training.world() * b + moved)
+
+
+def backward(run, network, model, device, chunks, seeds, loss_of):
+    """Gradient of a loss over the features of the whole batch, of all processes, in the memory of one chunk (gradient cache, Gao et al. 2021):
+    features of every chunk without a graph, the loss and its gradient with respect to all features, then every chunk again, with a graph
+    that passes its share of that gradient on. Dropout repeats itself, by `seeds`; norms move once a chunk. A single chunk is seen once.
+
+    chunks: what `embed` takes, of each; loss_of(video, audio, scale) -> loss, terms to report. -> the terms"""
+    def features(chunk, seed):
+        torch.manual_seed(seed)
+        with training.autocast(run.args):
+            return network(*(x.to(device, non_blocking=True) for x in chunk))
+
+    before, single = [s.clone() for s in moving(model)], len(chunks) == 1
+    with torch.set_grad_enabled(single):
+        seen = [features(*pair) for pair in zip(chunks, seeds)]
+    after = [b.clone() for b in model.buffers()]
+    video, audio = (training.gathered(torch.cat([x[i].detach() for x in seen])).requires_grad_() for i in (0, 1))
+    scale = seen[0][2].detach().requires_grad_()
+    loss, terms = loss_of(video, audio, scale)
+    gradients = torch.autograd.grad(loss, (video, audio, scale))
+    for i, (chunk, rows) in enumerate(run.parts(network, chunks)):
+        outputs = seen[0] if single else features(chunk, seeds[i])
+        # the processes' gradients are averaged: a feature's comes from one of them, the scale's from all, once
+        shares = *(g[rows] * training.world() for g in gradients[:2]), gradients[2] * (i == 0)
+        torch.autograd.backward(*zip(*[(y, g) for y, g in zip(outputs, shares) if y.requires_grad]))
+    for b, value in zip(model.buffers(), after):
+        b.copy_(value)
+    put_together(moving(model), before, len(chunks))
+    return terms
+
+
+def contrast(video, audio, scale, weights):
+    """Unit features (n, segments, 512) of both, weights (n, segments) or None -> L, what there is to report."""
+    n, segments, _ = video.shape
+    v, a = video.flatten(0, 1), audio.flatten(0, 1)                                      # (n*segments, 512)
+    inter, intra = contrastive_loss(v, a, scale, segments, None if weights is None else weights.flatten())
+    with torch.no_grad():
+        own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)                       # (n, segments)
+        right = (own == torch.arange(segments, device=own.device)).float().mean()
+    return inter + intra, dict(loss=inter + intra, inter=inter, intra=intra, right_moment=right)
+
+
+def retrieval(likeness):
+    """(n, n), rows video and columns sound -> share of the true partner among the nearest one and five, both ways."""
+    scores = {}
+    for name, x in (("video_to_sound", likeness), ("sound_to_video", likeness.T)):
+        place = (x >= x.diagonal()[:, None]).sum(1) - 1         # how many others are as near; a tie is no find
+        scores |= {f"val_{name}_r{k}": (place < k).float().mean().item() for k in (1, 5)}
+    return scores
+
+
+def validate(model, clips, device, most=128, together=8):
+    """Retrieval among at most `most` windows: two are as alike as their features are on average, moment by moment."""
+    found, config = [], replace(model.config, clips=1)
+    for i in range(0, min(most, len(clips)), together):
+        items = [clips[k] for k in range(i, min(i + together, most, len(clips)))]
+        video, wav = (torch.stack([item[k] for item in items]) for k in ("video", "wav"))
+        video, mel = cut_clips(video, wav, config, torch.zeros(len(items), 1, dtype=torch.long))
+        v = model.encode_video(video.to(device).float() / 255, pool=True).view(len(items), -1, config.embed_dim)
+        a = model.encode_audio(mel.to(device), pool=True).view(len(items), -1, config.embed_dim)
+        found.append((v.float(), a.float()))
+    v, a = (torch.cat(x) for x in zip(*found))                                           # (n, segments, 512)
+    return retrieval(torch.einsum("isd,jsd->ij", v, a) / v.shape[1]), []
 
 
 def train(args):
@@ -326,62 +431,58 @@ def train(args):
     config = model.config
     model = model.train().to(device)
     model.spec_encoder.to(memory_format=torch.channels_last)
+    training.freeze(args, model)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]      # norms, biases, logit_scale: not decayed, as published
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args.lr)
+    optimizer = training.adamw([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args)
     ema = training.EMA(model)
-    span = config.frames + (config.clips - 1) * config.frames // 2 + (8 if config.clips > 1 else 0)
-    clips = data.Clips(args.data, fps=config.fps, size=config.size, frames=span, seed=args.seed)
-    run = training.Run(args, model, optimizer, asdict(config), ema)
-    loader = training.batches(clips, args, start=run.step)
-    # consecutive segments of one window could be told apart by their distance to its zero-padded ends, so those are left out
-    edge = math.ceil(model.context / config.video_pool) if config.clips == 1 else 0
+    training.recompute(args, model, Bottleneck3d, ConvBlock)
+    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
+    reader = functools.partial(data.Clips, root, config.fps, config.size, span(config), args.seed)
+    clips, held_out = training.divided(reader, data.MediaError)
+    run = training.Run(args, model, optimizer, asdict(config), ema, clips, held_out, functools.partial(validate, device=device))
+    network, cut, n = training.parallel(model, embed), edge(model), args.batch * config.clips
     for step in run:
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(step, args)
-        batch = next(loader)
-        video, mel = cut_clips(batch["video"], batch["wav"], config)
-        with training.autocast(args):
-            v = model.encode_video(augment(video.to(device)), pool=True, normalize=False)
-            a = model.encode_audio(mel.to(device), pool=True, normalize=False)
-        v, a = (F.normalize(x.float(), dim=-1).view(args.batch, -1, config.embed_dim) for x in (v, a))   # (b, segments, 512)
-        v, a = v[:, edge:v.shape[1] - edge], a[:, edge:a.shape[1] - edge]
-        segments, weights = v.shape[1], None
-        if args.by_loudness:
-            weights = loudness_rise(mel.to(device), segments + 2 * edge)[:, edge:segments + edge].flatten()
-        v, a = v.flatten(0, 1), a.flatten(0, 1)                                          # (b*segments, 512)
-        inter, intra = contrastive_loss(v, a, model.logit_scale.exp(), segments, weights)
-        loss = inter + intra
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        draw = training.generator(args, step)
+        starts = clip_starts(args.batch, config, draw)
+        mirrored, gain = torch.rand(n, generator=draw) < 0.5, torch.empty(n).uniform_(0.7, 1.3, generator=draw)
+        chunks, weights, seeds = [], [], []
+        for batch, rows in run.parts(network):
+            video, mel = cut_clips(batch["video"], batch["wav"], config, starts[rows])
+            many = slice(config.clips * rows.start, config.clips * rows.stop)
+            chunks.append((video, mel, mirrored[many], gain[many]))
+            segments = config.frames // config.video_pool
+            weights.append(loudness_rise(mel, segments)[:, cut:segments - cut].reshape(args.micro_batch, -1))
+            seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
+        weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
+        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights))
+        norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        ema.update(model)
-        right = ((v @ a.T).view(args.batch, segments, args.batch, segments).diagonal(dim1=0, dim2=2).argmax(1)
-                 == torch.arange(segments, device=device)[:, None]).float().mean()
-        run.report(loss=loss.item(), inter=inter.item(), intra=intra.item(), right_moment=right.item())
-    run.save()
+        run.report(**terms, gradient_norm=norm)
 
 
 def extract(args):
-    """A file a clip: features (f, 512) float16 and sound int16 (n,), on one clock: what `ldm.py --data` reads."""
-    training.settle(args, RECIPES, "cavp")
+    """A set of every clip's features (f, 512) float16 and sound int16 (n,), on one clock: what `ldm.py --data` reads. Clips that it holds
+    already are not computed again."""
+    training.settle(args, RECIPES, "cavp", trains=False)
     if not args.init:
         raise training.TrainingError("--extract needs the trained network: add --init runs/cavp/last.safetensors")
     model = CAVP.load(args.init, args.device)
-    clips = data.Clips(args.data, fps=model.config.fps, size=model.config.size)
-    about = {"fps": str(model.config.fps)}
-    for i in tqdm(range(len(clips)), desc="extract"):
-        clip = clips[i]
-        path = Path(args.extract) / f"{Path(clip['name']).as_posix().replace('/', '__')}.safetensors"
-        if path.exists():
-            continue
-        with training.autocast(args):
-            features = model.encode_clip(clip["video"], chunk=128)
-        sound = (clip["wav"].clamp(-1, 1) * 32767).round().to(torch.int16)
-        write_whole(path, safetensors_bytes({"features": features.half().cpu(), "sound": sound}, about))
+    config, mark = model.config, hashlib.sha256(model.video_project_head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+    root = data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
+    clips = data.Clips(root, config.fps, config.size)
+    about = {"columns": ["features", "sound"], "fps": config.fps, "width": config.embed_dim, "network": mark}
+    with data.Writer(args.extract, about) as writer:
+        for i in tqdm(range(len(clips)), desc="extract", unit="clip"):
+            name, label, split = clips.about(i)
+            if name not in writer.names:
+                clip = clips[i]
+                with training.autocast(args):
+                    features = model.encode_clip(clip["video"], chunk=128)
+                sound = (clip["wav"] * 32767).round().to(torch.int16)
+                writer.add(name, label, split, {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()})
+        writer.finish(needed=("val",))
 
 
 def main(argv=None):
@@ -390,10 +491,8 @@ def main(argv=None):
                    "above the clip's median; 0: all alike, as published; the preset's by default")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
     args = p.parse_args(argv)
-    try:
+    with training.command("cavp.py", data.MediaError):
         (extract if args.extract else train)(args)
-    except (CheckpointError, data.MediaError) as e:
-        sys.exit(f"cavp.py: {e}")
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def fitting(path, cls):
     """Around building and filling a network of `cls`: what a strange configuration or another network's weights raise, as one line."""
     try:
         yield
-    except (RuntimeError, KeyError, TypeError) as e:
+    except (RuntimeError, KeyError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
         raise CheckpointError(f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network") from None
 
@@ -276,6 +276,8 @@ def writing(path):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())                                # else a power cut can leave the new name with nothing behind it
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e

@@ -16,7 +16,7 @@ latent columns it belongs to in time (`aligned`), because its short training can
 """
 import argparse
 import functools
-import sys
+import itertools
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,13 +28,13 @@ from torch import nn
 import data
 import stable_diffusion
 import training
-from checkpoints import Checkpoint, CheckpointError, convert, fill, fitting
+from checkpoints import Checkpoint, convert, fill, fitting
 from kernels.attention import attention
 from kernels.packed import add_product
 from kernels.solver import multistep
 from kernels.transformer import add_layer_norm, geglu
 from vae import PRESETS as VAE_PRESETS
-from vae import LATENT_SCALE, AutoencoderKL, GroupNorm, VAEConfig, sample_posterior, tuples
+from vae import LATENT_SCALE, AutoencoderKL, GroupNorm, VAEConfig, onset_agreement, sample_posterior, tuples
 
 # latents are scaled by LATENT_SCALE in this file and nowhere else
 LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
@@ -724,27 +724,51 @@ TIMES = {"dpm": lambda steps: dpm_table(steps)[0], "ddim": lambda steps: torch.t
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def start(args, model, parts):
-    """Loader, run and optimizer over `parts` of `model`, whose networks are on the device already."""
+def start(args, model, validate):
+    """-> run, optimizer and average of a `model` that is on the device already."""
     cfg = model.config
-    parameters = [p for part in parts for p in part.parameters()]
-    # torch's default decay, as published
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
+    training.freeze(args, model)
+    optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)       # torch's default decay, as published
     ema = training.EMA(model)                       # the published run has none; it costs nothing at sampling time
-    pairs = data.Pairs(args.data, fps=cfg.fps, frames=cfg.frames, merge=args.merge, roll=args.roll, seed=args.seed)
-    run = training.Run(args, model, optimizer, asdict(cfg), ema)
-    return run, optimizer, ema, training.batches(pairs, args, start=run.step)
+    training.recompute(args, model, ResBlock, SpatialTransformer)
+    if args.data.is_dir() and not (args.data / "set.json").is_file():
+        raise training.TrainingError(f"{args.data}: no features here; write some with python cavp.py --data CLIPS --init CAVP --extract FEATURES")
+
+    def reader(split):                              # nothing is joined or rotated where it only serves to measure
+        merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
+        return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
+    run = training.Run(args, model, optimizer, asdict(cfg), ema, *training.divided(reader, data.MediaError), validate)
+    return run, optimizer, ema
 
 
-def update(args, step, loss, optimizer, ema, model, final):
-    """One optimizer step, the gradient clipped at 1 (officially not at all); parameters without a gradient (the autoencoder) stay as they are."""
-    for group in optimizer.param_groups:
-        group["lr"] = training.learning_rate(step, args, final)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    ema.update(model)
+def latents(first_stage, mel, noise):
+    """mel (b, 128, s), noise (b, 4, 16, s/8) -> scaled latents (b, 4, 16, s/8), a sample of the posterior."""
+    with torch.no_grad():
+        mean, logvar = first_stage.encode(mel[:, None])
+    return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
+
+
+def denoising_loss(model, z, t, noise, features):
+    """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512)."""
+    eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
+    return F.mse_loss(eps.float(), noise)
+
+
+def validate_ldm(model, pairs, device, most=16, drawn=4):
+    """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
+    g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
+    t, frames = torch.tensor([100, 350, 600, 850], device=device), model.config.frames
+    for i in range(min(most, len(pairs))):
+        item = pairs[i]
+        mel, features = data.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
+        z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(len(t), -1, -1, -1)
+        noise = torch.randn(z.shape, generator=g).to(device)
+        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1)).item())
+        if i < drawn:
+            eps = guided_eps(model.unet, model.conditioner(features), model.null_context(frames), model.config.guidance)
+            made = dpm_solver(eps, torch.randn(shape, generator=g).to(device), 25)
+            mels.append((mel[0], model.decode(made)[0]))
+    return {"val_loss": sum(losses) / len(losses), "val_onset_f1": onset_agreement(mels)}, mels
 
 
 def initial(args):
@@ -774,27 +798,35 @@ def initial(args):
     return model
 
 
+def rate(args):
+    """What the learning rate's cosine ends at, as a share of its peak; the published rate stays constant."""
+    return 0.05 if args.preset == "mini" else 1.0
+
+
 def train_ldm(args, device):
     """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
     (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
     half as much as the small U-Net's training."""
     model = initial(args).to(device, memory_format=torch.channels_last).train()
-    model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False).eval()
-    run, optimizer, ema, loader = start(args, model, (model.unet, model.conditioner))
+    model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False)
+    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device))
+    network, n = training.parallel(model, denoising_loss), args.repeats
     for step in run:
-        batch = next(loader)
-        mel = data.mel(batch["wav"].to(device))                                          # (b, 128, 512)
-        with training.autocast(args):
-            z = model.encode(mel).repeat_interleave(args.repeats, 0)                     # (b*repeats, 4, 16, 64)
-        features = batch["features"].to(device).repeat_interleave(args.repeats, 0)       # (b*repeats, f, 512)
-        features = features * (torch.rand(len(z), 1, 1, device=device) >= 0.2)
-        t, noise = torch.randint(0, 1000, (len(z),), device=device), torch.randn_like(z)
-        with training.autocast(args):
-            eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
-        loss = F.mse_loss(eps.float(), noise)
-        update(args, step, loss, optimizer, ema, model, final=0.05 if args.preset == "mini" else 1.0)
-        run.report(loss=loss.item())
-    run.save()
+        draw = training.generator(args, step)
+        posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
+        noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=draw)
+        t = torch.randint(0, 1000, (args.batch * n,), generator=draw)
+        kept = torch.rand(args.batch * n, 1, 1, generator=draw) >= 0.2
+        for batch, rows in run.parts(network):
+            many = slice(n * rows.start, n * rows.stop)
+            mel = data.mel(batch["wav"].to(device, non_blocking=True))                   # (b, 128, 512)
+            features = batch["features"].to(device, non_blocking=True).repeat_interleave(n, 0) * kept[many].to(device)   # (b*n, f, 512)
+            with training.autocast(args):
+                z = latents(model.vae, mel, posterior[rows].to(device)).repeat_interleave(n, 0)      # (b*n, 4, 16, 64)
+                loss = network(z, t[many].to(device), noise[many].to(device), features)
+            (loss / run.count).backward()
+            run.add(loss=loss)
+        run.report(gradient_norm=training.update(args, step, optimizer, ema, model, rate(args)))
 
 
 def pairings(features, generator=None):
@@ -815,6 +847,25 @@ def pairings(features, generator=None):
     return out, (kind < 0.5).float()[:, None]
 
 
+def classify(model, z, t, noise, features):
+    return model.logit(q_sample(z, t, noise), t, features).float()
+
+
+def validate_align(model, pairs, device, first_stage, most=32, repeats=4):
+    """Loss and share of right answers over pairings and noise levels of at most `most` clips, the same ones every time."""
+    g, items = torch.Generator().manual_seed(0), [pairs[i] for i in range(min(most, len(pairs)))]
+    features, label = pairings(torch.stack([item["features"] for item in items]).repeat_interleave(repeats, 0), g)
+    logits = []
+    for i, item in enumerate(items):
+        rows = slice(repeats * i, repeats * (i + 1))
+        z = latents(first_stage, data.mel(item["wav"].to(device))[None], torch.randn(1, *LATENT_SHAPE, generator=g).to(device))
+        t, noise = torch.randint(0, 1000, (repeats,), generator=g), torch.randn(repeats, *LATENT_SHAPE, generator=g)
+        logits.append(classify(model, z.expand(repeats, -1, -1, -1), t.to(device), noise.to(device), features[rows].to(device)).cpu())
+    logits = torch.cat(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, label).item()
+    return {"val_loss": loss, "val_accuracy": ((logits > 0) == (label > 0.5)).float().mean().item()}, []
+
+
 def train_align(args, device):
     """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232)."""
     if args.batch < 2:
@@ -824,23 +875,27 @@ def train_align(args, device):
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
     model = model.to(device, memory_format=torch.channels_last)
     first_stage = AutoencoderKL.load(args.vae, device).requires_grad_(False)
-    run, optimizer, ema, loader = start(args, model, (model,))
+    run, optimizer, ema = start(args, model, functools.partial(validate_align, device=device, first_stage=first_stage))
+    network, n = training.parallel(model, classify), args.repeats
     for step in run:
-        batch = next(loader)
-        with training.autocast(args), torch.no_grad():
-            mean, logvar = first_stage.encode(data.mel(batch["wav"].to(device))[:, None])
-        z = (LATENT_SCALE * sample_posterior(mean.float(), logvar.float())).repeat_interleave(args.repeats, 0)
-        features, label = pairings(batch["features"].to(device).repeat_interleave(args.repeats, 0))
-        t, noise = torch.randint(0, 1000, (len(z),), device=device), torch.randn_like(z)
-        with training.autocast(args):
-            logit = model.logit(q_sample(z, t, noise), t, features).float()
-        loss = F.binary_cross_entropy_with_logits(logit, label.to(device))
-        update(args, step, loss, optimizer, ema, model, final=0.05 if args.preset == "mini" else 1.0)
-        right = ((logit > 0) == (label.to(device) > 0.5)).float()
-        clean = (t < 300).float()[:, None]
-        run.report(loss=loss.item(), accuracy=right.mean().item(),
-                   accuracy_t300=((right * clean).sum() / clean.sum().clamp(min=1)).item())
-    run.save()
+        draw = training.generator(args, step)
+        posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
+        noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=draw)
+        t = torch.randint(0, 1000, (args.batch * n,), generator=draw)
+        loaded = list(itertools.islice(run.loader, run.count))
+        # of the whole batch, because the other clip of a wrong pair may be another process's
+        features = training.gathered(torch.cat([batch["features"] for batch in loaded]).to(device))
+        features, label = pairings(features.repeat_interleave(n, 0), draw)
+        for batch, rows in run.parts(network, loaded):
+            many = slice(n * rows.start, n * rows.stop)
+            mel, right = data.mel(batch["wav"].to(device, non_blocking=True)), label[many].to(device)
+            with training.autocast(args):
+                z = latents(first_stage, mel, posterior[rows].to(device)).repeat_interleave(n, 0)
+                logit = network(z, t[many].to(device), noise[many].to(device), features[many])
+            loss = F.binary_cross_entropy_with_logits(logit, right)
+            (loss / run.count).backward()
+            run.add(loss=loss, accuracy=((logit > 0) == (right > 0.5)).float().mean())
+        run.report(gradient_norm=training.update(args, step, optimizer, ema, model, rate(args)))
 
 
 def main_convert(argv):
@@ -868,14 +923,12 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
-    try:
+    with training.command("ldm.py", data.MediaError):
         if first.convert:
             return main_convert(argv)
         args = p.parse_args(argv)
         device = training.settle(args, RECIPES[model], model)
         (train_ldm if model == "ldm" else train_align)(args, device)
-    except (CheckpointError, data.MediaError) as e:
-        sys.exit(f"ldm.py: {e}")
 
 
 if __name__ == "__main__":

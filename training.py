@@ -1,30 +1,55 @@
 """What every training loop calls and nobody wants to read four times; the loop itself stays visible in each stage.
 
-in   parsed arguments, a network, its configuration, batches
-out  OUT/last.safetensors   weights (the moving average where there is one) with the configuration in the header: what `load` takes
-     OUT/last.state.pt      what --resume needs beside it: raw weights, optimizer, step, random state (tensors and numbers only)
-     OUT/log.jsonl          one line a report: step, loss terms, learning rate, seconds
-     OUT/curves.png         the same as a picture, redrawn at every save
+in   parsed arguments, a network, its configuration, a data set
+out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes
+     OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers only);
+                            OUT/previous.state.pt is the one before, for the day that the last one is damaged
+     OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of time spent
+                            waiting for data, memory; and at every save a line of validation
+     OUT/curves.png         the same as a picture; OUT/sheet.png: validation spectrograms, true above, made below
+     OUT/left_out.csv       the files of --data that are not trained on, and why
 
-Nothing is half-written (temporary name, then rename) and nothing is unpickled (`weights_only=True`).
+    python vae.py --data clips/                        one process
+    torchrun --nproc_per_node 8 vae.py --data clips/   eight, on as many GPUs or, without any, on the CPU
+
+Whatever is drawn at random in a step comes from a generator seeded with (--seed, step) and is drawn for the whole batch, of which every
+process and micro-batch takes its rows. So the number of processes and the size of micro-batches change no number, and a run that is
+killed and resumed goes on bit for bit. Nothing is half-written (temporary name, then rename) and nothing is unpickled (`weights_only=True`).
 """
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
+import functools
 import io
+import itertools
 import json
 import math
 import os
+import pickle
+import re
 import signal
 import sys
 import time
+import warnings
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, make_folder, save_model, write_whole
+from checkpoints import CheckpointError, fitting, make_folder, save_model, write_whole, writing
+
+
+STATES = "last.state.pt", "previous.state.pt"
 
 
 class TrainingError(CheckpointError):
@@ -45,11 +70,13 @@ def arguments(description, presets):
     p.add_argument("--out", type=Path, help="where the run writes; default runs/STAGE")
     p.add_argument("--preset", choices=list(presets), default="mini", help="network sizes and training recipe")
     p.add_argument("--init", type=Path, help="start from these weights (ours or an official file)")
+    p.add_argument("--freeze", nargs="+", default=[], metavar="NAME", help="keep the parameters fixed whose names, as in the checkpoint, begin so")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.state.pt")
     g = p.add_argument_group("optimization; where not given, the preset's: " + "; ".join(
         f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in recipe.items()) for name, recipe in presets.items()))
     g.add_argument("--steps", type=int, help="optimizer steps")
-    g.add_argument("--batch", type=int, help="clips in one step")
+    g.add_argument("--batch", type=int, help="clips in one step, of all processes together")
+    g.add_argument("--micro-batch", type=int, help="clips in memory at once, of one process; default: the preset's, or all")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--seed", type=int, default=0, help="weights, data order and noise")
@@ -57,10 +84,11 @@ def arguments(description, presets):
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                    help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
-    g.add_argument("--workers", type=int, default=0, help="processes that read data")
+    g.add_argument("--recompute", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a third more time")
+    g.add_argument("--workers", type=int, help="processes that read data, for each one that trains; default: 4 beside a GPU, else 0")
     g.add_argument("--half", action="store_true",
                    help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, each with validation")
     return p
 
 
@@ -87,23 +115,6 @@ def computes_bfloat16(device):
     return torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
-def settle(args, presets, stage):
-    """Fill what the user left to the preset and the machine, seed everything; returns the device. Writes to `args`."""
-    for name, value in presets[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or Path("runs") / stage
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if computes_bfloat16(args.device) else "float32"
-    if args.steps < 1 or args.batch < 1:
-        raise TrainingError("--steps and --batch must be at least 1")
-    keep_freed_memory()
-    torch.manual_seed(args.seed)
-    return torch.device(args.device)
-
-
 def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -117,39 +128,243 @@ def learning_rate(step, args, final=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data order
+# one process or many (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and where they meet)
 
-class Shuffled(torch.utils.data.Sampler):
-    """Endless indices: epoch e is a permutation of the set seeded with (seed, e), given as e * len + i, so that a dataset
-    can draw its own randomness from the index alone; starting at batch k costs nothing, which is what --resume needs."""
-
-    def __init__(self, length, batch, seed, start=0):
-        self.length, self.batch, self.seed, self.start = length, batch, seed, start
-
-    def __iter__(self):
-        position, epoch = self.start * self.batch, -1
-        while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.length, generator=g).tolist()
-            yield epoch * self.length + order[position % self.length]
-            position += 1
+store = None                                                # what the processes share besides collectives
 
 
-def batches(dataset, args, start=0):
-    """Endless iterator of collated batches, the same for any number of workers and after any interruption."""
-    if len(dataset) == 0:
-        raise TrainingError(f"--data {args.data}: no usable clip")
-    # a generator of its own: the loader's draw from the global one would make a resumed run differ from an uninterrupted one
-    loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start),
-                                         generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers,
-                                         pin_memory=args.device == "cuda", persistent_workers=args.workers > 0)
-    return iter(loader)
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Meet the other processes of the job, if there are any."""
+    global store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    patience = timedelta(days=7)                            # the first process may prepare a large set while the others wait
+    store, number, count = next(dist.rendezvous("env://"))
+    store.set_timeout(patience)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=number, world_size=count, timeout=patience)
+    dist.barrier()                                          # connected before anything can go wrong
+
+
+def once(make):
+    """make() -> a path, called in the first process alone: the others wait for what it writes there."""
+    if rank() == 0:
+        path = make()
+        if world() > 1:
+            store.set("path", str(path))
+        return path
+    return Path(store.get("path").decode())
+
+
+def gathered(x):
+    """(n, ...) of every process -> (world * n, ...) in order of rank, without a gradient."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class Step(nn.Module):
+    """A network and what training computes with it, as the one forward that DistributedDataParallel asks for."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *inputs):
+        return self.function(self.model, *inputs)
+
+
+def parallel(model, function):
+    """-> a module that computes function(model, ...); its gradients are averaged over the processes."""
+    step = Step(model, function)
+    if world() == 1:
+        return step
+    with warnings.catch_warnings():                         # the newest torch has another name for the first, others have only this one
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def explain(error, mistakes):
+    """One line about an error that is no bug of ours; None where it may be one, and the traceback says more."""
+    text = (str(error).strip().splitlines() or [""])[-1]    # one from a process that reads data has that one's traceback before it
+    if isinstance(error, (CheckpointError, *mistakes)):
+        return re.sub(r"^[\w.]+Error: ", "", text)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; give a smaller --micro-batch, or --recompute"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the first step"
+    if "DataLoader worker" in str(error):
+        return "a process that reads data died, often for lack of memory (or of /dev/shm); go on with --resume and fewer --workers"
+    return None
+
+
+def first_to_fail():
+    """Whether no other process of the job has failed before: the rest fail only because that one is gone."""
+    try:
+        return store is None or store.add("failed", 1) == 1
+    except RuntimeError:                                    # the process that keeps the store is gone
+        return False
+
+
+@contextlib.contextmanager
+def command(script, *mistakes):
+    """Around a whole command: what goes wrong without being a bug ends it with one line, said by one process."""
+    global store
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not first_to_fail():
+            sys.exit(1)
+        line = explain(error, mistakes)
+        if line is None:
+            raise
+        sys.exit(f"{script}: {line}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        store = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a run
+# before a run
+
+def settle(args, presets, stage, trains=True):
+    """Fill what the user left to the preset and the machine, meet the other processes, seed the weights; returns the device. Writes to `args`."""
+    asked = args.micro_batch
+    for name, value in presets[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs") / stage
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if computes_bfloat16(args.device) else "float32"
+    if args.workers is None:
+        args.workers = 4 if args.device == "cuda" else 0
+    join(args.device)
+    if args.steps < 1 or args.batch < 1:
+        raise TrainingError("--steps and --batch must be at least 1")
+    share, rest = divmod(args.batch, world())
+    if rest:
+        raise TrainingError(f"--batch {args.batch} is not a multiple of the {world()} processes that share it; give one")
+    fits = [n for n in range(1, share + 1) if share % n == 0 and n <= (args.micro_batch or share)]
+    if asked and asked not in fits and asked < share:
+        raise TrainingError(f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}")
+    args.micro_batch = fits[-1]
+    there = any((args.out / name).exists() for name in STATES)
+    if trains and args.resume and not there:
+        raise TrainingError(f"--resume: {args.out} holds no run; leave --resume out to start one, or name it with --out")
+    if trains and there and not args.resume:
+        raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    return torch.device(args.device, torch.cuda.current_device() if args.device == "cuda" else None)
+
+
+def freeze(args, model):
+    """Fix the parameters that --freeze names; parts that are fixed as a whole also stop moving their norms' statistics."""
+    for prefix in args.freeze:
+        found = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not found:
+            parts = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
+            raise TrainingError(f"--freeze {prefix}: no parameter's name begins so; they begin with {', '.join(parts)}")
+        for p in found:
+            p.requires_grad_(False)
+    for part in model.modules():
+        own = list(part.parameters())
+        if own and not any(p.requires_grad for p in own):
+            part.eval()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("--freeze: nothing is left to train; name fewer parts")
+
+
+def recompute(args, model, *blocks):
+    """With --recompute the blocks of these classes keep their input alone for the backward pass."""
+    for part in model.modules() if args.recompute else ():
+        if isinstance(part, blocks):
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random numbers and data order
+
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def generator(args, step):
+    """For all that one step draws, on the CPU: the same for every process, device and micro-batch."""
+    return torch.Generator().manual_seed(seed_of(args.seed, step))
+
+
+class Shuffled(torch.utils.data.Sampler):
+    """Endless indices: epoch e is a permutation of the set seeded with (seed, e), given as e * len + i, so that a dataset
+    can draw its own randomness from the index alone; starting at batch k costs nothing, which is what --resume needs. Of each
+    batch, process `rank` of `world` gets its contiguous share."""
+
+    def __init__(self, length, batch, seed, start=0, rank=0, world=1):
+        self.length, self.batch, self.seed, self.start, self.rank, self.world = length, batch, seed, start, rank, world
+
+    def __iter__(self):
+        share, epoch = self.batch // self.world, -1
+        for step in itertools.count(self.start):
+            first = step * self.batch + self.rank * share
+            for position in range(first, first + share):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.length, generator=g).tolist()
+                yield epoch * self.length + order[position % self.length]
+
+
+def divided(reader, empty):
+    """reader(split=...) -> clips to train on, clips to validate on; None where so small a set has none, which raises `empty`."""
+    clips = reader(split="train")
+    try:
+        return clips, reader(split="val")
+    except empty:
+        return clips, None
+
+
+def deaf(_worker):
+    """Ctrl-C and SIGTERM are for the process that trains; it needs its readers until the step under way is done."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
+class Batches:
+    """Endless iterator over this process's micro-batches, the same for any number of workers and after any interruption;
+    `waited`: the seconds that training stood still for it."""
+
+    def __init__(self, dataset, args, start=0):
+        # a generator of its own: nothing may depend on the global one
+        self.waited, self.loader = 0.0, iter(torch.utils.data.DataLoader(
+            dataset, args.micro_batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
+            generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, worker_init_fn=deaf,
+            pin_memory=args.device == "cuda", persistent_workers=args.workers > 0))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.monotonic()
+        batch = next(self.loader)
+        self.waited += time.monotonic() - start
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a step
 
 class EMA:
     """Moving average of the weights, with a warm-up so that a short run is not an average of noise."""
@@ -160,117 +375,256 @@ class EMA:
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for mean, new in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if mean.is_floating_point():
-                mean.lerp_(new, 1 - decay)
-            else:
-                mean.copy_(new)
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        means, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+        get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))(means, new, self.updates)
+        for mean, count in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(count)
+
+
+def adamw(groups, args, **options):
+    """AdamW over the parameters that are not frozen, in one pass over them where torch has it."""
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return torch.optim.AdamW([group for group in groups if group["params"]], args.lr, fused=True, **options)
+
+
+def update(args, step, optimizer, ema, model, final=0.0):
+    """One step of the optimizer and the average, the gradient clipped at 1; -> the gradient's norm before that."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args, final)
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    ema.update(model)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+def peak_memory(args):
+    """GB, of the GPU where there is one, else of the process."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    with contextlib.suppress(ImportError):                  # Windows has no such account
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return math.nan
+
+
+def newest_state(out):
+    """The last complete training state of a run: torch.save's zip archive holds a checksum of every part."""
+    for name in STATES:
+        path = out / name
+        if path.exists():
+            with contextlib.suppress(OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError):
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if damaged is None:
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if rank() == 0:
+                print(f"{path}: damaged, not used; going on from the checkpoint before it", file=sys.stderr)
+    raise TrainingError(f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew")
+
+
+def read_log(out):
+    """The rows of log.jsonl; a last line that a kill has cut is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (out / "log.jsonl").read_text().splitlines():
+            rows.append(json.loads(line))
+    return rows
 
 
 class Run:
-    """Progress bar, log, saving and resuming of one training run.
+    """Micro-batches, progress, log, validation, saving and resuming of one training run.
 
-        run = Run(args, model, optimizer, config, ema)
-        for step in run:            # from 0, or from where --resume left off; ends at --steps or on Ctrl-C
-            ...
-            run.report(loss=loss.item(), lr=lr)
-        run.save()
+        run = Run(args, model, optimizer, config, ema, clips, held_out, validate)
+        for step in run:                            # from 0, or from where --resume left off; saves as it goes and at its end
+            for batch, rows in run.parts(network):  # this process's micro-batches; `rows` says which of the whole batch they are
+                loss = network(...)
+                (loss / run.count).backward()
+                run.add(loss=loss)
+            run.report(gradient_norm=update(...))
+
+    held_out: clips that are not trained on, or None; validate(model, held_out) -> {name: number}, [(true, made) mels (128, s)], called
+    without gradients on the averaged weights;
+    export(model) -> the copy that is written for `load`, where it differs from the network in training.
     """
 
-    def __init__(self, args, model, optimizer, config, ema=None, export=None):
-        # export(model) -> the copy that is written for `load`, where it differs from the network in training
-        self.args, self.model, self.optimizer, self.config, self.ema, self.export = args, model, optimizer, config, ema, export
-        self.step, self.elapsed, self.interrupted = 0, 0.0, False
+    def __init__(self, args, model, optimizer, config, ema, clips, held_out, validate, export=None):
+        self.args, self.model, self.optimizer, self.config, self.ema = args, model, optimizer, config, ema
+        self.held_out, self.validate, self.export = held_out, validate, export
+        self.count = args.batch // world() // args.micro_batch          # micro-batches of a step
+        self.step, self.elapsed, self.totals, self.terms, self.clips = 0, 0.0, {}, {}, len(clips)
+        self.asked = self.interrupted = False
         if args.resume:
             self.restore()
-        elif (args.out / "last.state.pt").exists():
-            raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
-        make_folder(args.out)                               # an unwritable place is noticed before the work, not after
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{args.out}: {parameters / 1e6:.1f} M parameters, {args.device} {args.dtype}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} threads, steps {self.step}..{args.steps} of {args.batch} clips", flush=True)
+        self.saved, self.begun = self.step, self.step
+        left_out = clips.left_out if rank() == 0 else []
+        if rank() == 0:
+            self.tidy(left_out)
+        self.loader = Batches(clips, args, self.step)
+        trained, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad == k) / 1e6 for k in (True, False))
+        if rank() == 0:
+            print(f"{args.out}: {trained:.1f} M parameters" + f" and {fixed:.1f} M fixed" * (fixed > 0)
+                  + f", {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} threads, torch {torch.__version__}, "
+                  + f"{len(clips)} clips" + f" ({len(left_out)} left out: {args.out / 'left_out.csv'})" * bool(left_out)
+                  + f", steps {self.step}..{args.steps} of {args.batch} clips, {args.micro_batch} at once"
+                  + (f", validated on {len(held_out)} others" if held_out else ", nothing to validate on"), flush=True)
+
+    def tidy(self, left_out):
+        """An unwritable place is noticed before the work, not after; what a killed process left is taken away."""
+        out = make_folder(self.args.out)
+        for part in out.glob(".*.part"):
+            part.unlink()
+        rows = [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
+        write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if left_out:
+            table = io.StringIO()
+            csv.writer(table).writerows([("name", "reason"), *left_out])
+            write_whole(out / "left_out.csv", table.getvalue().encode())
 
     def __iter__(self):
-        """Steps; the first Ctrl-C (or SIGTERM) ends the loop after the step under way, so that everything is saved."""
-        def stop(*_):
-            self.interrupted = True
-        old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.out.name, dynamic_ncols=True)
-        self.clock, self.totals = time.monotonic(), {}
+        """Steps. The first Ctrl-C or SIGTERM, in any process, ends the loop of all after the step under way, saved."""
+        def ask(*_):
+            self.asked = True
+        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.out.name, dynamic_ncols=True, disable=rank() > 0)
+        self.clock = self.mark = time.monotonic()
         try:
             while self.step < self.args.steps and not self.interrupted:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                if self.step % self.args.save_every == 0:
+                if self.step - self.begun == 10:
+                    pace = (time.monotonic() - self.clock) / 10
+                    self.bar.write(f"{self.args.out}: {pace:.2f} s a step, about {(self.args.steps - self.step) * pace / 60:.0f} minutes to go")
+                if self.step % self.args.save_every == 0 or self.step == self.args.steps or self.interrupted:
                     self.save()
         finally:
             self.bar.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
-        if self.interrupted:
+        if self.interrupted and rank() == 0:
             print(f"{self.args.out}: stopped after step {self.step}; go on with --resume", file=sys.stderr)
 
+    def parts(self, network, source=None):
+        """(micro-batch, its rows of the whole batch), from the data set or a list; processes exchange gradients in the last one."""
+        first = rank() * self.count
+        for i, batch in zip(range(self.count), source or self.loader):
+            alone = network.no_sync() if world() > 1 and i < self.count - 1 else contextlib.nullcontext()
+            with alone:
+                yield batch, slice((first + i) * self.args.micro_batch, (first + i + 1) * self.args.micro_batch)
+
+    def add(self, **terms):
+        """Terms of the loss of one micro-batch; the step's are their means."""
+        for k, v in terms.items():
+            self.terms[k] = self.terms.get(k, 0) + v.detach().float() / self.count
+
     def report(self, every=20, **values):
-        """Means of `values` over the last `every` steps, on the bar and in log.jsonl; stops a run whose loss is not finite."""
-        if not all(math.isfinite(v) for v in values.values()):
-            raise TrainingError(f"step {self.step}: the loss is not finite; go on from the last checkpoint with --resume and a lower --lr")
-        for k, v in values.items():
+        """Ends a step. Means over the last `every` steps go on the bar and in log.jsonl; a loss or gradient that is not finite stops the run
+        before anything is saved. The one exchange between processes also agrees on stopping."""
+        values = {**self.terms, **{k: v.detach().float() for k, v in values.items()}}
+        device = next(iter(values.values())).device
+        numbers = torch.stack([*values.values(), torch.tensor(float(self.asked), device=device)])
+        if world() > 1:
+            dist.all_reduce(numbers)
+        *numbers, asked = (numbers / world()).tolist()
+        self.terms, self.interrupted = {}, asked > 0
+        if not all(map(math.isfinite, numbers)):
+            good = f"go on from step {self.saved} with --resume" if self.saved else "nothing is saved yet; start again with --resume left out"
+            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {good} and a lower --lr")
+        for k, v in zip(values, numbers):
             self.totals.setdefault(k, []).append(v)
-        if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps or self.interrupted:
+        if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps:
             means = {k: sum(v) / len(v) for k, v in self.totals.items()}
-            self.totals = {}
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()})
+            now, steps = time.monotonic(), len(next(iter(self.totals.values())))
+            speed, waiting = steps * self.args.batch / (now - self.mark), self.loader.waited / (now - self.mark)
+            self.mark, self.loader.waited, self.totals = now, 0.0, {}
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"} | {"clips/s": f"{speed:.3g}"})
+            self.log(self.step + 1, **means, lr=self.optimizer.param_groups[0]["lr"], clips_per_second=speed, waiting=waiting,
+                     memory_gb=peak_memory(self.args))
+
+    def log(self, step, **row):
+        if rank() > 0:
+            return
+        try:
             with open(self.args.out / "log.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.step + 1, "seconds": round(self.seconds(), 1), **means}) + "\n")
+                f.write(json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row}) + "\n")
+        except OSError as e:
+            raise TrainingError(f"{self.args.out}/log.jsonl: cannot be written ({e.strerror}); free some space, then --resume") from None
 
     def seconds(self):
         return self.elapsed + time.monotonic() - self.clock
 
     def save(self):
-        """Weights for `load`, then the training state."""
-        model = self.ema.model if self.ema else self.model
-        model = self.export(model) if self.export else model
+        """Validation, weights for `load`, training state: in this order, so that whatever moment a kill comes at, the state that is resumed
+        from is never ahead of the rest. An interruption does not validate: the log must not tell that there was one."""
+        if rank() > 0:
+            return
+        out, pictures = self.args.out, []
+        if self.held_out and not self.interrupted:
+            start = time.monotonic()
+            with torch.no_grad():
+                numbers, pictures = self.validate(self.ema.model, self.held_out)
+            self.log(self.step, **numbers)
+            self.mark += time.monotonic() - start           # no part of training's speed
+        model = self.export(self.ema.model) if self.export else self.ema.model
         # names alone: the folders of whoever trained are nobody's business who loads the file
         args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args}
-        save_model(self.args.out / "last.safetensors", model, self.config, self.args.half, **about)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                 "elapsed": self.seconds(), "rng": torch.get_rng_state(),
-                 "ema": self.ema.model.state_dict() if self.ema else None, "updates": self.ema.updates if self.ema else 0}
-        memory = io.BytesIO()
-        torch.save(state, memory)
-        write_whole(self.args.out / "last.state.pt", memory.getbuffer())
-        draw_curves(self.args.out)
+        save_model(out / STATES[0].replace("state.pt", "safetensors"), model, self.config, self.args.half, **about)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.model.state_dict(),
+                 "updates": self.ema.updates, "step": self.step, "elapsed": self.seconds(), "totals": self.totals, "args": self.flags()}
+        with writing(out / STATES[0]) as part:
+            with open(part, "wb") as f:
+                try:
+                    torch.save(state, f)
+                except RuntimeError as e:                   # what torch makes of a disk that is full
+                    raise OSError(f"no room, or {str(e).splitlines()[0][:80]}") from None
+            if (out / STATES[0]).exists():
+                os.replace(out / STATES[0], out / STATES[1])
+        self.saved = self.step
+        draw(out, pictures)
 
     def restore(self):
-        path = self.args.out / "last.state.pt"
-        if not path.exists():
-            raise TrainingError(f"--resume: {path} is not there; leave --resume out to start, or name the run with --out")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
+        state = newest_state(self.args.out)
+        with fitting(f"{self.args.out}/{STATES[0]}", type(self.model)):
+            self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
-            self.ema.updates = state["updates"]
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        torch.set_rng_state(state["rng"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.updates, self.step, self.elapsed, self.totals = (state[k] for k in ("updates", "step", "elapsed", "totals"))
+        for name, value in self.flags().items():
+            if state["args"].get(name, value) != value and rank() == 0:
+                print(f"{self.args.out}: going on with {name} {value}, until now {state['args'][name]}", file=sys.stderr)
+
+    def flags(self):
+        """What a resumed run should not change unnoticed, as text."""
+        harmless = ("resume", "out", "data", "workers", "save_every", "half", "recompute")
+        return {"clips": str(self.clips), **{k: str(v) for k, v in vars(self.args).items() if k not in harmless}}
 
 
-def draw_curves(out):
-    """log.jsonl -> curves.png, one panel a logged value."""
-    log = out / "log.jsonl"
-    if not log.exists():
-        return
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [k for k in rows[-1] if k not in ("step", "seconds")]
-    from matplotlib.figure import Figure                    # only where a picture is drawn: the import takes a second
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        axis.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r])
-        axis.set(title=name, xlabel="step")
-    part = out / f".curves.{os.getpid()}.part.png"
-    with contextlib.suppress(OSError):                      # a picture is not worth losing a run over
-        figure.savefig(part)
-        os.replace(part, out / "curves.png")
+def draw(out, pictures):
+    """log.jsonl -> curves.png, one panel a logged value; spectrograms side by side -> sheet.png, true above, made below."""
+    try:
+        from matplotlib.figure import Figure                # only where a picture is drawn: the import takes a second
+        rows = read_log(out)
+        names = list(dict.fromkeys(k for row in rows for k in row if k not in ("step", "seconds")))
+        high = math.ceil(len(names) / 4)
+        curves, sheet = Figure(figsize=(16, 3 * max(1, high)), layout="constrained"), Figure(figsize=(16, 5), layout="constrained")
+        for i, name in enumerate(names):
+            axis = curves.add_subplot(high, 4, i + 1)
+            axis.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], marker="." if name.startswith("val") else "")
+            axis.set(title=name, xlabel="step")
+        for i, pair in enumerate(pictures):
+            for k, level in enumerate(pair):
+                axis = sheet.add_subplot(2, len(pictures), k * len(pictures) + i + 1)
+                axis.imshow(level.float().cpu().numpy(), origin="lower", aspect="auto", vmin=0, vmax=1)
+                axis.set(title=("true", "made")[k], xticks=[], yticks=[])
+        for name, figure in (("curves", curves), ("sheet", sheet))[:2 if pictures else 1]:
+            with writing(out / f"{name}.png") as part:
+                figure.savefig(part, format="png")
+    except Exception as e:                                  # of whatever kind: a picture is not worth losing a run over
+        print(f"{out}: pictures not drawn ({e})", file=sys.stderr)

@@ -11,9 +11,10 @@ group count is a number in the configuration, so that narrow networks exist; the
 equal ones; and a trained mini autoencoder leaves with latents of standard deviation 1/0.18215, the one factor `ldm.py` applies.
 """
 import copy
-import sys
+import functools
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 import data
 import stable_diffusion
 import training
-from checkpoints import Checkpoint, CheckpointError, fill, fitting
+from checkpoints import Checkpoint, fill, fitting
 from kernels.group_norm import group_norm
 
 
@@ -224,15 +225,15 @@ def tuples(config):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
-def sample_posterior(mean, logvar, generator=None):
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return mean + (0.5 * logvar).exp() * noise
+def sample_posterior(mean, logvar, noise=None):
+    """noise: standard normal numbers of that shape; drawn here where not given."""
+    return mean + (0.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
 
 
-def losses(model, mel):
-    """mel (b, 1, 128, s) -> mean absolute error, KL per element of mel (Kingma & Welling 2014, eq. 10)."""
+def losses(model, mel, noise):
+    """mel (b, 1, 128, s), noise (b, 4, 16, s/8) -> mean absolute error, KL per element of mel (Kingma & Welling 2014, eq. 10)."""
     mean, logvar = model.encode(mel)
-    out = model.decode(sample_posterior(mean, logvar))
+    out = model.decode(sample_posterior(mean, logvar, noise))
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).sum() / mel.numel()
     return (out.float() - mel).abs().mean(), kl
 
@@ -255,44 +256,63 @@ def calibrated(model, dataset, device):
     return model
 
 
+def onset_agreement(pairs):
+    """[(true, made) mels (128, s)] -> F1 of the onsets in the one against those in the other, within 100 ms, over all of them."""
+    counts = np.zeros(3, int)
+    for pair in pairs:
+        true, made = (data.detect_onsets(level.float().cpu().numpy()) for level in pair)
+        counts += len(data.match(made, true, 0.1)), len(made), len(true)
+    return data.f1(*counts)[2]
+
+
+def validate(model, clips, device, most=16):
+    """Error, KL and the onsets that survive the round trip, over whole windows of at most `most` clips."""
+    pairs, errors, kls = [], [], []
+    for i in range(min(most, len(clips))):
+        mel = data.mel(clips[i]["wav"].to(device))[None, None]                  # (1, 1, 128, s)
+        mean, logvar = model.encode(mel)
+        made = model.decode(mean)[:, :1].float()
+        errors.append((made - mel).abs().mean().item())
+        kls.append(0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum().item() / mel.numel())
+        pairs.append((mel[0, 0], made[0, 0].clamp(0, 1)))
+    return {"val_error": np.mean(errors), "val_kl": np.mean(kls), "val_onset_f1": onset_agreement(pairs)}, pairs[:4]
+
+
 def train(args):
     device = training.settle(args, RECIPES, "vae")
-    config = PRESETS[args.preset]
-    model = AutoencoderKL.load(args.init) if args.init else AutoencoderKL(config)
-    config = model.config
+    model = AutoencoderKL.load(args.init) if args.init else AutoencoderKL(PRESETS[args.preset])
     model = model.train().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.5, 0.9))     # latent diffusion's autoencoder recipe
+    training.freeze(args, model)
+    # betas of latent diffusion's autoencoder recipe
+    optimizer = training.adamw([{"params": model.parameters()}], args, betas=(0.5, 0.9))
     ema = training.EMA(model)
-    clips = data.Sounds(args.data, data.WINDOW, args.seed)
-    run = training.Run(args, model, optimizer, asdict(config), ema, export=lambda m: calibrated(m, clips, device))
-    loader = training.batches(clips, args, start=run.step)
+    training.recompute(args, model, ResnetBlock, AttnBlock)
+    root = training.once(lambda: data.prepared(args.data, cache=args.out.parent / "prepared"))
+    clips, held_out = training.divided(functools.partial(data.Sounds, root, data.WINDOW, args.seed), data.MediaError)
+    run = training.Run(args, model, optimizer, asdict(model.config), ema, clips, held_out, functools.partial(validate, device=device),
+                       export=lambda m: calibrated(m, clips, device))
+    network = training.parallel(model, losses)
     for step in run:
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(step, args)
-        mel = data.mel(next(loader)["wav"].to(device))[:, None]                      # (b, 1, 128, s)
+        draw = training.generator(args, step)
         # a quarter of the columns: the network is convolutional, and four times as many clips are seen in the same time
-        first = torch.randint(0, mel.shape[-1] - CROP + 1, ()).item()
-        mel = mel[..., first:first + CROP].contiguous(memory_format=torch.channels_last)
-        with training.autocast(args):
-            error, kl = losses(model, mel)
-        loss = error + args.kl * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model)
-        run.report(loss=loss.item(), error=error.item(), kl=kl.item())
-    run.save()
+        first = torch.randint(0, data.WINDOW // data.HOP - CROP + 1, (), generator=draw).item()
+        noise = torch.randn(args.batch, model.config.z_channels, data.N_MELS // 8, CROP // 8, generator=draw)
+        for batch, rows in run.parts(network):
+            mel = data.mel(batch["wav"].to(device, non_blocking=True))[:, None, :, first:first + CROP]      # (b, 1, 128, CROP)
+            with training.autocast(args):
+                error, kl = network(mel.contiguous(memory_format=torch.channels_last), noise[rows].to(device, non_blocking=True))
+            loss = error + args.kl * kl
+            (loss / run.count).backward()
+            run.add(loss=loss, error=error, kl=kl)
+        run.report(gradient_norm=training.update(args, step, optimizer, ema, model))
 
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
     p.add_argument("--kl", type=float, help="weight of the KL term; the preset's by default")
     args = p.parse_args(argv)
-    try:
+    with training.command("vae.py", data.MediaError):
         train(args)
-    except (CheckpointError, data.MediaError) as e:
-        sys.exit(f"vae.py: {e}")
 
 
 if __name__ == "__main__":

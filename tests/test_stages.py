@@ -18,7 +18,8 @@ def test_clips_are_cut_where_their_first_frame_starts(preset):
     video = number[None, :, None, None, None].expand(2, -1, 3, 2, 2)
     wav = torch.zeros(2, frames * per_frame)
     wav[:, 24 * per_frame + per_frame // 2:][:, :16] = 0.9                        # a click in the middle of frame 24
-    videos, mel = cavp.cut_clips(video, wav, config, torch.Generator().manual_seed(3))
+    starts = cavp.clip_starts(2, config, torch.Generator().manual_seed(3))
+    videos, mel = cavp.cut_clips(video, wav, config, starts)
     assert len(videos) == len(mel) == 2 * config.clips and videos.shape[1] == config.frames
     for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
         inside = (clip == 24).nonzero().flatten()

@@ -22,6 +22,8 @@ import ldm
 import training
 import vae
 
+VALIDATION = {"vae": {"val_error", "val_kl", "val_onset_f1"}, "ldm": {"val_loss", "val_onset_f1"}, "align": {"val_loss", "val_accuracy"},
+              "cavp": {f"val_{way}_r{k}" for way in ("video_to_sound", "sound_to_video") for k in (1, 5)}}
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
 LOADS = {"vae": vae.AutoencoderKL.load, "cavp": cavp.CAVP.load, "ldm": ldm.LDM.load, "align": ldm.Alignment.load}
@@ -75,12 +77,16 @@ def same_weights(a, b):
 @pytest.mark.parametrize("stage", MAINS)
 def test_a_run_leaves_what_it_promises(home, stage):
     out = home / stage
-    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "last.safetensors", "last.state.pt", "log.jsonl"]
+    pictures = ["curves.png"] + ["sheet.png"] * (stage in ("vae", "ldm"))
+    assert sorted(p.name for p in out.iterdir()) == sorted(["last.safetensors", "last.state.pt", "log.jsonl", *pictures])
     about = header(out / "last.safetensors")
     assert about["step"] == 3 and about["args"]["seed"] == 5 and about["args"]["batch"] == 2
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 3 and math.isfinite(rows[-1]["loss"])
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["step"] for row in rows] == [3, 3]              # what was trained, then what that is worth on other clips
+    assert {"loss", "lr", "gradient_norm", "seconds", "clips_per_second", "waiting", "memory_gb"} <= rows[0].keys()
+    assert VALIDATION[stage] == {k for k in rows[1] if k.startswith("val_")}
+    assert all(math.isfinite(value) for row in rows for value in row.values()) and 0 <= rows[0]["waiting"] < 1
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     model = LOADS[stage](out / "last.safetensors")
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -88,7 +94,8 @@ def test_a_run_leaves_what_it_promises(home, stage):
 def test_trained_autoencoder_has_unit_latents(home):
     """The published latent scale must fit every autoencoder that leaves vae.py."""
     model = vae.AutoencoderKL.load(home / "vae" / "last.safetensors")
-    clips = vae.data.Sounds(home / "clips", vae.data.WINDOW, seed=5)
+    root = vae.data.prepared(home / "clips", cache=home / "prepared")
+    clips = vae.data.Sounds(root, vae.data.WINDOW, seed=5, split="train")
     mean, std = vae.latent_statistics(model, clips, torch.device("cpu"))
     assert torch.allclose(std * ldm.LATENT_SCALE, torch.ones(4), atol=0.05)
     assert (mean * ldm.LATENT_SCALE).abs().max() < 0.05
@@ -101,16 +108,19 @@ def test_stage_2_carries_the_autoencoder_it_was_trained_on(home):
 
 
 def test_extracted_features_are_the_towers(home):
-    files = sorted((home / "features").iterdir())
-    assert [p.name for p in files] == [f"{i:05d}.mp4.safetensors" for i in range(4)]
+    stored = cavp.data.Set(home / "features")
+    assert sorted(stored.text(i, "name") for i in range(4)) == [f"{i:05d}.mp4" for i in range(4)]
     model = cavp.CAVP.load(home / "cavp" / "last.safetensors")
-    clip = cavp.data.Clips(home / "clips", fps=model.config.fps, size=model.config.size)[0]
-    stored = load_file(files[0])
+    root = cavp.data.prepared(home / "clips", model.config.fps, model.config.size, home / "prepared")
+    clip = cavp.data.Clips(root, fps=model.config.fps, size=model.config.size)[0]
+    at = [stored.text(i, "name") for i in range(4)].index(clip["name"])
     with torch.no_grad():
         features = model.encode_video(clip["video"][None].float() / 255)[0]
-    assert stored["features"].shape == features.shape
-    assert (stored["features"].float() - features).norm() / features.norm() < 0.02        # float16, and bfloat16 where it is fast
-    assert (stored["sound"].float() / 32767 - clip["wav"]).abs().max() < 1e-4
+    kept = torch.from_numpy(stored.column(at, "features", "<f2").astype("float32")).view(-1, 512)
+    assert kept.shape == features.shape
+    assert (kept - features).norm() / features.norm() < 0.02                              # float16, and bfloat16 where it is fast
+    sound = torch.from_numpy(stored.column(at, "sound", "<i2").astype("float32"))
+    assert (sound / 32767 - clip["wav"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("stage", MAINS)
@@ -119,9 +129,9 @@ def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkey
     report = training.Run.report
 
     def interrupting(run, **values):
-        report(run, **values)
         if run.step == 1:
             signal.raise_signal(signal.SIGINT)
+        report(run, **values)
     monkeypatch.setattr(training.Run, "report", interrupting)
     MAINS[stage](arguments(home, stage, tmp_path / stage))
     assert header(tmp_path / stage / "last.safetensors")["step"] == 2

@@ -1,0 +1,292 @@
+"""Whatever ends a run, it goes on as if nothing had happened, or says in one line what to do; and what is fixed stays fixed."""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import tiny
+import training
+
+HERE = Path(__file__).resolve().parent
+STEPS = 6                                                       # a checkpoint after 2, 4 and 6
+# where the kill comes: code that runs in the process of the run, before it
+KILL = "def die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+MOMENTS = {
+    "in a step": """
+update = training.update
+def spy(args, step, *rest):
+    return die() if step == 3 else update(args, step, *rest)
+training.update = spy
+""",
+    "in the log": """
+log = training.Run.log
+def half(run, step, **row):
+    if step == 4:
+        with open(run.args.out / "log.jsonl", "a") as f:
+            f.write('{"step": 4, "val')
+        die()
+    log(run, step, **row)
+training.Run.log = half
+""",
+    "with the weights half written": """
+def half(tensors, path, about):
+    save(tensors, path, about)
+    if json.loads(about["step"]) == 4:
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+save, checkpoints.save_file = checkpoints.save_file, half
+""",
+    "between weights and state": """
+def none(state, f):
+    return die() if state["step"] == 4 else save(state, f)
+save, torch.save = torch.save, none
+""",
+    "with the state half written": """
+def half(state, f):
+    save(state, f)
+    if state["step"] == 4:
+        f.truncate(f.tell() // 2)
+        f.flush()
+        die()
+save, torch.save = torch.save, half
+""",
+    "between the two names of the state": """
+def one(source, target):
+    replace(source, target)
+    if str(target).endswith("previous.state.pt"):
+        die()
+replace, os.replace = os.replace, one
+""",
+}
+
+
+def rows(out):
+    """What was logged, without what depends on the clock."""
+    clock = ("seconds", "clips_per_second", "waiting", "memory_gb")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def state(out, name="last.state.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def equal(a, b):
+    """Of anything that a state holds."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def same_run(a, b):
+    """Weights, moving average, optimizer, log."""
+    one, other = state(a), state(b)
+    assert rows(a) == rows(b)
+    assert all(equal(one[k], other[k]) for k in ("model", "ema", "updates", "optimizer", "step", "totals"))
+    one, other = (load_file(out / "last.safetensors") for out in (a, b))
+    assert equal(one, other)
+    assert not list(b.glob(".*.part"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(stage) -> OUT of a run that nothing interrupted."""
+    home, done = tmp_path_factory.mktemp("whole"), {}
+    first_stage = tiny.autoencoder(home)
+
+    def whole(stage):
+        if stage not in done:
+            with pytest.MonkeyPatch.context() as patch:
+                tiny.install(patch.setattr)
+                patch.setattr(training, "draw", lambda out, pictures: None)
+                tiny.MAINS[stage](tiny.arguments(stage, home / stage, STEPS, 2, first_stage, save_every=2))
+            done[stage] = home / stage
+        return done[stage]
+    return whole
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(stage, name, **flags) -> OUT, a tiny training in this process."""
+    tiny.install(monkeypatch.setattr)
+    monkeypatch.setattr(training, "draw", lambda out, pictures: None)
+
+    def run(stage, name, steps=STEPS, **flags):
+        tiny.MAINS[stage](tiny.arguments(stage, tmp_path / name, steps, 2, tiny.autoencoder(tmp_path), save_every=2, **flags))
+        return tmp_path / name
+    return run
+
+
+def failing(run, *args, **flags):
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as e:
+        run(*args, **flags)
+    line = str(e.value)
+    assert "\n" not in line and line.startswith("vae.py: "), line
+    return line
+
+
+def killed(stage, out, moment):
+    """A run that a real SIGKILL ends, in a process of its own."""
+    code = (f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, tiny, training\ntiny.install()\n"
+            f"training.draw = lambda *_: None\n{KILL}{MOMENTS[moment]}\ntiny.MAINS[{stage!r}](sys.argv[1:])")
+    args = tiny.arguments(stage, out, STEPS, 2, out.parent / "first_stage.safetensors", save_every=2)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage, moment", [("vae", m) for m in MOMENTS] + [(s, "with the state half written") for s in ("cavp", "ldm", "align")])
+def test_a_killed_run_goes_on_bit_for_bit(whole, run, tmp_path, stage, moment):
+    tiny.autoencoder(tmp_path)
+    killed(stage, tmp_path / "killed", moment)
+    run(stage, "killed", resume=True)
+    same_run(whole(stage), tmp_path / "killed")
+
+
+@pytest.mark.parametrize("stage", tiny.MAINS)
+def test_ctrl_c_leaves_no_trace(whole, run, monkeypatch, stage):
+    """Stopped after three steps, between two checkpoints, then resumed: the same log too."""
+    report = training.Run.report
+
+    def interrupt(self, **values):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        report(self, **values)
+    monkeypatch.setattr(training.Run, "report", interrupt)
+    assert state(run(stage, "stopped"))["step"] == 3
+    monkeypatch.setattr(training.Run, "report", report)
+    same_run(whole(stage), run(stage, "stopped", resume=True))
+
+
+@pytest.mark.parametrize("stage", tiny.MAINS)
+def test_validation_disturbs_nothing(run, monkeypatch, stage):
+    seen = run(stage, "seen", steps=4)
+    monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
+    unseen = run(stage, "unseen", steps=4)
+    assert equal(state(seen)["model"], state(unseen)["model"]) and equal(load_file(seen / "last.safetensors"), load_file(unseen / "last.safetensors"))
+    validated = [row["step"] for row in rows(seen) if any(k.startswith("val_") for k in row)]
+    assert validated == [2, 4] and len(rows(unseen)) == 1
+
+
+def test_a_different_number_of_readers_changes_nothing(run):
+    alone, helped = run("vae", "alone", steps=2), run("vae", "helped", steps=2, workers=2)
+    assert equal(state(alone)["model"], state(helped)["model"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, run, capsys, damage):
+    out = run("vae", "damaged", steps=4)
+    path = out / "last.state.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:len(content) * 3 // 4]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    run("vae", "damaged", resume=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged/last.state.pt: damaged" in line]
+    assert len(said) == 1
+    assert equal(state(whole("vae"))["model"], state(out)["model"])
+
+
+def test_with_both_damaged_it_says_so(run):
+    out = run("vae", "damaged", steps=4)
+    for name in training.STATES:
+        (out / name).write_bytes(b"PK\3\4 nothing")
+    assert "no whole last.state.pt" in failing(run, "vae", "damaged", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(run, monkeypatch):
+    sound = tiny.Drawn.sound
+    good = run("vae", "good", steps=4)
+    seen = []
+
+    def broken(self, draw, samples):
+        seen.append(0)
+        return sound(self, draw, samples) * (float("nan") if len(seen) > bad else 1)
+    monkeypatch.setattr(tiny.Drawn, "sound", broken)
+    monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
+    monkeypatch.setattr(tiny.vae, "calibrated", lambda model, *_: model)
+    bad = 8                                                     # two clips a step: the fifth step
+    line = failing(run, "vae", "broken")
+    assert "step 5" in line and "from step 4" in line and "--lr" in line
+    assert equal(state(good)["model"], state(good.with_name("broken"))["model"])
+    seen.clear()
+    bad = 0
+    assert "nothing is saved" in failing(run, "vae", "broken from the start")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run):
+    out = run("vae", "full", steps=4)
+    before, size = (out / "last.state.pt").read_bytes(), (out / "last.state.pt").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        line = failing(run, "vae", "full", resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "last.state.pt" in line and "free some space" in line
+    assert (out / "last.state.pt").read_bytes() == before and not list(out.glob(".*.part"))
+    run("vae", "full", resume=True)
+    assert state(out)["step"] == STEPS
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_vanished_is_one_line(run, monkeypatch, workers):
+    item = tiny.Sounds.__getitem__
+
+    def gone(self, index):
+        if index >= 6:
+            raise data.MediaError("set/shard-00001.bin: missing; prepare the set again")
+        return item(self, index)
+    monkeypatch.setattr(tiny.Sounds, "__getitem__", gone)
+    assert failing(run, "vae", "vanished", workers=workers) == "vae.py: set/shard-00001.bin: missing; prepare the set again"
+
+
+def test_a_reader_that_dies_is_one_line(run, monkeypatch):
+    item, parent = tiny.Sounds.__getitem__, os.getpid()
+
+    def dies(self, index):
+        if index >= 6 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+    monkeypatch.setattr(tiny.Sounds, "__getitem__", dies)
+    line = failing(run, "vae", "dead", workers=1)
+    assert "died" in line and "--workers" in line and "--resume" in line
+
+
+def test_changed_flags_are_told(run, capsys):
+    run("vae", "run", steps=2)
+    run("vae", "run", steps=4, lr=1e-5, resume=True)
+    told = re.findall(r"going on with (\w+) (\S+), until now (\S+)", capsys.readouterr().err)
+    assert told == [("steps", "4", "2"), ("lr", "1e-05", "0.001")]
+
+
+def test_another_networks_state_is_one_line(run, monkeypatch):
+    run("vae", "run", steps=2)
+    monkeypatch.setitem(tiny.vae.PRESETS, "mini", tiny.replace(tiny.VAE, width=16))
+    assert "last.state.pt" in failing(run, "vae", "run", steps=4, resume=True)
+
+
+def test_frozen_parts_stay_and_the_rest_moves(run, monkeypatch):
+    """The video tower of CAVP, with its norms' statistics; from weights that a run has left."""
+    begun = run("cavp", "begun", steps=2) / "last.safetensors"
+    a, b = load_file(begun), load_file(run("cavp", "frozen", steps=2, init=begun, freeze="video_encoder") / "last.safetensors")
+    for k in a:
+        assert torch.equal(a[k], b[k]) == (k.startswith("video_encoder") or k.endswith("num_batches_tracked") and torch.equal(a[k], b[k])), k
+    monkeypatch.setattr(tiny, "MAINS", {**tiny.MAINS, "vae": tiny.cavp.main})
+    with pytest.raises(SystemExit) as e:
+        run("cavp", "misspelt", freeze="video_tower")
+    assert "--freeze video_tower" in str(e.value) and "video_encoder" in str(e.value)
