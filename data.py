@@ -531,19 +531,22 @@ def encode_clip(job, fps, size):
             if seconds < SHORTEST:
                 return "too short", f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
             wav = read_audio(job.path, job.start, seconds).numpy()
-            peak = float(np.abs(wav).max())
+            peak = float(max(wav.max(), -wav.min()))
             if not peak > SILENT:
                 return "silent", f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
-            jpegs = list(encode_jpegs(pictures(job.path, fps, size, job.start, seconds), size))
+            wav *= 32767                         # in place, as of a film all this is large
+            sound, bounds, frames = wav.round(out=wav).astype("<i2").tobytes(), [0], bytearray()
+            del wav
+            for jpeg in encode_jpegs(pictures(job.path, fps, size, job.start, seconds), size):
+                frames += jpeg
+                bounds.append(len(frames))
         except MediaError as error:
             return "undecodable", str(error).removeprefix(f"{job.path}: ")
         except Exception as error:               # nothing that a damaged file makes a library raise may stop the others
             return "undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    bounds = np.cumsum([0, *map(len, jpegs)])
-    if bounds[-1] >= 2**32:
-        return "too long", f"{bounds[-1] / 1e9:.1f} GB of frames; cut it"
-    return {"bounds": bounds.astype("<u4").tobytes(), "frames": b"".join(jpegs),
-            "sound": (wav * 32767).round().astype("<i2").tobytes()}
+    if len(frames) >= 2**32:
+        return "too long", f"{len(frames) / 1e9:.1f} GB of frames; cut it"
+    return {"bounds": np.array(bounds, "<u4").tobytes(), "frames": frames, "sound": sound}
 
 
 def settle_worker():

@@ -348,11 +348,13 @@ def read_audio(path, start=0.0, duration=None):
         n = end if 0 < n - end < SAMPLE_RATE // 10 else n
     placed = [(at, x[:max(0, n - at)]) for at, x in placed]
     n = n if duration is None else round(duration * SAMPLE_RATE)
+    del runs                                     # of an hour, each copy is a quarter of a gigabyte
     wav = np.zeros(max(0, n), np.float32)
     for at, x in placed:
         part = x[max(0, -at):max(0, n - at)]
         wav[max(0, at):max(0, at) + len(part)] = part
-    return torch.from_numpy(wav / max(1.0, np.abs(wav).max(initial=0)))      # (n,)
+    wav /= max(1.0, wav.max(initial=0), -wav.min(initial=0))
+    return torch.from_numpy(wav)                                                     # (n,)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""data.py: mel and its inverse against goldens and by ear's measures; prepared sets, how they are made, broken and read."""
+"""data.py: mel and its inverse against goldens and by ear's measures; prepared sets, how they are made, broken, read."""
+import dataclasses
 import gc
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cavp
 import data
+from checkpoints import save_model
 from test_media import clicks, make, one_line, onsets, seen, steady
 
 GOLDEN = Path(__file__).parent / "golden" / "audio.safetensors"
@@ -602,3 +605,52 @@ def test_sounds_start_on_mel_columns(tmp_path):
     for k in range(5):
         columns = (sounds[k]["wav"] * 32767).round().view(-1, data.HOP)
         assert (columns == columns[:, :1]).all() and (columns[:, 0].diff() == 1).all()
+
+
+# ---- extraction ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """A small video tower with its weights in a file."""
+    torch.manual_seed(0)
+    config = cavp.CAVPConfig(fps=FPS, size=32, video_width=4, video_blocks=(1,) * 4, temporal=(True,) * 5,
+                             audio_widths=(4,) * 6, embed_dim=16)
+    path = tmp_path_factory.mktemp("cavp") / "last.safetensors"
+    save_model(path, cavp.CAVP(config), dataclasses.asdict(config))
+    return path
+
+
+def extract(clips, tower, out):
+    cavp.main(["--data", str(clips), "--init", str(tower), "--extract", str(out), "--out", str(out.parent / "run"),
+               "--device", "cpu", "--dtype", "float32"])
+
+
+def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, tmp_path):
+    extract(set_of_four, tower, tmp_path / "set")
+    made, clips, model = data.Set(tmp_path / "set"), data.Clips(set_of_four, FPS, 32), cavp.CAVP.load(tower)
+    assert splits(tmp_path / "set") == splits(set_of_four)
+    for k in range(4):
+        features = torch.from_numpy(made.column(k, "features", "<f2").astype(np.float32)).view(-1, 16)
+        item = clips[k]
+        assert made.text(k, "name") == item["name"]
+        assert (features - model.encode_clip(item["video"])).abs().max() < 1e-3
+        assert torch.equal(torch.from_numpy(made.column(k, "sound", "<i2").astype(np.float32)) / 32767, item["wav"])
+    pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
+    assert pair["features"].shape == (20, 16) and pair["wav"].shape == (data.WINDOW,)
+
+
+def test_an_interrupted_extraction_goes_on_to_the_same_bytes(set_of_four, tower, tmp_path, monkeypatch):
+    extract(set_of_four, tower, tmp_path / "whole")
+    encode, calls = cavp.CAVP.encode_clip, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*args, **options)
+    monkeypatch.setattr(cavp.CAVP, "encode_clip", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        extract(set_of_four, tower, tmp_path / "set")
+    extract(set_of_four, tower, tmp_path / "set")
+    assert len(calls) == 5                                       # two, the interrupted one, and the two that were missing
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
