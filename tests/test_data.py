@@ -2,11 +2,11 @@
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -147,12 +147,6 @@ def splits(root):
     return {name: data.SPLITS[k] for name, k in zip(names(root), opened.index["split"])}
 
 
-def python(code, *args, **options):
-    """A process that imports data.py."""
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
-
-
 def test_the_command_names_what_it_leaves_out_and_workers_change_no_byte(raw, set_of_four, tmp_path):
     done = subprocess.run([sys.executable, "data.py", "prepare", str(raw), str(tmp_path / "3"), "--size", "32",
                            "--workers", "3"], capture_output=True, text=True, cwd=ROOT)
@@ -242,21 +236,43 @@ def test_a_short_clip_is_padded(set_of_four):
 def test_clips_in_worker_processes(set_of_four):
     clips = data.Clips(set_of_four, FPS, 32, frames=8, random_start=False)
     here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard and a decoder here, before the workers start
-    for context in ("fork", "spawn") if sys.platform == "linux" else ("spawn",):
-        loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=2, multiprocessing_context=context)
+    for context, workers in (("fork", 2), ("spawn", 1))[sys.platform == "win32":]:
+        loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=workers, multiprocessing_context=context)
         assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
 
 
 # ---- killed, full, extended, damaged -------------------------------------------------------------------------------
 
-SMALL_SHARDS = """
-import sys, data
-data.SHARD, data.COMMIT = 250_000, 0.0            # three clips to a shard, every clip its own commit
-try:
-    data.prepare(sys.argv[1], sys.argv[2], 15.625, 32, 2)
-except data.MediaError as error:
-    sys.exit(str(error))
-"""
+def small_shards(raw, out, answer, most):
+    """Three clips to a shard, every clip its own commit, no file larger than `most` bytes; answers with the error's line."""
+    if most:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    data.SHARD, data.COMMIT = 250_000, 0.0
+    try:
+        data.prepare(raw, out, FPS, 32, 2)
+        answer.send("")
+    except data.MediaError as error:
+        answer.send(str(error))
+
+
+def preparing(raw, out, most=None):
+    """-> a process that prepares, and where its answer comes from. Forked, so that it has nothing to import."""
+    context = multiprocessing.get_context("fork")
+    answer, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=small_shards, args=(raw, out, theirs, most))
+    process.start()
+    theirs.close()
+    return process, answer
+
+
+def answered(process, answer):
+    said = answer.recv()
+    process.join()
+    return said
+
+
+forks = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no SIGKILL, no limit on file sizes there")
 
 
 @pytest.fixture(scope="module")
@@ -267,22 +283,23 @@ def nine(raw, tmp_path_factory):
     for k in range(9):
         (folder / "raw" / f"{k}.mp4").write_bytes((raw / ("c.mp4" if k % 2 else "sub/b.mp4")).read_bytes())
     (folder / "raw" / "3bad.mp4").write_bytes(b"\0" * 100)
-    assert python(SMALL_SHARDS, folder / "raw", folder / "set").wait() == 0
-    assert len(list((folder / "set").glob("shard-*.bin"))) == 3
+    if sys.platform != "win32":
+        assert answered(*preparing(folder / "raw", folder / "set")) == ""
+        assert len(list((folder / "set").glob("shard-*.bin"))) == 3
     return folder
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@forks
 def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
     """Killed after one, four and seven clips, with rubbish behind what was committed, as a kill between two writes leaves it."""
     out = tmp_path / "set"
     record = data.entry(["bounds", "frames", "sound"]).itemsize
     for clips in (1, 4, 7):
-        process = python(SMALL_SHARDS, nine / "raw", out)
+        process, _ = preparing(nine / "raw", out)
         while not (out / "index.bin").exists() or (out / "index.bin").stat().st_size < clips * record:
-            assert process.poll() is None
+            assert process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
         with pytest.raises(data.MediaError, match="unfinished"):
             data.Set(out)
         there = (out / "index.bin").stat().st_size // record
@@ -290,22 +307,18 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
         for name in ("index.bin", "names.bin", max(p.name for p in out.glob("shard-*.bin"))):
             with open(out / name, "ab") as file:
                 file.write(b"rubbish")
-        time.sleep(0.3)                                          # its workers notice that it is gone
-    assert python(SMALL_SHARDS, nine / "raw", out).wait() == 0
+    assert answered(*preparing(nine / "raw", out)) == ""
     assert content(out) == content(nine / "set")
     assert names(out) == [f"{k}.mp4" for k in range(9)]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
+@forks
 def test_a_full_disk_stops_with_one_line_and_goes_on(nine, tmp_path):
     """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
     out = tmp_path / "set"
-    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n" + SMALL_SHARDS
-    process = python(limited, nine / "raw", out)
-    _, errors = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in errors, errors
-    assert "cannot be written" in errors.splitlines()[-1] and "same command again" in errors.splitlines()[-1]
-    assert python(SMALL_SHARDS, nine / "raw", out).wait() == 0
+    error = answered(*preparing(nine / "raw", out, 150_000))
+    assert str(out) in error and "cannot be written" in error and "same command again" in error and "\n" not in error
+    assert answered(*preparing(nine / "raw", out)) == ""
     assert content(out) == content(nine / "set")
 
 
@@ -333,12 +346,11 @@ def test_new_files_are_appended_and_nothing_else_changes(raw, nine, tmp_path):
     assert len(old.index) == 4 and old.text(3, "name") == "8.mp4"        # whoever has it open goes on
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
+@forks
 def test_two_processes_do_not_prepare_one_set(nine, tmp_path):
     about = {"columns": ["bounds", "frames", "sound"], "fps": FPS, "size": 32, "labels": False}
     with data.Writer(tmp_path / "set", about):
-        process = python(SMALL_SHARDS, nine / "raw", tmp_path / "set")
-        assert "another process" in process.communicate()[1] and process.returncode == 1
+        assert "another process" in answered(*preparing(nine / "raw", tmp_path / "set"))
 
 
 class Deadly:
