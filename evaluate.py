@@ -1,45 +1,144 @@
-"""Do the sounds fall where things happen? Onset scores on clips whose true onsets are known.
+"""Do the sounds fall where things happen, and are they the right ones? One table, every figure with its 95 % interval.
 
-In:  a folder of clips with their labels, as foley.py makes; sounds drawn here, or made elsewhere (--samples).
-Out: one table and OUT/evaluate.json, {"rows": {row: {column: value}}, ...}. Rows:
+in   a folder of clips with their labels, as foley.py makes, or any videos with sound (their own onsets are then the labels);
+     sounds drawn here, or made elsewhere (--samples)
+out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": {row: {column: [low, high]}}, ...}, evaluate.png. Rows:
      ours           the model's sound for each video
-     ground_truth   the video's own sound: what the detector itself can reach
-     wrong_video    our sounds dealt to other videos: what the right rate of onsets at the wrong times is worth
+     ground_truth   the video's own sound: what detector and judges themselves can reach
+     wrong_video    our sounds dealt to other videos: what the right sounds at the wrong times are worth
      silence        no sound at all
-     Columns: F1 at 100 and 50 ms, precision and recall at 100 ms, all pooled over the clips' onsets; desync_ms, the
-     mean over clips of the shift (up to 1 s either way) that brings found and labelled onsets together best, where
-     there are both; clips. All rows pass the same mel and detector, its constants set once on ground truth of seed 9.
 
-Stands beside Diff-Foley's alignment accuracy (section 5.1), which needs a classifier and cannot say how late a hit is.
+    python foley.py held-out --clips 512 --seed 1 && python evaluate.py --data held-out --out scores
+    python evaluate.py --data held-out --ablate guidance --out scores/guidance
+    torchrun --nproc_per_node 4 evaluate.py --data held-out         clips shared out; the same table
 
-    python foley.py held_out --clips 64 --seed 7 && python evaluate.py --data held_out --out scores
+onset_f1_100ms ...  found onsets against labelled ones, pooled over clips, one to one within 100 or 50 ms (`data.match`)
+onset_count_error   mean difference of how many there are
+desync_ms           mean over clips of how far the onset strengths must be slid over the true sound's to agree best (up to 1 s either
+                    way), and desync_over_200ms, the share of clips beyond that; clips without any onset strength are left out
+align_acc           share of clips that the judging classifier calls aligned; it is trained as the paper trains its own (Sec. 5.1: clean
+                    latents), from its own seed, and neither guides nor ranks: `python ldm.py --model align --clean`
+material_acc        share of labelled hits at which judge.py hears the right material
+frechet, inception_score, kl    in judge.py's space: distance of all clips, quality and variety, divergence clip by clip
+loudness_db         mean absolute difference of the level from the true sound's
+All rows pass the same mel, detector and judges; the detector's constants were set on true sounds of seed 9.
 """
 import argparse
 import json
 import math
-import sys
+import time
+import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, MediaError, detect_onsets, f1, find_videos, match, mel, read_audio, whole, write_wav
-from sample import generate, load_models
+import training
+from cavp import CAVP
+from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, detect_onsets, f1, find_videos, match, mel, onset_strength, probe, read_audio, whole, write_wav
+from judge import Judge, divergence, frechet, inception_score, struck
+from ldm import LATENT_SCALE, Alignment
+from sample import generate, load_models, plan_windows, video_features
+from vae import AutoencoderKL
 
-SMEAR = 0.03                    # seconds: width of an onset when two trains of onsets are slid over each other
-SLIDE = 1.0                     # seconds: how far
+SLIDE = 62                      # mel columns (1 s): how far onset strengths are slid over each other
+FLOOR = 1e-3                    # of full scale: below, a level counts as this
+RESAMPLED = 1000                # times, for the intervals
+
+# what is known of a video before anything is drawn for it: onset times, [(column, material)] or None, its mel, level, features or None
+Case = namedtuple("Case", "video times hits mel level features")
+Judges = namedtuple("Judges", "materials alignment vae cavp", defaults=(None,) * 4)
 
 
-def desync(found, labelled):
-    """The shift in seconds that brings two trains of onsets together best (late: positive), nan if one is empty."""
-    if not len(found) or not len(labelled):
+# ---------------------------------------------------------------------------------------------------------------------
+# one clip
+
+def level_of(wav):
+    """Root mean square in dB of full scale, at least that of FLOOR."""
+    return 20 * math.log10(max(FLOOR, float(torch.as_tensor(wav).double().square().mean().sqrt())))
+
+
+def slide(made, true):
+    """Two onset strengths (s,) -> seconds by which `made` is late at their best agreement; nan if one has none."""
+    n = min(len(made), len(true))
+    made, true = made[:n], true[:n]
+    if not made.any() or not true.any():
         return math.nan
-    apart = np.subtract.outer(np.asarray(found), np.asarray(labelled)).ravel()
-    shifts = np.arange(-round(SLIDE / 0.004), round(SLIDE / 0.004) + 1) * 0.004
-    agreement = np.exp(-0.5 * ((apart[:, None] - shifts) / SMEAR) ** 2).sum(0)
-    agreement -= 1e-6 * np.abs(shifts)              # of equals the nearest
-    return float(shifts[agreement.argmax()])
+    lags = np.arange(-min(SLIDE, n - 1), min(SLIDE, n - 1) + 1)
+    agreement = np.array([made[max(0, k):n + min(0, k)] @ true[max(0, -k):n - max(0, k)] for k in lags])
+    return float(lags[np.lexsort((np.abs(lags), -agreement))[0]] * COLUMN)               # of equals the nearest
+
+
+def aligned(level, features, judges):
+    """Mel (128, s), features (f, d) of the picture -> mean probability over the windows that they belong together."""
+    fps, frames = judges.alignment.config.fps, judges.alignment.config.frames
+    odds = []
+    for start in plan_windows(level.shape[1] * WINDOW // 512, fps):
+        column, first = start * 512 // WINDOW, round(start * fps / SAMPLE_RATE)
+        piece = level[:, column:column + 512]
+        z, _ = judges.vae.encode(F.pad(piece, (0, 512 - piece.shape[1]))[None, None])
+        odds.append(judges.alignment(LATENT_SCALE * z, torch.zeros(1), features[None, first:first + frames]).item())
+    return float(np.mean(odds))
+
+
+@torch.no_grad()
+def measure(wav, case, judges, seconds=math.nan):
+    """All that the table needs to know of a sound made for a case."""
+    level = mel(torch.as_tensor(wav))
+    found, strength = detect_onsets(level.numpy()), onset_strength(level.numpy())
+    out = {"found": len(found), "labelled": len(case.times), "seconds": seconds, "loudness": level_of(wav) - case.level,
+           "late": slide(strength, onset_strength(case.mel.numpy())),
+           "pairs_100": len(match(found, case.times, 0.1)), "pairs_50": len(match(found, case.times, 0.05))}
+    if judges.materials:
+        out["features"], out["classes"] = judges.materials.clip(level)
+        if case.hits is not None:
+            heard = judges.materials.hear(level, [column for column, _ in case.hits])
+            out["hits"] = len(heard)
+            out["right"] = sum(judges.materials.config.classes[k] == name for k, (_, name) in zip(heard, case.hits))
+    if judges.alignment:
+        out["aligned"] = aligned(level, case.features, judges) > 0.5
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a row of the table
+
+def columns_of(measured, true):
+    """Arrays of `measure`'s figures for all clips (or a resampling), and those of the true sounds -> {column: value}, None where there is none."""
+    got, total = measured["found"].sum(), measured["labelled"].sum()
+    row = {}
+    for name in ("100", "50"):
+        row[f"precision_{name}ms"], row[f"recall_{name}ms"], row[f"onset_f1_{name}ms"] = map(float, f1(measured[f"pairs_{name}"].sum(), got, total))
+    row["onset_count_error"] = float(np.abs(measured["found"] - measured["labelled"]).mean())
+    late = 1000 * np.abs(measured["late"][~np.isnan(measured["late"])])
+    row["desync_ms"], row["desync_over_200ms"] = (float(late.mean()), float((late > 200).mean())) if len(late) else (None, None)
+    row["align_acc"] = float(measured["aligned"].mean()) if "aligned" in measured else None
+    row["material_acc"] = float(measured["right"].sum() / max(1, measured["hits"].sum())) if "right" in measured else None
+    if "features" in measured:
+        row["frechet"] = frechet(measured["features"], true["features"]) if len(measured["found"]) > 2 else None
+        row["inception_score"] = inception_score(measured["classes"])
+        row["kl"] = float(divergence(true["classes"], measured["classes"]).mean())
+    row["loudness_db"] = float(np.abs(measured["loudness"]).mean())
+    row["seconds"] = None if np.isnan(measured["seconds"]).any() else float(measured["seconds"].mean())
+    return {**row, "clips": len(measured["found"])}
+
+
+def score(measured, true, seed=0):
+    """Lists of `measure` for the clips -> {column: value}, {column: (low, high)}: 95 % of RESAMPLED drawings of as many clips, with repetition."""
+    measured, true = ({k: np.stack([m[k] for m in rows]) for k in rows[0]} for rows in (measured, true))
+    draw, n = np.random.default_rng(seed), len(measured["found"])
+    drawn = [columns_of(*({k: v[pick] for k, v in rows.items()} for rows in (measured, true)))
+             for pick in (draw.integers(n, size=n) for _ in range(RESAMPLED))]
+    row, intervals = columns_of(measured, true), {}
+    for name, value in row.items():
+        values = [d[name] for d in drawn if d[name] is not None]
+        if value is not None and name != "clips":
+            intervals[name] = [float(v) for v in np.percentile(values, (2.5, 97.5))]
+    return row, intervals
 
 
 def deal(count, seed=0):
@@ -50,28 +149,26 @@ def deal(count, seed=0):
     return dealt
 
 
-def score(found, labelled):
-    """One row of the table, from a list of onset times per clip and the labels of the same clips."""
-    counts = {}
-    for tolerance in (0.1, 0.05):
-        pairs = sum(len(match(a, b, tolerance)) for a, b in zip(found, labelled))
-        counts[tolerance] = f1(pairs, sum(map(len, found)), sum(map(len, labelled)))
-    shifts = [abs(s) for s in map(desync, found, labelled) if not math.isnan(s)]
-    precision, recall, both = counts[0.1]
-    return {"onset_f1_100ms": both, "onset_f1_50ms": counts[0.05][2], "precision_100ms": precision,
-            "recall_100ms": recall, "desync_ms": 1000 * float(np.mean(shifts)) if shifts else None, "clips": len(found)}
+# ---------------------------------------------------------------------------------------------------------------------
+# clips and their sounds
 
-
-def onsets_of(wav):
-    return detect_onsets(mel(torch.as_tensor(wav)).numpy())
-
-
-def read_labels(video):
-    """The labelled onset times beside a video."""
-    try:
-        return sorted(float(onset["time"]) for onset in json.loads(video.with_suffix(".json").read_text())["onsets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{video}: no {video.stem}.json with onsets beside it; make clips with foley.py") from error
+def read_case(video, judges):
+    """A video and what its labels say; without labels, what its own sound says."""
+    wav, labels = read_audio(video, duration=probe(video).duration), video.with_suffix(".json")
+    level, onsets, features = mel(wav), None, None
+    if labels.is_file():
+        try:
+            onsets = json.loads(labels.read_text())["onsets"]
+            times = sorted(float(onset["time"]) for onset in onsets)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MediaError(f"{labels}: not the labels of foley.py; make the clip again, or remove the file to judge by the sound's own onsets") from error
+    else:
+        times = detect_onsets(level.numpy()).tolist()
+    if judges.alignment:
+        config, seconds = judges.alignment.config, len(wav) / SAMPLE_RATE
+        last = plan_windows(len(wav), config.fps)[-1]
+        features = video_features(video, judges.cavp, round(last * config.fps / SAMPLE_RATE) + config.frames, seconds)
+    return Case(video, times, onsets and struck(onsets), level, level_of(wav), features)
 
 
 def find_sample(folder, video):
@@ -82,86 +179,164 @@ def find_sample(folder, video):
     raise MediaError(f"{folder}: no {video.stem}.foley.wav, .wav or .mp4 there; make it, or leave out --samples")
 
 
-def own_sounds(videos, args):
-    """The sound to judge for each video in turn: read from --samples, or drawn with seed + clip number."""
-    models = None if args.samples else load_models(args.weights, args.device)
-    for number, video in enumerate(tqdm(videos, unit="clip")):
+def load_judges(folder):
+    """Those of weights/mini, or of another folder with judge.safetensors, judge_align.safetensors, cavp and ldm; what is missing judges nothing."""
+    materials, alignment = folder / "judge.safetensors", folder / "judge_align.safetensors"
+    judges = Judges(Judge.load(materials) if materials.is_file() else None)
+    if alignment.is_file():
+        judges = Judges(judges.materials, Alignment.load(alignment), AutoencoderKL.load(folder / "ldm.safetensors"),
+                        CAVP.load(folder / "cavp.safetensors", audio=False).fold())
+    return judges
+
+
+def shared(items):
+    """[(number, result)] of this process -> the results of all of them, in order of the numbers."""
+    if training.world() > 1:
+        parts = [None] * training.world()
+        dist.all_gather_object(parts, items)
+        items = [item for part in parts for item in part]
+    return [result for _, result in sorted(items, key=lambda item: item[0])]
+
+
+def each(items, function, name):
+    """function(number, item) of every item, shared out over the processes; all of them get all results."""
+    numbers = range(training.rank(), len(items), training.world())
+    return shared([(k, function(k, items[k])) for k in tqdm(numbers, desc=name, unit="clip", disable=training.rank() > 0)])
+
+
+# Settings that a row may have of its own, by the paper's ablations (Sec. 5.3): (name of the row, {setting: value})
+ABLATIONS = {
+    "guidance": [("none", dict(cfg=1.0, cg=0.0)), ("classifier", dict(cfg=1.0)), ("classifier_free", dict(cg=0.0)), ("both", {})],
+    "cfg": [(f"cfg_{cfg:g}", dict(cfg=cfg)) for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)],
+    "cg": [(f"cg_{cg:g}", dict(cg=cg)) for cg in (0.0, 5.0, 15.0, 30.0, 50.0)],
+    "samplers": [(f"{sampler}_{steps}", dict(sampler=sampler, steps=steps)) for sampler, steps in
+                 (("dpm", 10), ("dpm", 25), ("dpm", 50), ("ddim", 25), ("ddim", 50), ("ddim", 100), ("plms", 25), ("plms", 50))],
+}
+
+
+def make_sounds(videos, args, settings, name):
+    """[(sound, seconds it took)], read from --samples or drawn with seed + clip number."""
+    models = None if args.samples else load_models(settings.get("weights", args.weights[0]), args.device)
+
+    def make(number, video):
         if args.samples:
-            yield read_audio(find_sample(args.samples, video))
-            continue
-        wav = generate(video, models, seed=args.seed + number, steps=args.steps, cfg=args.cfg, cg=args.cg,
-                       sampler=args.sampler).wav
+            return read_audio(find_sample(args.samples, video)).numpy(), math.nan
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # of files, which were read before
+            wav = generate(video, models, seed=args.seed + number, **{k: settings.get(k, getattr(args, k)) for k in ("steps", "cfg", "cg", "sampler")}).wav
+        seconds = time.perf_counter() - start
         if args.keep:
             write_wav(args.out / f"{video.stem}.foley.wav", wav)
-        yield wav
+        return wav.numpy(), seconds
+    return each(videos, make, name)
 
 
 def evaluate(args):
-    """All rows: {row: {column: value}}."""
+    """-> rows {row: {column: value}}, intervals {row: {column: [low, high]}}"""
     if not args.data.is_dir():
-        raise MediaError(f"{args.data}: no such folder; give one that python foley.py made")
+        raise MediaError(f"{args.data}: no such folder; give a folder of videos, best one that python foley.py made")
     videos = find_videos([args.data])[:args.clips]
     if len(videos) < 2:
         raise MediaError(f"{args.data}: one clip; at least two are needed, so that sounds can be dealt to wrong videos")
-    labelled = [read_labels(video) for video in videos]
-    if not any(labelled):
-        raise MediaError(f"{args.data}: not one labelled onset in {len(videos)} clips; give more with --clips")
-    truth = [onsets_of(read_audio(video)) for video in videos]
-    ours = [onsets_of(wav) for wav in own_sounds(videos, args)]
-    dealt = [ours[k] for k in deal(len(videos))]
-    nothing = [onsets_of(torch.zeros(SAMPLE_RATE)) for _ in videos]
-    return {row: score(found, labelled) for row, found in
-            (("ours", ours), ("ground_truth", truth), ("wrong_video", dealt), ("silence", nothing))}
+    judges = load_judges(args.judges)
+    cases = each(videos, lambda _, video: read_case(video, judges), "reading")
+    if not any(len(case.times) for case in cases):
+        raise MediaError(f"{args.data}: not one onset in {len(videos)} clips; give more with --clips")
+
+    def row(name, sounds):
+        return each(cases, lambda k, case: measure(*sounds[k][:1], case, judges, sounds[k][1]), f"judging {name}")
+    if args.ablate:
+        variants = ABLATIONS[args.ablate]
+    else:
+        variants = [("ours", {})] if len(args.weights) == 1 else [(Path(w).name, dict(weights=w)) for w in args.weights]
+    measured = {}
+    for name, settings in variants:
+        sounds = make_sounds(videos, args, settings, name)
+        measured[name] = row(name, sounds)
+    dealt = [(sounds[k][0], math.nan) for k in deal(len(videos))]                        # of the last variant
+    true = row("ground_truth", [(read_audio(case.video).numpy(), math.nan) for case in cases])
+    measured |= {"ground_truth": true, "wrong_video": row("wrong_video", dealt),
+                 "silence": row("silence", [(np.zeros(case.mel.shape[1] * WINDOW // 512, np.float32), math.nan) for case in cases])}
+    scores = {name: score(rows, true) for name, rows in measured.items()}
+    return {name: values for name, (values, _) in scores.items()}, {name: intervals for name, (_, intervals) in scores.items()}
 
 
-def table(rows):
-    """The rows as aligned text; '-' where a value does not exist."""
-    def cell(column, value):
-        return "-" if value is None else f"{value:.0f}" if column in ("desync_ms", "clips") else f"{value:.3f}"
-    columns = list(next(iter(rows.values())))
-    lines = [["", *columns]] + [[name, *(cell(c, row[c]) for c in columns)] for name, row in rows.items()]
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+def table(rows, intervals):
+    """As aligned text, columns down and rows across; '-' where a value does not exist, half the interval's width after it."""
+    def cell(name, column):
+        value, (low, high) = rows[name][column], intervals[name].get(column, (0, 0))
+        if value is None or isinstance(value, int):
+            return "-" if value is None else str(value)
+        digits = 0 if column == "desync_ms" else 2 if column in ("frechet", "loudness_db", "seconds") else 3
+        return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    columns = [c for c in next(iter(rows.values())) if any(row.get(c) is not None for row in rows.values())]
+    lines = [["", *rows]] + [[c, *(cell(name, c) if c in rows[name] else "-" for name in rows)] for c in columns]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])])
-                     for line in lines)
+    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]) for line in lines)
+
+
+def draw(rows, intervals, path):
+    """The figures between 0 and 1 as dots with their intervals."""
+    from matplotlib.figure import Figure                        # slow to import, and needed here alone
+    columns = [c for c in ("onset_f1_100ms", "onset_f1_50ms", "align_acc", "material_acc") if rows["ground_truth"].get(c) is not None]
+    figure = Figure((3 * len(columns) + 1, 1 + 0.35 * len(rows)), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
+        for k, name in enumerate(rows):
+            low, high = intervals[name][column]
+            axis.plot([low, high], [k, k], "C0", linewidth=3, alpha=0.4)
+            axis.plot(rows[name][column], k, "C0o")
+        axis.set(title=column, xlim=(-0.02, 1.02), yticks=range(len(rows)), yticklabels=list(rows))
+        axis.grid(alpha=0.3)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path)
+
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=training.Formatter)
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="clips, best with labels, as foley.py makes")
+    p.add_argument("--samples", type=Path, metavar="DIR", help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4; else drawn now")
+    p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where evaluate.json and evaluate.png go")
+    p.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav")
+    p.add_argument("--clips", type=int, metavar="N", help="only the first N")
+    p.add_argument("--weights", nargs="+", default=["mini"], metavar="mini|DIR", help="the models to draw with; a row each, if several")
+    p.add_argument("--judges", type=Path, default=Path(__file__).parent / "weights" / "mini", metavar="DIR", help="the judges' weights")
+    p.add_argument("--ablate", choices=list(ABLATIONS), help="a row for every setting of one kind, instead of `ours`")
+    p.add_argument("--seed", type=int, default=0, help="clip k is drawn with seed + k")
+    p.add_argument("--steps", type=int, default=25, help="denoising steps")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance; what suits the weights where not given")
+    p.add_argument("--cg", type=float, help="guidance by the alignment classifier, 0 for none; likewise")
+    p.add_argument("--sampler", choices=["dpm", "ddim", "plms"], default="dpm", help="of the diffusion")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to draw")
+    args = p.parse_args(argv)
+    if args.clips is not None and args.clips < 2:
+        p.error("--clips: must be 2 or more, so that sounds can be dealt to wrong videos")
+    if args.steps < 1:
+        p.error("--steps: must be 1 or more")
+    if args.samples and (args.ablate or len(args.weights) > 1):
+        p.error("--samples: are one row; leave --ablate and further --weights out")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score sounds by where their onsets fall.")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="clips with labels, as foley.py makes")
-    parser.add_argument("--samples", type=Path, metavar="DIR",
-                        help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4 (else drawn now)")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where evaluate.json goes (.)")
-    parser.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav")
-    parser.add_argument("--clips", type=int, metavar="N", help="only the first N (all)")
-    parser.add_argument("--weights", default="mini", metavar="mini|DIR", help="the models to draw with (mini)")
-    parser.add_argument("--seed", type=int, default=0, help="clip k is drawn with seed + k (0)")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    parser.add_argument("--cfg", type=float, help="classifier-free guidance (what suits the weights)")
-    parser.add_argument("--cg", type=float, help="guidance by the alignment classifier, 0 for none (what suits it)")
-    parser.add_argument("--sampler", choices=["dpm", "ddim", "plms"], default="dpm", help="(dpm)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
-    args = parser.parse_args(argv)
-    if args.clips is not None and args.clips < 2:
-        parser.error("--clips: must be 2 or more, so that sounds can be dealt to wrong videos")
-    if args.steps < 1:
-        parser.error("--steps: must be 1 or more")
+    args = arguments(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with training.command("evaluate.py", MediaError, OSError):
+        training.join(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
-        rows = evaluate(args)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        with whole(args.out / "evaluate.json") as part:
-            part.write_text(json.dumps({"rows": rows, "settings": settings}, indent=1) + "\n")
-    except (MediaError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted, nothing written", file=sys.stderr)
-        return 130
-    print(table(rows))
-    return 0
+        rows, intervals = evaluate(args)
+        if training.rank() == 0:
+            settings = {name: str(value) if isinstance(value, (Path, list)) else value for name, value in vars(args).items()}
+            with whole(args.out / "evaluate.json") as part:
+                part.write_text(json.dumps({"rows": rows, "intervals": intervals, "settings": settings}, indent=1) + "\n")
+            with whole(args.out / "evaluate.png") as part:
+                draw(rows, intervals, part)
+            print(table(rows, intervals))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,8 @@ MAY_IMPORT = {                                              # local modules; tes
     "ldm": {"vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
     "official": {"ldm", "data"},
     "sample": {"official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
-    "evaluate": {"sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
+    "judge": {"cavp", "data", "training", "checkpoints"},
+    "evaluate": {"judge", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])

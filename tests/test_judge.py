@@ -1,0 +1,75 @@
+"""The judge: which moments it learns from, that it learns, and the distances against plain readings of their formulas."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import foley
+import judge
+
+
+def hit(time, material):
+    return {"time": time, "material": material}
+
+
+def test_moments_of_which_nobody_could_tell_are_left_out():
+    onsets = [hit(1.0, "wood"), hit(1.2, "glass"), hit(2.0, "metal"), hit(2.1, "metal"), hit(3.0, "wood"), hit(3.5, "glass")]
+    assert judge.struck(onsets) == [(75, "glass"), (125, "metal"), (131, "metal"), (188, "wood"), (219, "glass")]
+
+
+def test_quiet_moments_hold_no_hit():
+    onsets, draw = [hit(1.0, "wood"), hit(4.0, "glass")], np.random.default_rng(0)
+    found = judge.quiet(onsets, 512, draw, 1000)
+    assert len(found) > 300
+    for column in found:
+        for onset in onsets:
+            at = round(onset["time"] / data.COLUMN)
+            assert not column - judge.BEFORE <= at < column - judge.BEFORE + judge.SPAN
+
+
+def test_a_moment_at_the_ends_is_padded_with_silence():
+    level = torch.arange(1, 41.0).expand(128, 40)
+    assert judge.moment(level, 0)[0].tolist() == [0.0] * judge.BEFORE + list(range(1, 29))
+    assert judge.moment(level, 38)[0].tolist() == list(range(35, 41)) + [0.0] * 26
+    assert judge.moment(level, 20, 2).shape == (128, judge.SPAN + 4)
+
+
+def test_distances_are_their_formulas():
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(200, 6)), draw.normal(size=(300, 6)) @ draw.normal(size=(6, 6)) + 1
+    values, vectors = np.linalg.eig(np.cov(a.T) @ np.cov(b.T))                           # the root of a product, not symmetric
+    root = (vectors * np.sqrt(values.astype(complex))) @ np.linalg.inv(vectors)
+    plain = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
+    assert judge.frechet(a, b) == pytest.approx(plain, rel=1e-9) and judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    p = draw.dirichlet(np.ones(5), 50)
+    mean = [sum(row[k] for row in p) / 50 for k in range(5)]
+    plain = np.exp(sum(row[k] * np.log(row[k] / mean[k]) for row in p for k in range(5)) / 50)
+    assert judge.inception_score(p) == pytest.approx(plain) and judge.inception_score(np.eye(5)) == pytest.approx(5)
+    assert judge.divergence(p, p).max() == pytest.approx(0, abs=1e-12) and (judge.divergence(p, p[::-1]) > 0).all()
+
+
+def test_it_learns_and_loads(tmp_path):
+    """Trained for a moment on few clips it knows their hits; its file says what the classes are."""
+    foley.make_set(tmp_path / "clips", 12, seed=3, size=64, fps=15.625, duration=8.192)
+    judge.main(["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "run"), "--steps", "150", "--batch", "16", "--lr", "2e-3",
+                "--dtype", "float32"])
+    model = judge.Judge.load(tmp_path / "run" / "last.safetensors")
+    assert model.config.classes[0] == judge.NOTHING and len(model.config.classes) > 3
+    right = total = 0
+    for video in sorted((tmp_path / "clips").glob("*.mp4")):
+        hits, level = judge.struck(judge.read_onsets(video)), data.mel(data.read_audio(video))
+        heard = model.hear(level, [column for column, _ in hits])
+        right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
+    features, classes = model.clip(level)
+    assert right / total > 0.5 and features.shape == (64,) and classes.sum() == pytest.approx(1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 150
+
+
+def test_clips_without_labels_are_named(tmp_path):
+    foley.make_set(tmp_path, 1, seed=3, size=64, fps=15.625, duration=2.0)
+    (tmp_path / "00000.json").unlink()
+    with pytest.raises(data.MediaError, match="00000.json"):
+        judge.Moments(tmp_path)
