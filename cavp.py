@@ -1,22 +1,26 @@
 """Stage 1: Contrastive Audio-Visual Pretraining, CAVP (Diff-Foley Sec. 3.1).
 
 in   a folder of clips with sound: frames (b, f, 3, size, size) in [0, 1] at the preset's rate, mel (b, 128, s)
-out  OUT/last.safetensors; with --extract, a file a clip with its features (f, 512) and its sound: the training set of stage 2
+out  OUT/last.safetensors; with --extract, a set of every clip's features (f, 512) and its sound: what stage 2 trains on
 
     python cavp.py --data clips/
     python cavp.py --data clips/ --init runs/cavp/last.safetensors --extract features/
+    torchrun --nproc_per_node 8 cavp.py --data vggsound/ --preset paper
+    python cavp.py --data vggsound/ --preset paper --recompute          the same batch on one GPU of 24 GB
 
 Both towers give one unit vector a step of time; training pulls the video and the sound of the same moment together, against
-other videos (L_inter) and against other moments of the same video (L_intra).
+other videos (L_inter) and against other moments of the same video (L_intra). All clips of --batch are each other's negatives,
+in however many processes and chunks of --micro-batch videos they are seen, and the gradient is that of the whole
+(`backward`). What a norm sees in training is one chunk: 30 videos in the paper preset, as on each GPU of the published run.
 
-Differs from the official code: mels are cut at the sample where their first frame starts, hop 256 (there at hop 250, which drifts
-by 2.4 %); the pooled features of a long clip are normalised over the 512 features (there over time). The mini preset sees
-15.625 small frames a second, has temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one
-window instead of three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent
-moments hardly count as anchors.
+Differs from the official code: mels are cut at the sample where their first frame starts, hop 256 (there at hop 250, which
+drifts by 2.4 %); negatives of other processes pass gradients on (there only a process's own features do); the pooled features
+of a long clip are normalised over the 512 features (there over time). The mini preset sees 15.625 small frames a second, has
+temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one window instead of
+three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent moments hardly
+count as anchors.
 """
 import functools
-import itertools
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
@@ -54,9 +58,10 @@ PRESETS = {
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
                        audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
 }
-# paper: 300 epochs of 567,980 videos at 8 x 30
-RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, by_loudness=1),
-           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, by_loudness=0)}
+# paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
+# Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
+RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1),
+           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0)}
 FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
@@ -301,7 +306,8 @@ def span(config):
 
 
 def clip_starts(videos, config, generator):
-    """(videos, clips) first frames: 0 (mini), or three at least half a clip apart (paper: s1 in [0, 8], s2 in [s1+8, 16], s3 in [s2+8, 24])."""
+    """(videos, clips) first frames: 0 (mini), or three at least half a clip apart (paper: s1 in [0, 8], s2 in [s1+8, 16],
+    s3 in [s2+8, 24])."""
     starts, half = torch.zeros(videos, config.clips, dtype=torch.long), config.frames // 2
     for row in starts if config.clips > 1 else ():
         for k in range(config.clips):
@@ -350,8 +356,8 @@ def moving(model):
 
 
 def put_together(now, before, chunks):
-    """Running statistics as one process would have them that sees all chunks in order: each process has moved the same `before` by its own
-    `chunks`, each chunk taking a tenth of the way."""
+    """Running statistics as one process would have them that sees all chunks in order: each process has moved the same
+    `before` by its own `chunks`, each chunk taking a tenth of the way."""
     if training.world() == 1 or not now:
         return
     kept = 0.9 ** chunks
@@ -362,9 +368,10 @@ def put_together(now, before, chunks):
 
 
 def backward(run, network, model, device, chunks, seeds, loss_of):
-    """Gradient of a loss over the features of the whole batch, of all processes, in the memory of one chunk (gradient cache, Gao et al. 2021):
-    features of every chunk without a graph, the loss and its gradient with respect to all features, then every chunk again, with a graph
-    that passes its share of that gradient on. Dropout repeats itself, by `seeds`; norms move once a chunk. A single chunk is seen once.
+    """Gradient of a loss over the features of the whole batch, of all processes, in the memory of one chunk (gradient
+    cache, Gao et al. 2021): features of every chunk without a graph, the loss and its gradient with respect to all
+    features, then every chunk again, with a graph that passes its share of that gradient on. Dropout repeats itself, by
+    `seeds`; norms move once a chunk. A single chunk is seen once.
 
     chunks: what `embed` takes, of each; loss_of(video, audio, scale) -> loss, terms to report. -> the terms"""
     def features(chunk, seed):

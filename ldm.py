@@ -85,11 +85,12 @@ PRESETS = {
              AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
                  width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4, context_dim=128, groups=16, aligned=2))),
 }
-# paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220; the classifier's steps and batch are unpublished, so ours
-RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, merge=0.5, roll=0, repeats=4),
-                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, merge=0.5, roll=0, repeats=1)},
-           "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, merge=0, roll=1, repeats=4),
-                     "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, merge=0, roll=0, repeats=1)}}
+# paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
+# of the classifier only the lr is published, its steps and batch are ours
+RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4),
+                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1)},
+           "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
+                     "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

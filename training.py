@@ -2,19 +2,20 @@
 
 in   parsed arguments, a network, its configuration, a data set
 out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes
-     OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers only);
+     OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers);
                             OUT/previous.state.pt is the one before, for the day that the last one is damaged
-     OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of time spent
-                            waiting for data, memory; and at every save a line of validation
+     OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of the
+                            time spent waiting for data, memory; and at every save a line of validation
      OUT/curves.png         the same as a picture; OUT/sheet.png: validation spectrograms, true above, made below
      OUT/left_out.csv       the files of --data that are not trained on, and why
 
     python vae.py --data clips/                        one process
     torchrun --nproc_per_node 8 vae.py --data clips/   eight, on as many GPUs or, without any, on the CPU
 
-Whatever is drawn at random in a step comes from a generator seeded with (--seed, step) and is drawn for the whole batch, of which every
-process and micro-batch takes its rows. So the number of processes and the size of micro-batches change no number, and a run that is
-killed and resumed goes on bit for bit. Nothing is half-written (temporary name, then rename) and nothing is unpickled (`weights_only=True`).
+Whatever is drawn at random in a step comes from a generator seeded with (--seed, step) and is drawn for the whole
+batch, of which every process and micro-batch takes its rows. So the number of processes and the size of micro-batches
+change no number, and a run that is killed and resumed goes on bit for bit. Nothing is half-written (temporary name, then
+rename) and nothing is unpickled (`weights_only=True`).
 """
 import argparse
 import contextlib
@@ -64,28 +65,31 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 # the arguments that all stages share
 
 def arguments(description, presets):
-    """The parser with every flag that all training commands take; `presets` {name: {steps, batch, lr, warmup}} sets their defaults."""
+    """The parser with every flag that all training commands take; `presets` {name: {flag: value}} sets their defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     p.add_argument("--data", type=Path, required=True, help="folder of clips, or a prepared set")
     p.add_argument("--out", type=Path, help="where the run writes; default runs/STAGE")
     p.add_argument("--preset", choices=list(presets), default="mini", help="network sizes and training recipe")
     p.add_argument("--init", type=Path, help="start from these weights (ours or an official file)")
-    p.add_argument("--freeze", nargs="+", default=[], metavar="NAME", help="keep the parameters fixed whose names, as in the checkpoint, begin so")
+    p.add_argument("--freeze", nargs="+", default=[], metavar="NAME",
+                   help="keep the parameters fixed whose names, as in the checkpoint, begin so")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.state.pt")
     g = p.add_argument_group("optimization; where not given, the preset's: " + "; ".join(
         f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in recipe.items()) for name, recipe in presets.items()))
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch", type=int, help="clips in one step, of all processes together")
-    g.add_argument("--micro-batch", type=int, help="clips in memory at once, of one process; default: the preset's, or all")
+    g.add_argument("--micro-batch", type=int, help="clips in memory at once, of one process; else all of its share")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    g.add_argument("--clip", type=float, help="longest gradient, longer ones are cut to it; 0: none is")
     g.add_argument("--seed", type=int, default=0, help="weights, data order and noise")
     g = p.add_argument_group("run")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                    help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
-    g.add_argument("--recompute", action="store_true", help="keep no activations inside the blocks, compute them again: less memory, a third more time")
-    g.add_argument("--workers", type=int, help="processes that read data, for each one that trains; default: 4 beside a GPU, else 0")
+    g.add_argument("--recompute", action="store_true",
+                   help="keep no activations inside the blocks, compute them again: less memory, a third more time")
+    g.add_argument("--workers", type=int, help="processes that read for each that trains; default: 4 beside a GPU, else 0")
     g.add_argument("--half", action="store_true",
                    help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, each with validation")
@@ -146,12 +150,13 @@ def join(device):
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    patience = timedelta(days=7)                            # the first process may prepare a large set while the others wait
+    patience = timedelta(days=7)                            # the first may prepare a large set while the others wait
     store, number, count = next(dist.rendezvous("env://"))
     store.set_timeout(patience)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=number, world_size=count, timeout=patience)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
     dist.barrier()                                          # connected before anything can go wrong
 
 
@@ -190,14 +195,14 @@ def parallel(model, function):
     step = Step(model, function)
     if world() == 1:
         return step
-    with warnings.catch_warnings():                         # the newest torch has another name for the first, others have only this one
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # the newest torch renames broadcast_buffers, others have no other
         return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def explain(error, mistakes):
     """One line about an error that is no bug of ours; None where it may be one, and the traceback says more."""
-    text = (str(error).strip().splitlines() or [""])[-1]    # one from a process that reads data has that one's traceback before it
+    text = (str(error).strip().splitlines() or [""])[-1]    # before it, of one from a reading process, comes its traceback
     if isinstance(error, (CheckpointError, *mistakes)):
         return re.sub(r"^[\w.]+Error: ", "", text)
     if isinstance(error, torch.OutOfMemoryError):
@@ -205,7 +210,7 @@ def explain(error, mistakes):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the first step"
     if "DataLoader worker" in str(error):
-        return "a process that reads data died, often for lack of memory (or of /dev/shm); go on with --resume and fewer --workers"
+        return "a process that reads data died, often for lack of memory; go on with --resume and fewer --workers"
     return None
 
 
@@ -239,7 +244,7 @@ def command(script, *mistakes):
 # before a run
 
 def settle(args, presets, stage, trains=True):
-    """Fill what the user left to the preset and the machine, meet the other processes, seed the weights; returns the device. Writes to `args`."""
+    """Fill in `args` what the user left to the preset and the machine, meet the other processes, seed the weights. -> device"""
     asked = args.micro_batch
     for name, value in presets[args.preset].items():
         if getattr(args, name) is None:
@@ -256,14 +261,14 @@ def settle(args, presets, stage, trains=True):
         raise TrainingError("--steps and --batch must be at least 1")
     share, rest = divmod(args.batch, world())
     if rest:
-        raise TrainingError(f"--batch {args.batch} is not a multiple of the {world()} processes that share it; give one")
+        raise TrainingError(f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them")
     fits = [n for n in range(1, share + 1) if share % n == 0 and n <= (args.micro_batch or share)]
     if asked and asked not in fits and asked < share:
         raise TrainingError(f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}")
     args.micro_batch = fits[-1]
     there = any((args.out / name).exists() for name in STATES)
     if trains and args.resume and not there:
-        raise TrainingError(f"--resume: {args.out} holds no run; leave --resume out to start one, or name it with --out")
+        raise TrainingError(f"--resume: {args.out} holds no run; start one without, or name it with --out")
     if trains and there and not args.resume:
         raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
     keep_freed_memory()
@@ -272,7 +277,7 @@ def settle(args, presets, stage, trains=True):
 
 
 def freeze(args, model):
-    """Fix the parameters that --freeze names; parts that are fixed as a whole also stop moving their norms' statistics."""
+    """Fix the parameters that --freeze names; of parts that are fixed as a whole, the norms' statistics too."""
     for prefix in args.freeze:
         found = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not found:
@@ -309,8 +314,8 @@ def generator(args, step):
 
 class Shuffled(torch.utils.data.Sampler):
     """Endless indices: epoch e is a permutation of the set seeded with (seed, e), given as e * len + i, so that a dataset
-    can draw its own randomness from the index alone; starting at batch k costs nothing, which is what --resume needs. Of each
-    batch, process `rank` of `world` gets its contiguous share."""
+    can draw its own randomness from the index alone; starting at batch k costs nothing, which is what --resume needs. Of
+    each batch, process `rank` of `world` gets its contiguous share."""
 
     def __init__(self, length, batch, seed, start=0, rank=0, world=1):
         self.length, self.batch, self.seed, self.start, self.rank, self.world = length, batch, seed, start, rank, world
@@ -328,7 +333,7 @@ class Shuffled(torch.utils.data.Sampler):
 
 
 def divided(reader, empty):
-    """reader(split=...) -> clips to train on, clips to validate on; None where so small a set has none, which raises `empty`."""
+    """reader(split=...) -> clips to train on, to validate on; None where a set is too small for these, which raises `empty`."""
     clips = reader(split="train")
     try:
         return clips, reader(split="val")
@@ -343,8 +348,8 @@ def deaf(_worker):
 
 
 class Batches:
-    """Endless iterator over this process's micro-batches, the same for any number of workers and after any interruption;
-    `waited`: the seconds that training stood still for it."""
+    """Endless iterator over this process's micro-batches, the same for any number of workers and after any
+    interruption; `waited`: the seconds that training stood still for it."""
 
     def __init__(self, dataset, args, start=0):
         # a generator of its own: nothing may depend on the global one
@@ -390,10 +395,11 @@ def adamw(groups, args, **options):
 
 
 def update(args, step, optimizer, ema, model, final=0.0):
-    """One step of the optimizer and the average, the gradient clipped at 1; -> the gradient's norm before that."""
+    """One step of the optimizer and the average, the gradient cut to --clip; -> the gradient's norm before that."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args, final)
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema.update(model)
@@ -441,15 +447,15 @@ class Run:
     """Micro-batches, progress, log, validation, saving and resuming of one training run.
 
         run = Run(args, model, optimizer, config, ema, clips, held_out, validate)
-        for step in run:                            # from 0, or from where --resume left off; saves as it goes and at its end
-            for batch, rows in run.parts(network):  # this process's micro-batches; `rows` says which of the whole batch they are
+        for step in run:                            # from 0, or where --resume left off; saves as it goes and at the end
+            for batch, rows in run.parts(network):  # this process's micro-batches; which rows of the whole batch they are
                 loss = network(...)
                 (loss / run.count).backward()
                 run.add(loss=loss)
             run.report(gradient_norm=update(...))
 
-    held_out: clips that are not trained on, or None; validate(model, held_out) -> {name: number}, [(true, made) mels (128, s)], called
-    without gradients on the averaged weights;
+    held_out: clips that are not trained on, or None; validate(model, held_out) -> {name: number}, [(true, made) mels
+    (128, s)], called without gradients on the averaged weights;
     export(model) -> the copy that is written for `load`, where it differs from the network in training.
     """
 
@@ -461,22 +467,15 @@ class Run:
         self.asked = self.interrupted = False
         if args.resume:
             self.restore()
-        self.saved, self.begun = self.step, self.step
-        left_out = clips.left_out if rank() == 0 else []
+        self.saved = self.step
         if rank() == 0:
-            self.tidy(left_out)
+            self.prepare(clips.left_out)
         self.loader = Batches(clips, args, self.step)
-        trained, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad == k) / 1e6 for k in (True, False))
-        if rank() == 0:
-            print(f"{args.out}: {trained:.1f} M parameters" + f" and {fixed:.1f} M fixed" * (fixed > 0)
-                  + f", {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} threads, torch {torch.__version__}, "
-                  + f"{len(clips)} clips" + f" ({len(left_out)} left out: {args.out / 'left_out.csv'})" * bool(left_out)
-                  + f", steps {self.step}..{args.steps} of {args.batch} clips, {args.micro_batch} at once"
-                  + (f", validated on {len(held_out)} others" if held_out else ", nothing to validate on"), flush=True)
 
-    def tidy(self, left_out):
-        """An unwritable place is noticed before the work, not after; what a killed process left is taken away."""
-        out = make_folder(self.args.out)
+    def prepare(self, left_out):
+        """An unwritable place is noticed before the work, not after; what a killed process left is taken away. And what
+        is about to happen is said."""
+        args, out = self.args, make_folder(self.args.out)
         for part in out.glob(".*.part"):
             part.unlink()
         rows = [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
@@ -485,38 +484,47 @@ class Run:
             table = io.StringIO()
             csv.writer(table).writerows([("name", "reason"), *left_out])
             write_whole(out / "left_out.csv", table.getvalue().encode())
+        count = {k: sum(p.numel() for p in self.model.parameters() if p.requires_grad == k) / 1e6 for k in (True, False)}
+        print(f"{out}: {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} "
+              f"threads, torch {torch.__version__}; {count[True]:.1f} M parameters"
+              + f" and {count[False]:.1f} M fixed" * (count[False] > 0) + f"; {self.clips} clips"
+              + f" ({len(left_out)} left out, see {out / 'left_out.csv'})" * bool(left_out)
+              + (f", {len(self.held_out)} to validate on" if self.held_out else ", none to validate on")
+              + f"; steps {self.step} to {args.steps} of {args.batch} clips, {args.micro_batch} at once", flush=True)
 
     def __iter__(self):
         """Steps. The first Ctrl-C or SIGTERM, in any process, ends the loop of all after the step under way, saved."""
         def ask(*_):
             self.asked = True
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.out.name, dynamic_ncols=True, disable=rank() > 0)
-        self.clock = self.mark = time.monotonic()
+        begun, out, steps, due = self.step, self.args.out, self.args.steps, False
+        self.bar = tqdm(total=steps, initial=begun, desc=out.name, dynamic_ncols=True, disable=rank() > 0)
+        self.clock, self.mark = time.monotonic(), (time.monotonic(), begun)
         try:
-            while self.step < self.args.steps and not self.interrupted:
+            while self.step < steps and not self.interrupted:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                if self.step - self.begun == 10:
+                if self.step - begun == 10 and rank() == 0:
                     pace = (time.monotonic() - self.clock) / 10
-                    self.bar.write(f"{self.args.out}: {pace:.2f} s a step, about {(self.args.steps - self.step) * pace / 60:.0f} minutes to go")
-                if self.step % self.args.save_every == 0 or self.step == self.args.steps or self.interrupted:
-                    self.save()
+                    self.bar.write(f"{out}: {pace:.2f} s a step, {(steps - self.step) * pace / 60:.0f} minutes to go")
+                due = self.step % self.args.save_every == 0 or self.step == steps
+                if due or self.interrupted:
+                    self.save(due)
         finally:
             self.bar.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
         if self.interrupted and rank() == 0:
-            print(f"{self.args.out}: stopped after step {self.step}; go on with --resume", file=sys.stderr)
+            print(f"{out}: stopped after step {self.step}; go on with --resume", file=sys.stderr)
 
     def parts(self, network, source=None):
-        """(micro-batch, its rows of the whole batch), from the data set or a list; processes exchange gradients in the last one."""
-        first = rank() * self.count
+        """(micro-batch, its rows of the whole batch), from the data set or a list; gradients are exchanged in the last."""
+        size = self.args.micro_batch
         for i, batch in zip(range(self.count), source or self.loader):
-            alone = network.no_sync() if world() > 1 and i < self.count - 1 else contextlib.nullcontext()
-            with alone:
-                yield batch, slice((first + i) * self.args.micro_batch, (first + i + 1) * self.args.micro_batch)
+            first = (rank() * self.count + i) * size
+            with network.no_sync() if world() > 1 and i < self.count - 1 else contextlib.nullcontext():
+                yield batch, slice(first, first + size)
 
     def add(self, **terms):
         """Terms of the loss of one micro-batch; the step's are their means."""
@@ -524,8 +532,8 @@ class Run:
             self.terms[k] = self.terms.get(k, 0) + v.detach().float() / self.count
 
     def report(self, every=20, **values):
-        """Ends a step. Means over the last `every` steps go on the bar and in log.jsonl; a loss or gradient that is not finite stops the run
-        before anything is saved. The one exchange between processes also agrees on stopping."""
+        """Ends a step. Means over the last `every` steps go on the bar and in log.jsonl; a loss or gradient that is not
+        finite stops the run before anything is saved. The one exchange between processes also agrees on stopping."""
         values = {**self.terms, **{k: v.detach().float() for k, v in values.items()}}
         device = next(iter(values.values())).device
         numbers = torch.stack([*values.values(), torch.tensor(float(self.asked), device=device)])
@@ -534,18 +542,19 @@ class Run:
         *numbers, asked = (numbers / world()).tolist()
         self.terms, self.interrupted = {}, asked > 0
         if not all(map(math.isfinite, numbers)):
-            good = f"go on from step {self.saved} with --resume" if self.saved else "nothing is saved yet; start again with --resume left out"
-            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {good} and a lower --lr")
+            again = f"go on from step {self.saved} with --resume" if self.saved else "nothing is saved yet; start again with"
+            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {again} and a lower --lr")
         for k, v in zip(values, numbers):
             self.totals.setdefault(k, []).append(v)
         if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps:
             means = {k: sum(v) / len(v) for k, v in self.totals.items()}
-            now, steps = time.monotonic(), len(next(iter(self.totals.values())))
-            speed, waiting = steps * self.args.batch / (now - self.mark), self.loader.waited / (now - self.mark)
-            self.mark, self.loader.waited, self.totals = now, 0.0, {}
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"} | {"clips/s": f"{speed:.3g}"})
-            self.log(self.step + 1, **means, lr=self.optimizer.param_groups[0]["lr"], clips_per_second=speed, waiting=waiting,
-                     memory_gb=peak_memory(self.args))
+            seconds = time.monotonic() - self.mark[0]
+            speed, waiting = (self.step + 1 - self.mark[1]) * self.args.batch / seconds, self.loader.waited / seconds
+            self.mark, self.loader.waited, self.totals = (time.monotonic(), self.step + 1), 0.0, {}
+            shown = {k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"}
+            self.bar.set_postfix(shown | {"clips/s": f"{speed:.3g}"})
+            self.log(self.step + 1, **means, lr=self.optimizer.param_groups[0]["lr"], clips_per_second=speed,
+                     waiting=waiting, memory_gb=peak_memory(self.args))
 
     def log(self, step, **row):
         if rank() > 0:
@@ -554,30 +563,33 @@ class Run:
             with open(self.args.out / "log.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row}) + "\n")
         except OSError as e:
-            raise TrainingError(f"{self.args.out}/log.jsonl: cannot be written ({e.strerror}); free some space, then --resume") from None
+            reason = f"cannot be written ({e.strerror}); free some space, then --resume"
+            raise TrainingError(f"{self.args.out}/log.jsonl: {reason}") from None
 
     def seconds(self):
         return self.elapsed + time.monotonic() - self.clock
 
-    def save(self):
-        """Validation, weights for `load`, training state: in this order, so that whatever moment a kill comes at, the state that is resumed
-        from is never ahead of the rest. An interruption does not validate: the log must not tell that there was one."""
+    def save(self, due):
+        """Validation, weights for `load`, training state: in this order, so that whatever moment a kill comes at, the
+        state that is resumed from is never ahead of the rest. Only at steps where it is due is there validation: the log
+        does not tell that a run was interrupted."""
         if rank() > 0:
             return
         out, pictures = self.args.out, []
-        if self.held_out and not self.interrupted:
+        if self.held_out and due:
             start = time.monotonic()
             with torch.no_grad():
                 numbers, pictures = self.validate(self.ema.model, self.held_out)
             self.log(self.step, **numbers)
-            self.mark += time.monotonic() - start           # no part of training's speed
+            self.mark = self.mark[0] + time.monotonic() - start, self.mark[1]         # no part of training's speed
         model = self.export(self.ema.model) if self.export else self.ema.model
         # names alone: the folders of whoever trained are nobody's business who loads the file
         args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args}
         save_model(out / STATES[0].replace("state.pt", "safetensors"), model, self.config, self.args.half, **about)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.model.state_dict(),
-                 "updates": self.ema.updates, "step": self.step, "elapsed": self.seconds(), "totals": self.totals, "args": self.flags()}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "ema": self.ema.model.state_dict(), "updates": self.ema.updates, "step": self.step,
+                 "elapsed": self.seconds(), "totals": self.totals, "flags": self.flags()}
         with writing(out / STATES[0]) as part:
             with open(part, "wb") as f:
                 try:
@@ -595,10 +607,12 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.updates, self.step, self.elapsed, self.totals = (state[k] for k in ("updates", "step", "elapsed", "totals"))
+        self.ema.updates, self.step = state["updates"], state["step"]
+        self.elapsed, self.totals = state["elapsed"], state["totals"]
         for name, value in self.flags().items():
-            if state["args"].get(name, value) != value and rank() == 0:
-                print(f"{self.args.out}: going on with {name} {value}, until now {state['args'][name]}", file=sys.stderr)
+            before = state["flags"].get(name, value)
+            if before != value and rank() == 0:
+                print(f"{self.args.out}: going on with {name} {value}, until now {before}", file=sys.stderr)
 
     def flags(self):
         """What a resumed run should not change unnoticed, as text."""
@@ -607,16 +621,17 @@ class Run:
 
 
 def draw(out, pictures):
-    """log.jsonl -> curves.png, one panel a logged value; spectrograms side by side -> sheet.png, true above, made below."""
+    """log.jsonl -> curves.png, a panel a logged value; spectrograms side by side -> sheet.png, true above, made below."""
     try:
         from matplotlib.figure import Figure                # only where a picture is drawn: the import takes a second
         rows = read_log(out)
         names = list(dict.fromkeys(k for row in rows for k in row if k not in ("step", "seconds")))
         high = math.ceil(len(names) / 4)
-        curves, sheet = Figure(figsize=(16, 3 * max(1, high)), layout="constrained"), Figure(figsize=(16, 5), layout="constrained")
+        curves, sheet = (Figure(figsize=(16, h), layout="constrained") for h in (3 * max(1, high), 5))
         for i, name in enumerate(names):
             axis = curves.add_subplot(high, 4, i + 1)
-            axis.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], marker="." if name.startswith("val") else "")
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), marker="." if name.startswith("val_") else "")
             axis.set(title=name, xlabel="step")
         for i, pair in enumerate(pictures):
             for k, level in enumerate(pair):
