@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -296,8 +297,10 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
     record = data.entry(["bounds", "frames", "sound"]).itemsize
     for clips in (1, 4, 7):
         process, _ = preparing(nine / "raw", out)
+        deadline = time.monotonic() + 60
         while not (out / "index.bin").exists() or (out / "index.bin").stat().st_size < clips * record:
-            assert process.is_alive()
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
         process.kill()
         process.join()
         with pytest.raises(data.MediaError, match="unfinished"):
