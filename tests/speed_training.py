@@ -29,7 +29,7 @@ import plain                                                    # noqa: E402
 import training                                                 # noqa: E402
 import vae                                                      # noqa: E402
 
-STAGES = {"cavp (stage 1)": (cavp.main, "prepared", []), "ldm (stage 2)": (ldm.main, "features", ["--vae", ROOT / "weights/mini/ldm.safetensors"]),
+STAGES = {"cavp": (cavp.main, "prepared", []), "ldm": (ldm.main, "features", ["--vae", ROOT / "weights/mini/ldm.safetensors"]),
           "vae": (vae.main, "prepared", [])}
 
 
@@ -112,6 +112,7 @@ def main():
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--steps", type=int, default=2, help="in a turn")
     p.add_argument("--clips", type=int, default=40)
+    p.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     args = p.parse_args()
     columns = {"plain float32": (True, "float32"), "ours float32": (False, "float32")}
     if training.computes_bfloat16("cpu"):
@@ -122,7 +123,7 @@ def main():
     print("|---" * (2 * len(columns) + 1) + "|", flush=True)
     with tempfile.TemporaryDirectory() as home:
         make_data(Path(home), args.clips)
-        for stage in STAGES:
+        for stage in args.stages:
             seen = measure(stage, columns, Path(home), args.rounds, args.steps)
             times = {name: [took for took, _ in rows] for name, rows in seen.items()}
             middle = [f"{statistics.median(rows):.3f}" for rows in times.values()]

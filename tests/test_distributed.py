@@ -168,19 +168,15 @@ def test_recomputing_keeps_less_and_changes_nothing(gradients, stage):
     kept = []
 
     def run(**flags):
-        tensors = {}
-
-        def pack(x):
-            tensors[x.data_ptr()] = x.numel()
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             result = gradients(stage, micro_batch=2, **flags)
-        kept.append(sum(tensors.values()))
+        kept.append(sum(sizes))
         return result
     plain, again = run(), run(recompute=True)
     assert apart(plain[0], again[0]) < 1e-6
     assert apart(*(floats(dict(r[1]["model"].named_buffers())) or {"": torch.ones(1)} for r in (plain, again))) < 1e-6
-    assert any(isinstance(getattr(m, "forward", None), training.functools.partial) for m in again[1]["model"].modules())
+    assert kept[1] < 0.7 * kept[0]
 
 
 def torchrun(stage, out, *extra, code=None):
