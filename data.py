@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -63,7 +64,8 @@ SILENT = 0.001                  # of full scale, -60 dB: sound that never rises 
 HELD_OUT = 0.05                 # share of the clips in each of "val" and "test"
 SPLITS = ("train", "val", "test")
 JPEG_QUANTIZER = "2"            # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
-FORMAT = 2                      # of prepared sets
+FORMAT = 3                      # of prepared sets
+BLOCK = 2**14                   # bytes that share a checksum
 SHARD = 2**30                   # bytes after which a set goes on in a new file
 COMMIT = 2.0                    # seconds of work that a kill can cost
 OPEN = 64                       # shards that a process holds open
@@ -212,18 +214,16 @@ def encode_jpegs(images, size):
 def jpeg_decoder(_process):
     """A process's decoder and converter: setting them up costs more than a frame, and threads more than they bring."""
     context = av.CodecContext.create("mjpeg", "r")
-    context.thread_count, context.options = 1, {"err_detect": "explode"}
+    context.thread_count = 1
     return context, VideoReformatter()
 
 
 def decode_jpegs(jpegs, size):
-    """Bytes of each frame -> uint8 (f, 3, size, size); ValueError or FFmpegError where one is no such picture."""
+    """Bytes of each frame -> uint8 (f, 3, size, size)."""
     context, scaler = jpeg_decoder(os.getpid())
     out = np.empty((len(jpegs), 3, size, size), np.uint8)
     for image, jpeg in zip(out, jpegs):
         frame, = context.decode(av.Packet(jpeg))
-        if (frame.width, frame.height) != (size, size):
-            raise ValueError(f"{frame.width} x {frame.height} pixels")
         for channel, plane in zip((1, 2, 0), scaler.reformat(frame, format="gbrp", threads=1).planes):
             image[channel] = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)[:, :size]
     return out
@@ -236,8 +236,13 @@ AGAIN = "delete the set and prepare it again"
 
 
 def entry(columns):
-    """A clip's entry in the index; its name, its label and its columns are each (first byte, bytes)."""
-    return np.dtype([("shard", "<u4"), ("split", "<u4"), *((name, "<u8", 2) for name in ("name", "label", *columns))])
+    """A clip's entry in the index; its name, its label, its columns and their checksums are each (first byte, bytes)."""
+    stretches = ("name", "label", *columns, "checks")
+    return np.dtype([("shard", "<u4"), ("split", "<u4"), *((name, "<u8", 2) for name in stretches)])
+
+
+def checksums(content):
+    return [zlib.crc32(memoryview(content)[k:k + BLOCK]) for k in range(0, len(content), BLOCK)]
 
 
 def read_about(root):
@@ -259,7 +264,7 @@ class Set:
     set.json          what all clips have in common, and "clips": how many there are; null until it is first finished
     index.bin         an `entry` a clip, mapped into memory
     names.bin         names and labels, one after the other
-    shard-00000.bin   columns, one after the other. A column is some bytes of each clip:
+    shard-00000.bin   columns, clip after clip, and behind each clip's the CRC-32 of every BLOCK bytes of them. A column is:
                           "bounds"    uint32 (f + 1,), where each frame starts in
                           "frames"    JPEGs
                           "features"  float16 (f, width), instead of these two in what `cavp.py --extract` writes
@@ -304,25 +309,27 @@ class Set:
         return os.fsdecode(self.stretch("names.bin", *map(int, self.index[clip][what])))
 
     def column(self, clip, name, dtype, start=0, count=None):
-        """`count` values, at most, of a clip's column from value `start` on, as an array."""
+        """`count` values, at most, of a clip's column from value `start` on, as an array. What is read is checked."""
         where, step = self.index[clip], np.dtype(dtype).itemsize
         first, size = map(int, where[name])
         start = min(start * step, size)
         size = size - start if count is None else min(count * step, size - start)
-        return np.frombuffer(self.stretch(f"shard-{where['shard']:05d}.bin", first + start, size), dtype)
+        if not size:
+            return np.empty(0, dtype)
+        begin, end = int(where[self.about["columns"][0]][0]), int(where["checks"][0])        # of the clip in its shard
+        at, shard = first + start - begin, f"shard-{where['shard']:05d}.bin"
+        a, b = at // BLOCK, -(-(at + size) // BLOCK)                                          # blocks that hold it
+        blocks = self.stretch(shard, begin + a * BLOCK, min(b * BLOCK, end - begin) - a * BLOCK)
+        if np.frombuffer(self.stretch(shard, end + 4 * a, 4 * (b - a)), "<u4").tolist() != checksums(blocks):
+            raise MediaError(f"{self.root / shard}: {self.text(clip, 'name')} is damaged in it; {AGAIN}")
+        return np.frombuffer(blocks, dtype, size // step, at - a * BLOCK)
 
     def frames(self, clip, start=0, count=None):
         """Pictures of a clip, as many of `count` as there are: uint8 (f, 3, size, size)."""
         bounds = self.column(clip, "bounds", "<u4", start, None if count is None else count + 1)
         blob = self.column(clip, "frames", np.uint8, int(bounds[0]), int(bounds[-1] - bounds[0])).tobytes()
         at = (bounds - bounds[0]).tolist()
-        try:
-            return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
-        except (ValueError, av.error.FFmpegError) as error:
-            jpeg_decoder.cache_clear()
-            shard, reason = f"shard-{self.index[clip]['shard']:05d}.bin", str(error).splitlines()[0]
-            raise MediaError(f"{self.root / shard}: a frame of {self.text(clip, 'name')} is damaged ({reason}); "
-                             f"{AGAIN}") from None
+        return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
 
     def left_out(self):
         """[(name, reason)] of the files that are not in the set."""
@@ -386,17 +393,16 @@ class Writer:
         self.names_file.seek(0)
         content, text = self.index_file.read(), self.names_file.read()
         index = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
-        last = self.about["columns"][-1]
         shards = range(int(index["shard"].max(initial=0)) + 1)
         sizes = np.array([path.stat().st_size if path.exists() else 0 for path in map(self.path, shards)])
-        there = (index[last].sum(1) <= sizes[index["shard"]]) & (index["label"].sum(1) <= len(text))
+        there = (index["checks"].sum(1) <= sizes[index["shard"]]) & (index["label"].sum(1) <= len(text))
         index = index[:len(index) if there.all() else int(there.argmin())]
         if len(index) < (self.about["clips"] or 0):
             raise MediaError(f"{self.root}: damaged, {len(index)} of its first {self.about['clips']} clips are there; {AGAIN}")
         self.shard = self.end = self.names_end = 0
         if len(index):
             final = index[-1]
-            self.shard, self.end, self.names_end = map(int, (final["shard"], final[last].sum(), final["label"].sum()))
+            self.shard, self.end, self.names_end = map(int, (final["shard"], final["checks"].sum(), final["label"].sum()))
         self.index_file.truncate(len(index) * self.dtype.itemsize)
         self.names_file.truncate(self.names_end)
         for path in self.root.glob("shard-*.bin"):
@@ -435,7 +441,9 @@ class Writer:
         for what, text in (("name", name), ("label", label)):
             new[what] = self.names_end, self.names_file.write(os.fsencode(text))
             self.names_end += int(new[what][1])
-        for column in self.about["columns"]:
+        content = b"".join(columns[column] for column in self.about["columns"])
+        columns = {**columns, "checks": np.array(checksums(content), "<u4").tobytes()}
+        for column in (*self.about["columns"], "checks"):
             new[column] = self.end, self.shard_file.write(columns[column])
             self.end += int(new[column][1])
         self.names.add(name)

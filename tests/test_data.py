@@ -182,8 +182,6 @@ def test_jpegs_are_close_in_every_colour_and_at_every_size(size, n):
     assert back.shape == (n, 3, size, size)
     error = back.astype(float) - images.transpose(0, 3, 1, 2)
     assert np.abs(error.mean((2, 3))).max() < 1.5 and (error ** 2).mean() < 20
-    with pytest.raises((ValueError, data.av.error.FFmpegError)):
-        data.decode_jpegs([next(data.encode_jpegs(images, size))], size + 1)
 
 
 def test_a_picture_that_is_held_is_encoded_once():
@@ -201,6 +199,24 @@ def test_frames_go_to_the_encoder_one_by_one(raw):
         assert len(taken) == k
     film = data.pictures(raw / "c.mp4", 1000, 16)                # would be three thousand frames
     assert next(film) is next(film)
+
+
+def test_any_stretch_of_a_column_is_what_was_written(tmp_path, monkeypatch):
+    """Across the edges of the blocks that are checked, of clips and of shards."""
+    monkeypatch.setattr(data, "SHARD", 200_000)
+    rng, written = np.random.default_rng(0), []
+    with data.Writer(tmp_path / "set", {"columns": ["a", "sound"], "fps": 1.0}) as writer:
+        for k, size in enumerate((0, 3, 40_000, data.BLOCK // 2, data.BLOCK, 60_000)):
+            written.append((rng.integers(0, 255, size, np.uint8), rng.integers(-9, 9, 2 * size).astype("<i2")))
+            writer.add(str(k), "", "train", dict(zip(("a", "sound"), (column.tobytes() for column in written[-1]))))
+        writer.finish()
+    made = data.Set(tmp_path / "set")
+    assert len(set(made.index["shard"].tolist())) == 2
+    for clip, columns in enumerate(written):
+        for name, column in zip(("a", "sound"), columns):
+            assert np.array_equal(made.column(clip, name, column.dtype), column)
+            for start, count in rng.integers(0, len(column) + 9, (20, 2)):
+                assert np.array_equal(made.column(clip, name, column.dtype, start, count), column[start:start + count])
 
 
 def test_clips_keep_picture_and_sound_together(set_of_four):
@@ -238,8 +254,11 @@ def test_clips_in_worker_processes(set_of_four):
     clips = data.Clips(set_of_four, FPS, 32, frames=8, random_start=False)
     here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard and a decoder here, before the workers start
     for context, workers in (("fork", 2), ("spawn", 1))[sys.platform == "win32":]:
+        clips[0]                                                 # leaves the files where no worker's last item does
+        at = {name: file.tell() for name, file in clips.set.files.items()}
         loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=workers, multiprocessing_context=context)
         assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
+        assert at == {name: file.tell() for name, file in clips.set.files.items()}      # each process has files of its own
 
 
 # ---- killed, full, extended, damaged -------------------------------------------------------------------------------
@@ -387,18 +406,27 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
                 read(0)
             yield caught
     for spoil, words in ((lambda shard: shard.unlink(), "cannot be read"), (lambda shard: os.truncate(shard, 2000), "cut off"),
-                         (lambda shard: shard.write_bytes(b"\7" * shard.stat().st_size), "")):
+                         (lambda shard: shard.write_bytes(b"\7" * shard.stat().st_size), "damaged")):
         shard = fresh()
         clips = data.Clips(root, FPS, 32, frames=8, random_start=False)
         spoil(shard)
         for caught in damage(clips):
             one_line(caught, str(shard), words)
-    shard = fresh()
-    bytes_there = bytearray(shard.read_bytes())
-    start = int(data.Set(root).index[0]["frames"][0])
-    bytes_there[start:start + 300] = b"\0" * 300
-    shard.write_bytes(bytes_there)
-    for caught in damage(data.Clips(root, FPS, 32, frames=8, random_start=False)):
+    whole = data.Set(set_of_four)
+    for column, dtype in (("bounds", "<u4"), ("frames", np.uint8), ("sound", "<i2")):            # a single bit, anywhere
+        first, size = map(int, whole.index[3][column])
+        for at in (0, size // 2, size - 1):
+            bits = bytearray(fresh().read_bytes())
+            bits[first + at] ^= 4
+            shard.write_bytes(bits)
+            with pytest.raises(data.MediaError) as caught:
+                data.Set(root).column(3, column, dtype)
+            one_line(caught, str(shard), "sub/b.mp4 is damaged")
+            data.Clips(root, FPS, 32)[0]                         # the others are as they were
+    bits = bytearray(fresh().read_bytes())
+    bits[int(whole.index[0]["frames"].sum()) // 2] ^= 4
+    shard.write_bytes(bits)
+    for caught in damage(data.Clips(root, FPS, 32, frames=40, random_start=False)):
         one_line(caught, str(shard), "a.mkv is damaged")
     os.truncate(fresh(), 2000)
     with pytest.raises(data.MediaError) as caught:
@@ -536,7 +564,7 @@ def test_opening_and_drawing_cost_the_same_at_any_number_of_clips(set_of_four, t
         assert len(clips) == count // 2
         assert clips[len(clips) - 1]["video"].shape == (5, 3, 32, 32)
     assert abs(objects[200] - objects[200_000]) < 200
-    assert len(costs[1]) == len(costs[2]) and sum(costs[2]) < 30_000
+    assert len(costs[1]) == len(costs[2]) and sum(costs[2]) < 120_000
 
 
 # ---- windows for stage 2 and for the autoencoder --------------------------------------------------------------------
