@@ -6,7 +6,7 @@ out  OUT/last.safetensors; with --extract, a set of every clip's features (f, 51
     python cavp.py --data clips/
     python cavp.py --data clips/ --init runs/cavp/last.safetensors --extract features/
     torchrun --nproc_per_node 8 cavp.py --data vggsound/ --preset paper
-    python cavp.py --data vggsound/ --preset paper --recompute          the same batch on one GPU of 24 GB
+    python cavp.py --data vggsound/ --preset paper --recompute          the same batch in one process, in less memory
 
 Both towers give one unit vector a step of time; training pulls the video and the sound of the same moment together, against
 other videos (L_inter) and against other moments of the same video (L_intra). All clips of --batch are each other's negatives,
