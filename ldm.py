@@ -852,7 +852,13 @@ def classify(model, z, t, noise, features):
     return model.logit(q_sample(z, t, noise), t, features).float()
 
 
-def validate_align(model, pairs, device, first_stage, most=32, repeats=4):
+def noising(count, generator, clean=False):
+    """Times (count,) and noise for as many latents; clean: 0 and none."""
+    t, noise = torch.randint(0, 1000, (count,), generator=generator), torch.randn(count, *LATENT_SHAPE, generator=generator)
+    return (torch.zeros_like(t), torch.zeros_like(noise)) if clean else (t, noise)
+
+
+def validate_align(model, pairs, device, first_stage, clean=False, most=32, repeats=4):
     """Loss and share of right answers over pairings and noise levels of at most `most` clips, the same ones every time."""
     g, items = torch.Generator().manual_seed(0), [pairs[i] for i in range(min(most, len(pairs)))]
     features, label = pairings(torch.stack([item["features"] for item in items]).repeat_interleave(repeats, 0), g)
@@ -860,7 +866,7 @@ def validate_align(model, pairs, device, first_stage, most=32, repeats=4):
     for i, item in enumerate(items):
         rows = slice(repeats * i, repeats * (i + 1))
         z = latents(first_stage, data.mel(item["wav"].to(device))[None], torch.randn(1, *LATENT_SHAPE, generator=g).to(device))
-        t, noise = torch.randint(0, 1000, (repeats,), generator=g), torch.randn(repeats, *LATENT_SHAPE, generator=g)
+        t, noise = noising(repeats, g, clean)
         logits.append(classify(model, z.expand(repeats, -1, -1, -1), t.to(device), noise.to(device), features[rows].to(device)).cpu())
     logits = torch.cat(logits)
     loss = F.binary_cross_entropy_with_logits(logits, label).item()
@@ -868,7 +874,8 @@ def validate_align(model, pairs, device, first_stage, most=32, repeats=4):
 
 
 def train_align(args, device):
-    """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232)."""
+    """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232). --clean: without noise, at
+    t = 0, as the paper trains the classifier that judges (official `alignment_classifier_metric.py` 248)."""
     if args.batch < 2:
         raise training.TrainingError("--batch 1 has no other clip to make a wrong pair with; give at least 2")
     if not args.vae:
@@ -876,13 +883,12 @@ def train_align(args, device):
     model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
     model = model.to(device, memory_format=torch.channels_last)
     first_stage = AutoencoderKL.load(args.vae, device).requires_grad_(False)
-    run, optimizer, ema = start(args, model, functools.partial(validate_align, device=device, first_stage=first_stage))
+    run, optimizer, ema = start(args, model, functools.partial(validate_align, device=device, first_stage=first_stage, clean=args.clean))
     network, n = training.parallel(model, classify), args.repeats
     for step in run:
         draw = training.generator(args, step)
         posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
-        noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=draw)
-        t = torch.randint(0, 1000, (args.batch * n,), generator=draw)
+        t, noise = noising(args.batch * n, draw, args.clean)
         loaded = list(itertools.islice(run.loader, run.count))
         # of the whole batch, because the other clip of a wrong pair may be another process's
         features = training.gathered(torch.cat([batch["features"] for batch in loaded]).to(device))
@@ -924,6 +930,7 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
+    p.add_argument("--clean", action="store_true", help="of --model align: see no noise; for the judge of evaluate.py, not for guidance")
     with training.command("ldm.py", data.MediaError):
         if first.convert:
             return main_convert(argv)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import cavp
 import ldm
+import tiny
 import training
 import vae
 
@@ -218,3 +219,19 @@ def test_the_main_job_runs_on_trained_weights(home, tmp_path):
     line = json.loads(done.stdout.splitlines()[-1])
     assert Path(line["output"]).exists() and Path(line["wav"]).exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.foley.mp4", "00000.foley.wav"]
+
+
+def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
+    """--clean: every latent at t = 0 without noise, in training and in validation; else never."""
+    tiny.install(monkeypatch.setattr)
+    seen, plain = [], ldm.classify
+
+    def classify(model, z, t, noise, features):
+        seen.append(not t.any() and not noise.any())
+        return plain(model, z, t, noise, features)
+    monkeypatch.setattr(ldm, "classify", classify)
+    first_stage = tiny.autoencoder(tmp_path)
+    for name, flags in (("judging", {"clean": True}), ("guiding", {})):
+        seen.clear()
+        ldm.main(tiny.arguments("align", tmp_path / name, steps=2, first_stage=first_stage, **flags))
+        assert seen and all(clean == (name == "judging") for clean in seen)
