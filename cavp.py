@@ -18,7 +18,7 @@ drifts by 2.4 %); negatives of other processes pass gradients on (there only a p
 of a long clip are normalised over the 512 features (there over time). The mini preset sees 15.625 small frames a second, has
 temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one window instead of
 three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent moments hardly
-count as anchors.
+count as anchors, a third term contrasts whole windows (`contrast`), and a frame's map gives its maximum beside its mean.
 """
 import functools
 import hashlib
@@ -51,17 +51,18 @@ class CAVPConfig:
     clips: int = 3                                      # of one video in a training step
     video_pool: int = 16                                # frames, and 16-column audio steps, that make one contrasted feature
     audio_pool: int = 16
+    peak: bool = False                                  # beside the mean over a frame's map its maximum too: what is struck is small
 
 
 PRESETS = {
     "paper": CAVPConfig(),
     "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
-                       audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1),
+                       audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1, peak=True),
 }
 # paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
-RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1),
-           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0)}
+RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0),
+           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0)}
 FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
@@ -135,8 +136,8 @@ class SlowOnly(nn.Module):
                 stage.append(Bottleneck3d(c, width, 2 if i > 0 and j == 0 else 1, temporal, project=j == 0))
                 c = 4 * width
             setattr(self, f"layer{i + 1}", stage)
-        self.out_dim = c
-        self.temporal = cfg.temporal
+        self.peak, self.temporal = cfg.peak, cfg.temporal
+        self.out_dim = c * (1 + cfg.peak)
 
     def run(self, part, x, frames):                             # 0: the stem; 1 to 4: the stages
         if part == 0:
@@ -162,7 +163,7 @@ class SlowOnly(nn.Module):
             x = maps
         for part in range(alone, 5):
             x = self.run(part, x, frames)
-        return x.mean((2, 3)).view(b, frames, -1)
+        return torch.cat([x.mean((2, 3))] + [x.amax((2, 3))] * self.peak, 1).view(b, frames, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,15 +399,21 @@ def backward(run, network, model, device, chunks, seeds, loss_of):
     return terms
 
 
-def contrast(video, audio, scale, weights):
-    """Unit features (n, segments, 512) of both, weights (n, segments) or None -> L, what there is to report."""
+def contrast(video, audio, scale, weights, whole):
+    """Unit features (n, segments, 512) of both, weights (n, segments) or None -> L, what there is to report. whole: weight of a third
+    term, L_inter of the windows as wholes, each the maximum over its segments: those a quarter of a second long can be told apart by
+    when they sound, whole ones only by what does. The published clips are whole windows already."""
     n, segments, _ = video.shape
     v, a = video.flatten(0, 1), audio.flatten(0, 1)                                      # (n*segments, 512)
     inter, intra = contrastive_loss(v, a, scale, segments, None if weights is None else weights.flatten())
     with torch.no_grad():
         own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)                       # (n, segments)
         right = (own == torch.arange(segments, device=own.device)).float().mean()
-    return inter + intra, dict(loss=inter + intra, inter=inter, intra=intra, right_moment=right)
+    loss, terms = inter + intra, dict(inter=inter, intra=intra, right_moment=right)
+    if whole:
+        terms["whole"] = contrastive_loss(*(F.normalize(x.amax(1), dim=-1) for x in (video, audio)), scale, 1)[0]
+        loss = loss + whole * terms["whole"]
+    return loss, dict(loss=loss, **terms)
 
 
 def retrieval(likeness):
@@ -462,7 +469,7 @@ def train(args):
             weights.append(loudness_rise(mel, segments)[:, cut:segments - cut].reshape(args.micro_batch, -1))
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
         weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
-        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights))
+        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights, whole=args.whole))
         norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
@@ -496,6 +503,7 @@ def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
     p.add_argument("--by-loudness", type=int, choices=(0, 1), help="1: moments count as anchors by how far their sound rises "
                    "above the clip's median; 0: all alike, as published; the preset's by default")
+    p.add_argument("--whole", type=float, help="weight of the contrast between whole windows; the preset's by default")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
     args = p.parse_args(argv)
     with training.command("cavp.py", data.MediaError):

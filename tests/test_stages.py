@@ -76,3 +76,25 @@ def test_aligned_condition_reaches_its_own_columns(network, config):
     hook.remove()
     changed = (seen[2] - seen[0]).abs().sum((0, 1, 2)) > 0
     assert changed.nonzero().flatten().tolist() == [20]
+
+
+def test_whole_windows_are_told_apart_by_what_sounds_not_when():
+    """Two windows with the same kinds of moments at other times: the third term is blind to it, the others are not."""
+    kinds = torch.eye(16)
+    video = torch.stack([kinds[[0, 1, 2, 3]], kinds[[4, 5, 6, 7]]])
+    shuffled, swapped = video[:, [1, 0, 3, 2]], video[[1, 0]]
+    scale = torch.tensor(20.0)
+    right, when, what = (cavp.contrast(video, sound, scale, None, 1.0)[1] for sound in (video, shuffled, swapped))
+    assert right["whole"] == when["whole"] < 1e-3 and what["whole"] > 5 and when["inter"] > right["inter"] + 5
+    assert "whole" not in cavp.contrast(video, video, scale, None, 0.0)[1]
+
+
+def test_the_peak_of_a_map_is_seen_beside_its_mean():
+    model = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1), peak=True)).eval()
+    plain = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1))).eval()
+    plain.load_state_dict(model.state_dict())
+    video = torch.rand(1, 4, 3, 96, 96)
+    with torch.no_grad():
+        both, mean = model(video), plain(video)
+    assert both.shape[2] == 2 * mean.shape[2] and torch.equal(both[..., :mean.shape[2]], mean)
+    assert (both[..., mean.shape[2]:] >= mean).all() and (both[..., mean.shape[2]:] > mean).any()
