@@ -149,7 +149,8 @@ def plan_windows(samples, fps):
     grids = [math.lcm(frame.numerator, n * frame.denominator) // frame.denominator for n in (LATENT, HOP)]
     grid = next((g for g in grids if g <= WINDOW // 4), None)
     if grid is None:
-        raise ValueError(f"{fps} frames a second meet mel columns too rarely to place windows")
+        raise MediaError(f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a second) too rarely to place "
+                         "windows; train at 15.625, 12.5, 25 or 4")
     last = math.ceil(max(0, samples - WINDOW) / grid)                           # in steps of the grid, as all below
     steps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
     return [last * k // max(1, steps) * grid for k in range(steps + 1)]

@@ -1,5 +1,6 @@
 """The judge: which moments it learns from, that it learns, and the distances against plain readings of their formulas."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 import data
 import foley
 import judge
+
+ROOT = Path(judge.__file__).parent
 
 
 def hit(time, material):
@@ -73,3 +76,14 @@ def test_clips_without_labels_are_named(tmp_path):
     (tmp_path / "00000.json").unlink()
     with pytest.raises(data.MediaError, match="00000.json"):
         judge.Moments(tmp_path)
+
+
+def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
+    foley.make_set(tmp_path, 8, seed=77, size=64, fps=15.625, duration=8.192)
+    model, right, total = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors"), 0, 0
+    for video in sorted(tmp_path.glob("*.mp4")):
+        hits, level = judge.struck(judge.read_onsets(video)), data.mel(data.read_audio(video))
+        heard = model.hear(level, [column for column, _ in hits])
+        right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
+        assert set(model.hear(torch.zeros(128, 512), [100, 300])) == {0}
+    assert total > 20 and right / total > 0.8

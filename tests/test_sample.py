@@ -114,6 +114,11 @@ def test_windows_cover_overlap_and_never_slip(fps):
             assert all(s % sample.LATENT == 0 for s in starts)
 
 
+def test_frame_rates_that_no_window_fits_are_said():
+    with pytest.raises(MediaError, match="29.97 frames a second"):
+        sample.plan_windows(20 * SAMPLE_RATE, 29.97)
+
+
 def test_short_clips_take_one_window():
     assert sample.plan_windows(WINDOW, 15.625) == sample.plan_windows(4800, 4.0) == [0]
 
