@@ -26,10 +26,13 @@ All rows pass the same mel, detector and judges; the detector's constants were s
 import argparse
 import json
 import math
+import os
 import time
 import warnings
 from collections import namedtuple
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read when torch loads: waiting threads sleep, which a busy machine needs
 
 import numpy as np
 import torch

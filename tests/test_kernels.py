@@ -3,6 +3,7 @@
 Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the interpreting one runs.
 """
 import collections
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import kernels
 import ldm
 import vae
 from golden import rule
-from kernels import attention, group_norm, packed, solver, transformer
+from kernels import attention, benchmark, group_norm, packed, solver, transformer
 
 ROOT = Path(kernels.__file__).parent.parent
 triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -157,6 +158,13 @@ def test_nothing_is_packed_where_torch_is_chosen(fresh):
     unet = packed.pack(ldm.UNet(SMALL))
     unet(torch.zeros(1, 4, 16, 64), torch.zeros(1), torch.zeros(1, 32, 32))
     assert not any(p.is_mkldnn for p in unet.parameters())
+
+
+def test_a_benchmark_writes_its_table_and_a_picture(tmp_path):
+    rows = [dict(name=f"row {k}", **{way + end: 0.1 * (k + 1) for way in benchmark.WAYS for end in ("", "_both")}) for k in range(3)]
+    benchmark.finish(tmp_path / "out", {"benchmark": "b", "device": "d"}, rows)
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
