@@ -17,7 +17,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 import data
-from ldm import LATENT_SCALE, LATENT_SHAPE, SAMPLERS, ddim, guided_eps
+from diffusion import SAMPLERS, ddim, guided_eps
+from ldm import LATENT_SCALE, LATENT_SHAPE
 
 SECONDS = 8.2           # of every video, from --start on (notebook: truncate_second)
 CHUNK = 40              # frames encoded at once, with zeros before and after (`demo_util.py` 158)

@@ -124,8 +124,9 @@ import official
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from diffusion import SAMPLERS, TIMES, Replayed, guided_eps
 from kernels.packed import pack
-from ldm import LATENT_SHAPE, LDM, SAMPLERS, TIMES, Alignment, Replayed, UNetConfig, guided_eps
+from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
 from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
 COLUMNS = WINDOW // HOP             # mel columns of a window

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion
 import kernels
 import ldm
 import vae
@@ -120,7 +121,7 @@ def test_operations_of_the_solver(monkeypatch):
     """Official: 352 a step."""
     counter, x = Count(), torch.zeros(1, 4, 16, 64)
     ldm.log_alpha(torch.zeros(1))                               # whose table is made once
-    monkeypatch.setattr(ldm, "multistep", fused(counter, "multistep", solver.multistep_ref))
+    monkeypatch.setattr(diffusion, "multistep", fused(counter, "multistep", solver.multistep_ref))
     with counter:
         ldm.dpm_solver(lambda x, t: x, x, 15)
         few = sum(counter.ops.values())

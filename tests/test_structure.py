@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {                                              # local modules; tests may import anything and nothing imports tests
-    "media": set(), "data": {"media"}, "checkpoints": set(), "fetch": set(), "stable_diffusion": set(), "kernels": set(),
+    "media": set(), "data": {"media"}, "checkpoints": set(), "fetch": set(), "stable_diffusion": set(), "kernels": set(), "diffusion": {"kernels"},
     "foley": {"data"}, "training": {"checkpoints"},
     "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
-    "ldm": {"vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
-    "official": {"ldm", "data"},
-    "sample": {"official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
+    "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
+    "official": {"diffusion", "ldm", "data"},
+    "sample": {"diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
     "judge": {"cavp", "data", "training", "checkpoints"},
     "evaluate": {"judge", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
