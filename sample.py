@@ -277,7 +277,7 @@ def load_models(weights="mini", device="cpu", dtype=None):
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
         ldm.unet.fuse(), align and align.model.fuse()
-        pack(ldm.unet), pack(ldm.vae)                           # not the classifier: a gradient passes through it
+        pack(ldm.unet)          # not the classifier, which a gradient passes through, nor the decoder, whose time is its maps'
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:

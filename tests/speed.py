@@ -54,7 +54,7 @@ def worker(pipe, kind, dtype):
     if kind == "ours":
         towers, video = towers.fold().to(dtype), video.to(dtype)
         context = unet.fuse().prepare(context, t[:1])           # once a clip, as in sampling
-        pack(unet), pack(decoder)
+        pack(unet)
     else:
         for model in (unet, decoder, towers):
             plainly(model)
