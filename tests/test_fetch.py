@@ -588,8 +588,9 @@ def start(server, folder, stderr=subprocess.PIPE):
     """`python fetch.py` for one file in a process of its own."""
     code = f"import sys, fetch; fetch.OFFICIAL = ({NAME!r},); sys.exit(fetch.main(['--out', sys.argv[1]]))"
     env = {**os.environ, "DIFF_FOLEY_URL": server.url}
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=stderr)
+    # whatever started the tests in the background may have left Ctrl-C ignored, which children inherit
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=stderr, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(what, seconds=10):
