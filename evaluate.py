@@ -207,7 +207,7 @@ def each(items, function, name):
     return shared([(k, function(k, items[k])) for k in tqdm(numbers, desc=name, unit="clip", disable=training.rank() > 0)])
 
 
-# Settings that a row may have of its own, by the paper's ablations (Sec. 5.3): (name of the row, {setting: value})
+# Settings that a row may have of its own, as in the paper's ablations: (name of the row, {setting: value})
 ABLATIONS = {
     "guidance": [("none", dict(cfg=1.0, cg=0.0)), ("classifier", dict(cfg=1.0)), ("classifier_free", dict(cg=0.0)), ("both", {})],
     "cfg": [(f"cfg_{cfg:g}", dict(cfg=cfg)) for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)],

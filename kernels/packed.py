@@ -3,8 +3,8 @@
 in   a network for use: no gradient passes through it, its weights are not saved
 out  the same network; each convolution and product keeps its weight as oneDNN wants it, from its first call on
 
-oneDNN works on blocks of channels and reorders a weight before every product: in the published U-Net 2.5 GB written and read anew in
-each step, a sixth of its time on two cores in float32. The operations are those that torch.compile's frozen CPU graphs call, without its minutes
+oneDNN works on blocks of channels and reorders a weight before every product: of the published U-Net's convolutions 2.4 GB in float32,
+written and read anew in each step (docs/performance.md has what that costs). The operations are those that torch.compile's frozen CPU graphs call, without its minutes
 of compilation. Where torch has no oneDNN (macOS, ARM), on a GPU, and with `kernels.choose("torch")`, everything stays as it is.
 """
 import platform
