@@ -18,6 +18,7 @@ change no number, and a run that is killed and resumed goes on bit for bit. Noth
 rename) and nothing is unpickled (`weights_only=True`).
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
@@ -27,6 +28,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -341,10 +343,11 @@ def divided(reader, empty):
         return clips, None
 
 
-def deaf(_worker):
-    """Ctrl-C and SIGTERM are for the process that trains; it needs its readers until the step under way is done."""
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+def deaf(ending, _worker):
+    """Ctrl-C and SIGTERM are for the process that trains; it needs its readers until the step under way is done. When
+    it ends, its SIGTERM is how they end: one that ignored that, too, would be waited for without end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
 class Batches:
@@ -352,10 +355,12 @@ class Batches:
     interruption; `waited`: the seconds that training stood still for it."""
 
     def __init__(self, dataset, args, start=0):
+        ending = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, ending, "value", 1)            # runs before multiprocessing's own, which ends the readers
         # a generator of its own: nothing may depend on the global one
         self.waited, self.loader = 0.0, iter(torch.utils.data.DataLoader(
             dataset, args.micro_batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
-            generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, worker_init_fn=deaf,
+            generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, worker_init_fn=functools.partial(deaf, ending),
             pin_memory=args.device == "cuda", persistent_workers=args.workers > 0))
 
     def __iter__(self):

@@ -139,12 +139,17 @@ def failing(run, *args, **flags):
     return line
 
 
+def in_a_process(stage, args, before):
+    """A run in a process of its own, in which the code `before` ran first."""
+    code = (f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
+            f"training.draw = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])")
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=100)
+
+
 def killed(stage, out, moment):
     """A run that a real SIGKILL ends, in a process of its own."""
-    code = (f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, tiny, training\ntiny.install()\n"
-            f"training.draw = lambda *_: None\n{KILL}{MOMENTS[moment]}\ntiny.MAINS[{stage!r}](sys.argv[1:])")
     args = tiny.arguments(stage, out, STEPS, 2, out.parent / "first_stage.safetensors", save_every=2)
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=100)
+    done = in_a_process(stage, args, KILL + MOMENTS[moment])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
@@ -247,16 +252,22 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run):
     assert state(out)["step"] == STEPS
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_clip_that_vanished_is_one_line(run, monkeypatch, workers):
-    item = tiny.Sounds.__getitem__
+VANISH = """
+item = tiny.Sounds.__getitem__
+def gone(self, index):
+    if index >= 6:
+        raise data.MediaError("set/shard-00001.bin: missing; prepare the set again")
+    return item(self, index)
+tiny.Sounds.__getitem__ = gone
+"""
 
-    def gone(self, index):
-        if index >= 6:
-            raise data.MediaError("set/shard-00001.bin: missing; prepare the set again")
-        return item(self, index)
-    monkeypatch.setattr(tiny.Sounds, "__getitem__", gone)
-    assert failing(run, "vae", "vanished", workers=workers) == "vae.py: set/shard-00001.bin: missing; prepare the set again"
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_vanished_is_one_line(tmp_path, workers):
+    """In a process of its own, which must end too: a reader that is still there then must not keep it."""
+    done = in_a_process("vae", tiny.arguments("vae", tmp_path / "run", STEPS, 2, workers=workers), VANISH)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "vae.py: set/shard-00001.bin: missing; prepare the set again"
 
 
 def test_a_reader_that_dies_is_one_line(run, monkeypatch):
