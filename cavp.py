@@ -19,7 +19,10 @@ of a long clip are normalised over the 512 features (there over time). The mini 
 temporal convolutions in the stem and all four stages, and contrasts the consecutive quarter seconds of one window instead of
 three long clips, because a hit must be placed to within 100 ms; the loss is the same function, but silent moments hardly
 count as anchors, a third term contrasts whole windows (`contrast`), and a frame's map gives its maximum beside its mean.
+The published towers begin with networks that can name things, trained on Kinetics' and AudioSet's labels; with --labels
+ours learn what is struck from the labels of the procedural set, beside the contrast (`struck`).
 """
+import copy
 import functools
 import hashlib
 import math
@@ -342,13 +345,34 @@ def edge(model):
     return math.ceil(model.context / model.config.video_pool) if model.config.clips == 1 else 0
 
 
-def embed(model, video, mel, mirrored, gain):
-    """uint8 (n*clips, f, 3, h, w), (n*clips, 128, s) -> unit features (n, segments, 512) of both, the scale of their products."""
+def struck(onsets, classes, start, config):
+    """Labels of a clip -> (segments,) which of `classes` is struck in each segment of the window that begins at `start` seconds;
+    -1: none, or several."""
+    found = [set() for _ in range(config.frames // config.video_pool)]
+    for onset in onsets:
+        place = math.floor((onset["time"] - start) * config.fps / config.video_pool)
+        if 0 <= place < len(found):
+            found[place].add(classes.index(onset["material"]))
+    return torch.tensor([one.pop() if len(one) == 1 else -1 for one in found])
+
+
+def embed(model, video, mel, mirrored, gain, named=None):
+    """uint8 (n*clips, f, 3, h, w), (n*clips, 128, s) -> unit features (n, segments, 512) of both, the scale of their products;
+    with `named` (n, segments) of `struck` also the sum of the cross-entropies of naming these moments by sight and by ear."""
     video = model.encode_video(augment(video, mirrored, gain), pool=True, normalize=False)
     audio = model.encode_audio(mel, pool=True, normalize=False)
     n, cut = len(mel) // model.config.clips, edge(model)
     video, audio = (F.normalize(x.float(), dim=-1).view(n, -1, x.shape[-1]) for x in (video, audio))
-    return video[:, cut:video.shape[1] - cut], audio[:, cut:audio.shape[1] - cut], model.logit_scale.exp()
+    video, audio = (x[:, cut:x.shape[1] - cut] for x in (video, audio))
+    if named is None:
+        return video, audio, model.logit_scale.exp()
+    errors = [F.cross_entropy(names(model, x).flatten(0, 1), named.flatten(), ignore_index=-1, reduction="sum") for x in (video, audio)]
+    return video, audio, model.logit_scale.exp(), sum(errors)
+
+
+def names(model, features):
+    """Unit features (..., 512) of either tower -> logits (..., classes) of what is struck: one head for both, so that they agree."""
+    return model.namer(math.sqrt(features.shape[-1]) * features).float()
 
 
 def moving(model):
@@ -368,13 +392,14 @@ def put_together(now, before, chunks):
         n.copy_(kept ** training.world() * b + moved)
 
 
-def backward(run, network, model, device, chunks, seeds, loss_of):
+def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
     """Gradient of a loss over the features of the whole batch, of all processes, in the memory of one chunk (gradient
     cache, Gao et al. 2021): features of every chunk without a graph, the loss and its gradient with respect to all
     features, then every chunk again, with a graph that passes its share of that gradient on. Dropout repeats itself, by
     `seeds`; norms move once a chunk. A single chunk is seen once.
 
-    chunks: what `embed` takes, of each; loss_of(video, audio, scale) -> loss, terms to report. -> the terms"""
+    chunks: what `embed` takes, of each; loss_of(video, audio, scale) -> loss, terms to report; share: of the loss, what each
+    unit of a sum counts that `embed` gives beside the features. -> the terms"""
     def features(chunk, seed):
         torch.manual_seed(seed)
         with training.autocast(run.args):
@@ -391,11 +416,15 @@ def backward(run, network, model, device, chunks, seeds, loss_of):
     for i, (chunk, rows) in enumerate(run.parts(network, chunks)):
         outputs = seen[0] if single else features(chunk, seeds[i])
         # the processes' gradients are averaged: a feature's comes from one of them, the scale's from all, once
-        shares = *(g[rows] * training.world() for g in gradients[:2]), gradients[2] * (i == 0)
+        shares = [g[rows] * training.world() for g in gradients[:2]] + [gradients[2] * (i == 0)]
+        shares += [torch.full_like(x, share * training.world()) for x in outputs[3:]]
         torch.autograd.backward(*zip(*[(y, g) for y, g in zip(outputs, shares) if y.requires_grad]))
     for b, value in zip(model.buffers(), after):
         b.copy_(value)
     put_together(moving(model), before, len(chunks))
+    if share:
+        terms["named"] = share * training.gathered(torch.stack([x[3].detach() for x in seen])).sum()
+        terms["loss"] = terms["loss"] + terms["named"]
     return terms
 
 
@@ -425,9 +454,10 @@ def retrieval(likeness):
     return scores
 
 
-def validate(model, clips, device, most=128, together=8):
-    """Retrieval among at most `most` windows: two are as alike as their features are on average, moment by moment."""
-    found, config = [], replace(model.config, clips=1)
+def validate(model, clips, device, labels=None, most=128, together=8):
+    """Retrieval among at most `most` windows: two are as alike as their features are on average, moment by moment. And of the
+    moments in which one material is struck, the shares that are named rightly by sight and by ear."""
+    found, named, config = [], [], replace(model.config, clips=1)
     for i in range(0, min(most, len(clips)), together):
         items = [clips[k] for k in range(i, min(i + together, most, len(clips)))]
         video, wav = (torch.stack([item[k] for item in items]) for k in ("video", "wav"))
@@ -435,14 +465,47 @@ def validate(model, clips, device, most=128, together=8):
         v = model.encode_video(video.to(device).float() / 255, pool=True).view(len(items), -1, config.embed_dim)
         a = model.encode_audio(mel.to(device), pool=True).view(len(items), -1, config.embed_dim)
         found.append((v.float(), a.float()))
+        named += [labels(item["name"], item["start"]) for item in items if labels]
     v, a = (torch.cat(x) for x in zip(*found))                                           # (n, segments, 512)
-    return retrieval(torch.einsum("isd,jsd->ij", v, a) / v.shape[1]), []
+    numbers = retrieval(torch.einsum("isd,jsd->ij", v, a) / v.shape[1])
+    if labels:
+        named = torch.stack(named).to(v.device)
+        right = [(names(model, x).argmax(-1) == named)[named >= 0].float().mean().item() for x in (v, a)]
+        numbers |= {"val_named_by_sight": right[0], "val_named_by_ear": right[1]}
+    return numbers, []
+
+
+def read_labels(folder, readers):
+    """The labels in a folder of clips for all clips of the readers -> [material], {name: onsets}."""
+    there = [clips.about(i)[0] for clips in readers if clips for i in range(len(clips))]
+    onsets = {name: data.read_onsets(folder / name) for name in there}
+    return sorted({onset["material"] for clip in onsets.values() for onset in clip}), onsets
+
+
+def nameless(model):
+    """A copy without the head that only training has."""
+    model = copy.deepcopy(model)
+    del model.namer
+    return model
 
 
 def train(args):
     device = training.settle(args, RECIPES, "cavp")
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
-    config = model.config
+    config, labels, export = model.config, None, None
+    if args.labels and not args.labels.is_dir():
+        raise training.TrainingError(f"{args.labels}: no such folder; --labels takes the clips' own, with their .json files")
+    if args.labels and config.clips > 1:
+        raise training.TrainingError("--labels is for presets that train on one window of a clip")
+    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
+    reader = functools.partial(data.Clips, root, config.fps, config.size, span(config), args.seed)
+    clips, held_out = training.divided(reader, data.MediaError)
+    if args.labels:
+        classes, onsets = read_labels(args.labels, (clips, held_out))
+        model.namer, export = nn.Linear(config.embed_dim, len(classes)), nameless
+
+        def labels(name, start):
+            return struck(onsets[name], classes, start, config)
     model = model.train().to(device)
     model.spec_encoder.to(memory_format=torch.channels_last)
     training.freeze(args, model)
@@ -451,25 +514,28 @@ def train(args):
     optimizer = training.adamw([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args)
     ema = training.EMA(model)
     training.recompute(args, model, Bottleneck3d, ConvBlock)
-    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
-    reader = functools.partial(data.Clips, root, config.fps, config.size, span(config), args.seed)
-    clips, held_out = training.divided(reader, data.MediaError)
-    run = training.Run(args, model, optimizer, asdict(config), ema, clips, held_out, functools.partial(validate, device=device))
+    run = training.Run(args, model, optimizer, asdict(config), ema, clips, held_out,
+                       functools.partial(validate, device=device, labels=labels), export)
     network, cut, n = training.parallel(model, embed), edge(model), args.batch * config.clips
     for step in run:
         draw = training.generator(args, step)
         starts = clip_starts(args.batch, config, draw)
         mirrored, gain = torch.rand(n, generator=draw) < 0.5, torch.empty(n).uniform_(0.7, 1.3, generator=draw)
-        chunks, weights, seeds = [], [], []
+        chunks, weights, seeds, count = [], [], [], 0
         for batch, rows in run.parts(network):
             video, mel = cut_clips(batch["video"], batch["wav"], config, starts[rows])
             many = slice(config.clips * rows.start, config.clips * rows.stop)
             chunks.append((video, mel, mirrored[many], gain[many]))
             segments = config.frames // config.video_pool
+            if labels:
+                named = torch.stack([labels(*about) for about in zip(batch["name"], batch["start"].tolist())])[:, cut:segments - cut]
+                chunks[-1] += named,
+                count += (named >= 0).sum()
             weights.append(loudness_rise(mel, segments)[:, cut:segments - cut].reshape(args.micro_batch, -1))
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
         weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
-        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights, whole=args.whole))
+        share = 0.5 / max(1, training.gathered(count[None].to(device)).sum().item()) if labels else 0.0       # the mean of sight and ear
+        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights, whole=args.whole), share)
         norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
@@ -504,6 +570,8 @@ def main(argv=None):
     p.add_argument("--by-loudness", type=int, choices=(0, 1), help="1: moments count as anchors by how far their sound rises "
                    "above the clip's median; 0: all alike, as published; the preset's by default")
     p.add_argument("--whole", type=float, help="weight of the contrast between whole windows; the preset's by default")
+    p.add_argument("--labels", type=Path, metavar="DIR", help="folder of the clips' .json files, as foley.py writes them: both towers "
+                   "also learn to name what is struck")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
     args = p.parse_args(argv)
     with training.command("cavp.py", data.MediaError):

@@ -638,6 +638,14 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
     return out
 
 
+def read_onsets(video):
+    """[{"time", "material", ...}]: the labels beside a clip, as foley.py writes them."""
+    try:
+        return json.loads(Path(video).with_suffix(".json").read_text())["onsets"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(f"{video}: no {Path(video).stem}.json with onsets beside it; make clips with foley.py") from error
+
+
 # ---- what training draws -------------------------------------------------------------------------------------------
 
 class Windows(torch.utils.data.Dataset):

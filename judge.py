@@ -10,7 +10,6 @@ Plays the part of the paper's Melception (Sec. 5.1; SpecVQGAN), which knows VGGS
 that draws sounds, guides or ranks them is trained with it.
 """
 import functools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,14 +100,6 @@ def quiet(onsets, columns, draw, count):
     return draw.choice(free, min(count, len(free)), replace=False).tolist()
 
 
-def read_onsets(video):
-    """The labels beside a clip."""
-    try:
-        return json.loads(Path(video).with_suffix(".json").read_text())["onsets"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise data.MediaError(f"{video}: no {Path(video).stem}.json with onsets beside it; make clips with foley.py") from error
-
-
 class Moments(torch.utils.data.Dataset):
     """Every hit of a folder of labelled clips, and about as many moments without one: {"mel": (128, SPAN), "class": number}. Where a hit
     lies in its moment changes by up to JITTER columns with every epoch, as onsets drawn by a model do."""
@@ -119,7 +110,7 @@ class Moments(torch.utils.data.Dataset):
         for number, video in enumerate(data.find_videos([root])):
             if split and data.split_of(video.name) != split:
                 continue
-            onsets, level = read_onsets(video), data.mel(data.read_audio(video))
+            onsets, level = data.read_onsets(video), data.mel(data.read_audio(video))
             idle = quiet(onsets, level.shape[1], np.random.default_rng([seed, number]), max(1, len(onsets)))
             for column, name in (*struck(onsets), *((c, NOTHING) for c in idle)):
                 self.items.append(moment(level, column, JITTER).half())

@@ -140,13 +140,13 @@ def test_contrastive_chunks_give_the_gradient_through_all_of_them(gradients, mon
     """Norms and dropout at work: two chunks of two videos, cached, against one backward pass through the graphs of both."""
     cached, seen = gradients("cavp", micro_batch=2)
 
-    def direct(run, network, model, device, chunks, seeds, loss_of):
+    def direct(run, network, model, device, chunks, seeds, loss_of, share):
         features = []
         for chunk, seed in zip(chunks, seeds):
             torch.manual_seed(seed)
             features.append(network(*chunk))
         loss, terms = loss_of(torch.cat([x[0] for x in features]), torch.cat([x[1] for x in features]), model.logit_scale.exp())
-        loss.backward()
+        (loss + share * sum(x[3] for x in features)).backward()
         return terms
     monkeypatch.setattr(cavp, "backward", direct)
     plain, other = gradients("cavp", micro_batch=2)

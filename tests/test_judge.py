@@ -62,7 +62,7 @@ def test_it_learns_and_loads(tmp_path):
     assert model.config.classes[0] == judge.NOTHING and len(model.config.classes) > 3
     right = total = 0
     for video in sorted((tmp_path / "clips").glob("*.mp4")):
-        hits, level = judge.struck(judge.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.struck(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
     features, classes = model.clip(level)
@@ -82,7 +82,7 @@ def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
     foley.make_set(tmp_path, 8, seed=77, size=64, fps=15.625, duration=8.192)
     model, right, total = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors"), 0, 0
     for video in sorted(tmp_path.glob("*.mp4")):
-        hits, level = judge.struck(judge.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.struck(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
         assert set(model.hear(torch.zeros(128, 512), [100, 300])) == {0}

@@ -98,3 +98,28 @@ def test_the_peak_of_a_map_is_seen_beside_its_mean():
         both, mean = model(video), plain(video)
     assert both.shape[2] == 2 * mean.shape[2] and torch.equal(both[..., :mean.shape[2]], mean)
     assert (both[..., mean.shape[2]:] >= mean).all() and (both[..., mean.shape[2]:] > mean).any()
+
+
+def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
+    config = cavp.PRESETS["mini"]                               # moments of 4 frames: 0.256 s
+    hits = [(0.9, "wood"), (1.1, "wood"), (1.3, "glass"), (1.6, "wood"), (1.65, "glass"), (4.9, "glass"), (5.2, "wood")]
+    named = cavp.struck([{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config)
+    wanted = torch.full((16,), -1)
+    wanted[[0, 1, 15]] = torch.tensor([1, 0, 0])                # 0.9 and 5.2 are outside, the moment of 1.6 has both
+    assert torch.equal(named, wanted)
+
+
+def test_naming_learns_from_labelled_moments_alone():
+    """Both towers through one head; moments without a label neither count nor pull."""
+    model = cavp.CAVP(cavp.CAVPConfig(fps=15.625, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(False,) * 5,
+                                      audio_widths=(4, 4, 8, 8, 8, 16), embed_dim=32, frames=16, clips=1, video_pool=4, audio_pool=1))
+    model.namer = torch.nn.Linear(32, 3)
+    draw = torch.Generator().manual_seed(0)
+    video, mel = torch.randint(0, 256, (2, 16, 3, 16, 16), generator=draw, dtype=torch.uint8), torch.rand(2, 128, 64, generator=draw)
+    named = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
+    v, a, _, errors = cavp.embed(model.eval(), video, mel, torch.zeros(2, dtype=torch.bool), torch.ones(2), named)
+    logits = [model.namer(32 ** 0.5 * x[[0, 1], [0, 2]]) for x in (v, a)]
+    assert errors.item() == pytest.approx(sum(torch.nn.functional.cross_entropy(x, torch.tensor([0, 2]), reduction="sum").item() for x in logits), rel=1e-5)
+    v.retain_grad(), a.retain_grad(), errors.backward()
+    for x in (v, a):
+        assert torch.equal(x.grad.abs().sum(2) > 0, named >= 0)

@@ -167,6 +167,15 @@ def test_ctrl_c_saves_and_ends(home, tmp_path):
     assert not left_behind(tmp_path)
 
 
+def test_labels_beside_the_clips_are_learned_and_leave_no_head_behind(home, tmp_path):
+    plain = home / "cavp" / "last.safetensors"
+    MAINS["cavp"](arguments(home, "cavp", tmp_path / "run") + ["--labels", str(home / "clips"), "--init", str(plain)])
+    assert load_file(tmp_path / "run" / "last.safetensors").keys() == load_file(plain).keys()
+    cavp.CAVP.load(tmp_path / "run" / "last.safetensors")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum("named" in row for row in rows) == 1 and any({"val_named_by_sight", "val_named_by_ear"} <= row.keys() for row in rows)
+
+
 # what the user did: (stage, arguments, words that the one line must hold); CLIPS and the like are put in below
 MISTAKES = {
     "no such folder": ("vae", "--data NOWHERE", ["nowhere: no such folder"]),
@@ -179,6 +188,8 @@ MISTAKES = {
     "checkpoint that is none": ("vae", "--data CLIPS --init JUNK", ["junk.ckpt"]),
     "checkpoint that is missing": ("vae", "--data CLIPS --init NOWHERE", ["nowhere"]),
     "checkpoint of another stage": ("cavp", "--data CLIPS --init WEIGHTS", ["last.safetensors", "CAVP"]),
+    "no labels there": ("cavp", "--data CLIPS --labels NOWHERE", ["nowhere: no such folder", "--labels"]),
+    "labels for long clips": ("cavp", "--data CLIPS --labels CLIPS --preset paper", ["--labels", "preset"]),
     "nothing to resume": ("vae", "--data CLIPS --resume", ["--resume"]),
     "a run already there": ("vae", "--data CLIPS --out RUN", ["--resume", "--out"]),
     "no steps": ("vae", "--data CLIPS --steps 0", ["--steps"]),

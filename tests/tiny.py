@@ -50,7 +50,10 @@ class Clips(Drawn):
     def __getitem__(self, index):
         draw = np.random.default_rng([*self.key, index])
         video = draw.integers(0, 256, (self.frames, 3, self.size, self.size), np.uint8)
-        return {"video": torch.from_numpy(video), "wav": self.sound(draw, self.samples)}
+        return {"video": torch.from_numpy(video), "wav": self.sound(draw, self.samples), "name": f"{index % self.length}.mp4", "start": 0.5}
+
+    def about(self, index):
+        return f"{index % self.length}.mp4", "", "train"
 
 
 class Sounds(Drawn):
@@ -72,8 +75,14 @@ class Pairs(Drawn):
         return {"features": torch.nn.functional.normalize(features, dim=1), "wav": self.sound(draw, data.WINDOW)}
 
 
+def onsets(video):
+    """A clip's labels: one to five materials struck, the clips with a higher number by more of them."""
+    return [{"time": 0.6 + 0.7 * k, "material": "ABC"[k % 3]} for k in range(1 + int(video.stem))]
+
+
 def install(setattr=setattr):
     setattr(data, "prepared", lambda root, *_, **__: root)
+    setattr(data, "read_onsets", onsets)
     for kind in (Clips, Sounds, Pairs):
         setattr(data, kind.__name__, kind)
     setattr(cavp, "PRESETS", {**cavp.PRESETS, "mini": TOWERS})
@@ -92,6 +101,8 @@ def arguments(stage, out, steps=3, batch=4, first_stage=None, **flags):
     args = ["--data", "drawn", "--out", out, "--steps", steps, "--batch", batch, "--seed", 5, "--dtype", "float32", "--device", "cpu"]
     if stage in ("ldm", "align"):
         args += ["--model", stage, "--vae", first_stage, "--repeats", 2]
+    if stage == "cavp":
+        args += ["--labels", "."]
     for name, value in flags.items():
         args += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
     return [str(a) for a in args]
