@@ -95,7 +95,7 @@ def parse_arguments(argv=None):
     g.add_argument("-v", "--verbose", action="store_true", help="say which kernels run, and what had to be done without")
     g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
                    help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
-    g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, spectrogram, waveform on one time axis")
+    g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis")
     g.add_argument("--profile", action="store_true", help="print seconds and peak memory of each stage")
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
     return p.parse_args(argv)
@@ -462,16 +462,22 @@ def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="d
 # pictures and files
 
 def draw_plot(path, source, result, start):
-    """Frames, spectrogram and waveform on one time axis."""
+    """Frames, where things are struck (as the labels beside the clip say, if there are any) and where the sound has onsets,
+    spectrogram and waveform, on one time axis."""
     from matplotlib.figure import Figure                    # slow to import, and needed here alone
     seconds, count = result.seconds, 12
     figure = Figure((12, 6), layout="constrained")
-    strip, mel, wave = figure.subplots(3, 1, sharex=True, height_ratios=(1, 2, 1))
+    strip, marks, mel, wave = figure.subplots(4, 1, sharex=True, height_ratios=(4, 1.5, 8, 4))
     frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[:count]
     for k, frame in enumerate(frames):                      # (3, h, w)
         extent = (k * seconds / count, (k + 1) * seconds / count, 0, 1)
         strip.imshow(frame.permute(1, 2, 0), extent=extent, aspect="auto")
     strip.set(yticks=[], ylim=(0, 1), title=Path(source).name)
+    rows = {"heard": data.detect_onsets(result.mel.numpy())}
+    with suppress(MediaError):                              # no labels
+        rows["labelled"] = [onset["time"] - start for onset in data.read_onsets(source)]
+    marks.eventplot(list(rows.values()), colors=[f"C{k}" for k in range(len(rows))], linelengths=0.8)
+    marks.set(yticks=range(len(rows)), yticklabels=list(rows))
     extent = (0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, result.mel.shape[0])
     mel.imshow(result.mel, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
     mel.set(ylabel="mel band")

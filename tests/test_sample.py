@@ -307,6 +307,23 @@ def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_pat
         assert data.read_tags(name)["comment"].startswith("AI-generated sound: diff-foley tiny, seed 0")
 
 
+def test_plot_marks_what_is_labelled_and_what_is_heard(clip, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    shown = shutil.copy(clip, tmp_path / "shown.mp4")
+    (tmp_path / "shown.json").write_text(json.dumps({"onsets": [{"time": 0.75, "material": "wood"}, {"time": 1.5, "material": "wood"}]}))
+    wav = torch.zeros(2 * SAMPLE_RATE)
+    wav[SAMPLE_RATE:SAMPLE_RATE + 800] = 0.5 * torch.randn(800, generator=torch.Generator().manual_seed(0))
+    result = sample.Result(wav, {0: wav}, [None], 0, data.mel(wav), [0], 2.0, None)
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs)))
+    for start, path in ((0.25, shown), (0.0, clip)):            # the second has no labels beside it
+        sample.draw_plot(tmp_path / "shown.png", path, result, start)
+    marks = [[list(events.get_positions()) for events in figure.axes[1].collections] for figure in figures]
+    names = [[label.get_text() for label in figure.axes[1].get_yticklabels()] for figure in figures]
+    assert names == [["heard", "labelled"], ["heard"]]
+    assert marks[0][1] == [0.5, 1.25] and marks[0][0] == pytest.approx([1.0], abs=0.03) == marks[1][0]
+
+
 def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, tmp_path):
     status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json",
                            "--candidates", 3, "--keep-all")
