@@ -66,6 +66,7 @@ PRESETS = {
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
 RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0),
            "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0)}
+NAMING = 2.0                                            # weight of the cross-entropies of naming, beside the contrast's terms
 FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
 POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
@@ -534,7 +535,7 @@ def train(args):
             weights.append(loudness_rise(mel, segments)[:, cut:segments - cut].reshape(args.micro_batch, -1))
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
         weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
-        share = 0.5 / max(1, training.gathered(count[None].to(device)).sum().item()) if labels else 0.0       # the mean of sight and ear
+        share = NAMING / max(1, training.gathered(count[None].to(device)).sum().item()) if labels else 0.0
         terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights, whole=args.whole), share)
         norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
