@@ -521,7 +521,7 @@ def train(args):
     for step in run:
         draw = training.generator(args, step)
         starts = clip_starts(args.batch, config, draw)
-        mirrored, gain = torch.rand(n, generator=draw) < 0.5, torch.empty(n).uniform_(0.7, 1.3, generator=draw)
+        mirrored, gain = torch.rand(n, generator=draw) < 0.5, torch.empty(n).uniform_(0.9, 1.1, generator=draw)
         chunks, weights, seeds, count = [], [], [], 0
         for batch, rows in run.parts(network):
             video, mel = cut_clips(batch["video"], batch["wav"], config, starts[rows])
