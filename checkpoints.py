@@ -174,7 +174,7 @@ class Checkpoint(Mapping):
     """{name: tensor} of a file. A tensor is a view of the mapped file, so it costs memory only when it is read, and `release` gives that
     back; write to none. `config` is what `save_model` put beside the weights, None in other people's files.
 
-    Lightning's `state_dict` and DistributedDataParallel's `module.` are taken off; whatever else lies in the file is left out.
+    Lightning's `state_dict`, other trainers' `model` and DistributedDataParallel's `module.` are taken off; whatever else lies in the file is left out.
     """
 
     def __init__(self, path):
@@ -200,7 +200,7 @@ class Checkpoint(Mapping):
 
     def read_pickled(self):
         content, where = (read_zip if self.map[:4] == b"PK\3\4" else read_older)(self.path)
-        state = content.get("state_dict", content)
+        state = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
         entries = {}
         for name, tensor in state.items():
             if isinstance(tensor, Described):

@@ -73,20 +73,25 @@ OPEN = 64                       # shards that a process holds open
 
 # ---- mel spectrogram and its inverse -------------------------------------------------------------------------------
 
-@lru_cache(maxsize=1)
-def mel_basis(rate=SAMPLE_RATE):
-    """Slaney's filterbank: linear below 1 kHz and logarithmic above, triangles of unit area in Hz. (128, 513)"""
+@lru_cache
+def filterbank(rate, bands, low, high):
+    """Slaney's mel filterbank, librosa's: linear below 1 kHz and logarithmic above, triangles of unit area in Hz. (bands, 513) float64"""
     step = math.log(6.4) / 27                    # 27 steps from 1 kHz to 6.4 kHz, by definition of the scale
 
     def to_mel(hz):
         return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
 
-    mels = np.linspace(to_mel(FMIN), to_mel(FMAX), N_MELS + 2)
+    mels = np.linspace(to_mel(low), to_mel(high), bands + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * step))
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     hz = np.linspace(0, rate / 2, N_FFT // 2 + 1)
     triangles = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre)).clip(0)
-    return torch.from_numpy(triangles * 2 / (high - low)).float()
+    return triangles * 2 / (high - low)
+
+
+def mel_basis(rate=SAMPLE_RATE):
+    """The bands of all mels here, float32 (128, 513)."""
+    return torch.from_numpy(filterbank(rate, N_MELS, FMIN, FMAX)).float()
 
 
 def stft(wav):

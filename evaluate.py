@@ -11,6 +11,7 @@ out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": 
     python foley.py held-out --clips 512 --seed 1 && python evaluate.py --data held-out --out scores
     python evaluate.py --data held-out --ablate guidance --out scores/guidance
     torchrun --nproc_per_node 4 evaluate.py --data held-out         clips shared out; the same table
+    python evaluate.py --data vggsound-test --official-melception melception-21-05-10T09-28-40.pt       the paper's figures too
 
 onset_f1_100ms ...  found onsets against labelled ones, pooled over clips, one to one within 100 or 50 ms (`data.match`)
 onset_count_error   mean difference of how many there are
@@ -20,6 +21,8 @@ align_acc           share of clips that the judging classifier calls aligned; it
                     latents), from its own seed, and neither guides nor ranks: `python ldm.py --model align --clean`
 material_acc        share of labelled hits at which judge.py hears the right material
 frechet, inception_score, kl    in judge.py's space: distance of all clips, quality and variety, divergence clip by clip
+melception_fid, melception_is (and its deviation over 10 splits, so from 10 clips on), melception_kl    the paper's, see melception.py. Only KL
+                    has an interval: a thousand of such FIDs take too long, and clips drawn with repetition vary less, which IS is about
 loudness_db         mean absolute difference of the level from the true sound's
 All rows pass the same mel, detector and judges; the detector's constants were set on true sounds of seed 9.
 """
@@ -45,16 +48,19 @@ from cavp import CAVP
 from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, detect_onsets, f1, find_videos, match, mel, onset_strength, probe, read_audio, whole, write_wav
 from judge import Judge, divergence, frechet, inception_score, struck
 from ldm import LATENT_SCALE, Alignment
+from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
 from sample import generate, load_models, plan_windows, video_features
 from vae import AutoencoderKL
 
 SLIDE = 62                      # mel columns (1 s): how far onset strengths are slid over each other
 FLOOR = 1e-3                    # of full scale: below, a level counts as this
 RESAMPLED = 1000                # times, for the intervals
+ONCE = ("melception_made", "melception_true", "melception_classes")     # not drawn again for them
 
-# what is known of a video before anything is drawn for it: onset times, [(column, material)] or None, its mel, level, features or None
-Case = namedtuple("Case", "video times hits mel level features")
-Judges = namedtuple("Judges", "materials alignment vae cavp", defaults=(None,) * 4)
+# what is known of a video before anything is drawn for it: onset times, [(column, material)] or None, its mel, level, features or None,
+# what Melception hears in its sound or None
+Case = namedtuple("Case", "video times hits mel level features heard")
+Judges = namedtuple("Judges", "materials alignment vae cavp melception", defaults=(None,) * 5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +110,10 @@ def measure(wav, case, judges, seconds=math.nan):
             out["right"] = sum(judges.materials.config.classes[k] == name for k, (_, name) in zip(heard, case.hits))
     if judges.alignment:
         out["aligned"] = aligned(level, case.features, judges) > 0.5
+    if judges.melception:
+        heard = judges.melception.clip(made_mel(level))
+        out["melception_made"], out["melception_true"] = heard.features, case.heard.features
+        out["melception_classes"], out["melception_kl"] = softmax(heard.unbiased), kl(case.heard.logits, heard.logits)
     return out
 
 
@@ -125,6 +135,11 @@ def columns_of(measured, true):
         row["frechet"] = frechet(measured["features"], true["features"]) if len(measured["found"]) > 2 else None
         row["inception_score"] = inception_score(measured["classes"])
         row["kl"] = float(divergence(true["classes"], measured["classes"]).mean())
+    if "melception_kl" in measured:
+        if "melception_made" in measured:
+            row["melception_fid"] = fid(measured["melception_made"], measured["melception_true"])
+            row["melception_is"], row["melception_is_deviation"] = scores(measured["melception_classes"])
+        row["melception_kl"] = float(measured["melception_kl"].mean())
     row["loudness_db"] = float(np.abs(measured["loudness"]).mean())
     row["seconds"] = None if np.isnan(measured["seconds"]).any() else float(measured["seconds"].mean())
     return {**row, "clips": len(measured["found"])}
@@ -134,12 +149,12 @@ def score(measured, true, seed=0):
     """Lists of `measure` for the clips -> {column: value}, {column: (low, high)}: 95 % of RESAMPLED drawings of as many clips, with repetition."""
     measured, true = ({k: np.stack([m[k] for m in rows]) for k in rows[0]} for rows in (measured, true))
     draw, n = np.random.default_rng(seed), len(measured["found"])
-    drawn = [columns_of(*({k: v[pick] for k, v in rows.items()} for rows in (measured, true)))
+    drawn = [columns_of(*({k: v[pick] for k, v in rows.items() if k not in ONCE} for rows in (measured, true)))
              for pick in (draw.integers(n, size=n) for _ in range(RESAMPLED))]
     row, intervals = columns_of(measured, true), {}
     for name, value in row.items():
-        values = [d[name] for d in drawn if d[name] is not None]
-        if value is not None and name != "clips":
+        values = [d[name] for d in drawn if d.get(name) is not None]
+        if values and value is not None and name != "clips":
             intervals[name] = [float(v) for v in np.percentile(values, (2.5, 97.5))]
     return row, intervals
 
@@ -171,7 +186,8 @@ def read_case(video, judges):
         config, seconds = judges.alignment.config, len(wav) / SAMPLE_RATE
         last = plan_windows(len(wav), config.fps)[-1]
         features = video_features(video, judges.cavp, round(last * config.fps / SAMPLE_RATE) + config.frames, seconds)
-    return Case(video, times, onsets and struck(onsets), level, level_of(wav), features)
+    heard = judges.melception and judges.melception.clip(true_mel(wav))
+    return Case(video, times, onsets and struck(onsets), level, level_of(wav), features, heard)
 
 
 def find_sample(folder, video):
@@ -243,6 +259,8 @@ def evaluate(args):
     if len(videos) < 2:
         raise MediaError(f"{args.data}: one clip; at least two are needed, so that sounds can be dealt to wrong videos")
     judges = load_judges(args.judges)
+    if args.official_melception:
+        judges = judges._replace(melception=Melception.load(args.official_melception, args.device))
     cases = each(videos, lambda _, video: read_case(video, judges), "reading")
     if not any(len(case.times) for case in cases):
         raise MediaError(f"{args.data}: not one onset in {len(videos)} clips; give more with --clips")
@@ -271,11 +289,11 @@ def evaluate(args):
 def table(rows, intervals):
     """As aligned text, columns down and rows across; '-' where a value does not exist, half the interval's width after it."""
     def cell(name, column):
-        value, (low, high) = rows[name][column], intervals[name].get(column, (0, 0))
+        value, interval = rows[name][column], intervals[name].get(column)
         if value is None or isinstance(value, int):
             return "-" if value is None else str(value)
-        digits = 0 if column == "desync_ms" else 2 if column in ("frechet", "loudness_db", "seconds") else 3
-        return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+        digits = 0 if column == "desync_ms" else 2 if column in ("frechet", "melception_fid", "loudness_db", "seconds") else 3
+        return f"{value:.{digits}f}" + (f" ±{(interval[1] - interval[0]) / 2:.{digits}f}" if interval else "")
     columns = [c for c in next(iter(rows.values())) if any(row.get(c) is not None for row in rows.values())]
     lines = [["", *rows]] + [[c, *(cell(name, c) if c in rows[name] else "-" for name in rows)] for c in columns]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -307,6 +325,8 @@ def arguments(argv):
     p.add_argument("--clips", type=int, metavar="N", help="only the first N")
     p.add_argument("--weights", nargs="+", default=["mini"], metavar="mini|DIR", help="the models to draw with; a row each, if several")
     p.add_argument("--judges", type=Path, default=Path(__file__).parent / "weights" / "mini", metavar="DIR", help="the judges' weights")
+    p.add_argument("--official-melception", type=Path, metavar="FILE",
+                   help="SpecVQGAN's published weights, its bands' statistics beside them: the paper's FID, IS and KL too")
     p.add_argument("--ablate", choices=list(ABLATIONS), help="a row for every setting of one kind, instead of `ours`")
     p.add_argument("--seed", type=int, default=0, help="clip k is drawn with seed + k")
     p.add_argument("--steps", type=int, default=25, help="denoising steps")

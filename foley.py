@@ -527,7 +527,7 @@ def distract(world, rng):
         put(thread(x, y))
         put(body_sprite(look, True, size, x, y))
     else:                                                           # flies through the picture and out again
-        s, speed = t - rng.uniform(1, world.duration - 1), rng.choice([-1, 1]) * rng.uniform(0.5, 1.2)
+        s, speed = t - rng.uniform(1, max(1, world.duration - 1)), rng.choice([-1, 1]) * rng.uniform(0.5, 1.2)
         ball, sag = rng.random() < 0.5, rng.uniform(0.2, 0.5)
         put(body_sprite(look, ball, size, 0.5 + speed * s, 0.25 + sag * s * s, 4 * s, np.abs(s) < 1.2))
 

@@ -1,4 +1,5 @@
 """data.py: mel and its inverse against goldens and by ear's measures; prepared sets, how they are made, broken, read."""
+import atexit
 import dataclasses
 import gc
 import json
@@ -7,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import cavp
 import data
@@ -268,6 +271,7 @@ def small_shards(raw, out, answer, most):
     if most:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    tqdm.set_lock(threading.RLock())                            # the one of all forks stays locked if one is killed while it draws its bar
     data.SHARD, data.COMMIT = 250_000, 0.0
     try:
         data.prepare(raw, out, FPS, 32, 2)
@@ -282,6 +286,7 @@ def preparing(raw, out, most=None):
     answer, theirs = context.Pipe(duplex=False)
     process = context.Process(target=small_shards, args=(raw, out, theirs, most))
     process.start()
+    atexit.register(process.kill)                               # a test that fails must not be waited for
     theirs.close()
     return process, answer
 

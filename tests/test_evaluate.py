@@ -14,6 +14,7 @@ import torch
 import data
 import evaluate
 import foley
+import judge
 
 
 def clicks(times, seconds=4.0):
@@ -103,6 +104,20 @@ def clip(found, labelled, pairs, close, late=0.0, loudness=0.0, **more):
             "seconds": np.nan, **more}
 
 
+def test_score_takes_the_papers_figures_once():
+    """Features and classes of Melception are drawn again for no interval; its divergence, a number a clip, is."""
+    draw = np.random.default_rng(0)
+    rows = [clip(2, 3, 2, 1, melception_made=draw.normal(size=20), melception_true=draw.normal(size=20),
+                 melception_classes=draw.dirichlet(np.ones(5)), melception_kl=float(k)) for k in range(12)]
+    row, intervals = evaluate.score(rows, rows)
+    stack = {name: np.stack([r[name] for r in rows]) for name in evaluate.ONCE}
+    assert row["melception_fid"] == pytest.approx(judge.frechet(stack["melception_made"], stack["melception_true"]))
+    assert 1 <= row["melception_is"] <= 5 and row["melception_is_deviation"] > 0 and row["melception_kl"] == 5.5
+    assert [name for name in intervals if "melception" in name] == ["melception_kl"]
+    text = {line.split()[0]: line for line in evaluate.table({"ours": row}, {"ours": intervals}).splitlines()[1:]}
+    assert f"{row['melception_fid']:.2f}" in text["melception_fid"] and "±" not in text["melception_fid"] and "±" in text["melception_kl"]
+
+
 def test_score_pools_onsets_over_clips():
     rows = [clip(2, 3, 2, 1, 0.3, -6.0, aligned=True, right=1, hits=2), clip(0, 1, 0, 0, np.nan, 4.0, aligned=False, right=0, hits=0),
             clip(1, 0, 0, 0, -0.1, 0.0, aligned=True, right=2, hits=2)]
@@ -137,6 +152,7 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     made = json.loads((out / "evaluate.json").read_text())
     rows = made["rows"]
     assert list(rows) == ["ours", "ground_truth", "wrong_video", "silence"]
+    assert not any("melception" in column for column in rows["ours"])                    # nobody asked for those
     assert rows["ours"]["onset_f1_50ms"] > 0.9 and rows["ground_truth"]["onset_f1_100ms"] > 0.9
     assert rows["wrong_video"]["onset_f1_100ms"] < 0.5 and rows["silence"]["onset_f1_100ms"] == 0
     assert rows["silence"]["desync_ms"] is None and all(row["clips"] == 4 for row in rows.values())

@@ -46,6 +46,10 @@ def test_same_seed_same_clip_whatever_came_before():
     assert not np.array_equal(alone.frames, other.frames) and not np.array_equal(alone.wav, other.wav)
 
 
+def test_the_shortest_clips(tmp_path):
+    assert foley.make_set(tmp_path, 3, seed=3, size=64, fps=15.625, duration=2.0) == 3          # of 31 frames: 1.984 s
+
+
 def test_files_do_not_depend_on_the_workers(tmp_path):
     kind = dict(seed=8, **SMALL)
     assert foley.make_set(tmp_path / "one", 5, workers=1, **kind) == 5

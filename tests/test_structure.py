@@ -14,8 +14,8 @@ MAY_IMPORT = {                                              # local modules; tes
     "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
     "official": {"diffusion", "ldm", "data"},
     "sample": {"diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
-    "judge": {"cavp", "data", "training", "checkpoints"},
-    "evaluate": {"judge", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
+    "judge": {"cavp", "data", "training", "checkpoints"}, "melception": {"judge", "data", "checkpoints"},
+    "evaluate": {"judge", "melception", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
