@@ -471,7 +471,7 @@ def draw_plot(path, source, result, start):
     frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[:count]
     for k, frame in enumerate(frames):                      # (3, h, w)
         extent = (k * seconds / count, (k + 1) * seconds / count, 0, 1)
-        strip.imshow(frame.permute(1, 2, 0), extent=extent, aspect="auto")
+        strip.imshow(frame.permute(1, 2, 0).numpy(), extent=extent, aspect="auto")
     strip.set(yticks=[], ylim=(0, 1), title=Path(source).name)
     rows = {"heard": data.detect_onsets(result.mel.numpy())}
     with suppress(MediaError):                              # no labels
@@ -479,9 +479,9 @@ def draw_plot(path, source, result, start):
     marks.eventplot(list(rows.values()), colors=[f"C{k}" for k in range(len(rows))], linelengths=0.8)
     marks.set(yticks=range(len(rows)), yticklabels=list(rows))
     extent = (0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, result.mel.shape[0])
-    mel.imshow(result.mel, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
+    mel.imshow(result.mel.numpy(), origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
     mel.set(ylabel="mel band")
-    wave.plot(torch.arange(len(result.wav)) / SAMPLE_RATE, result.wav, linewidth=0.5)
+    wave.plot((torch.arange(len(result.wav)) / SAMPLE_RATE).numpy(), result.wav.numpy(), linewidth=0.5)
     wave.set(xlim=(0, seconds), ylim=(-1, 1), xlabel="seconds", ylabel="sound")
     figure.savefig(path, dpi=100)
 
