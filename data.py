@@ -89,6 +89,7 @@ def filterbank(rate, bands, low, high):
     return triangles * 2 / (high - low)
 
 
+@lru_cache
 def mel_basis(rate=SAMPLE_RATE):
     """The bands of all mels here, float32 (128, 513)."""
     return torch.from_numpy(filterbank(rate, N_MELS, FMIN, FMAX)).float()
