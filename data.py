@@ -645,11 +645,13 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
 
 
 def read_onsets(video):
-    """[{"time", "material", ...}]: the labels beside a clip, as foley.py writes them."""
+    """[{"time", "material", ...}] by time: the labels beside a clip, as foley.py writes them."""
+    labels = Path(video).with_suffix(".json")
     try:
-        return json.loads(Path(video).with_suffix(".json").read_text())["onsets"]
+        return sorted(json.loads(labels.read_text())["onsets"], key=lambda onset: float(onset["time"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{video}: no {Path(video).stem}.json with onsets beside it; make clips with foley.py") from error
+        reason = "not the labels of foley.py" if labels.is_file() else "no such file"
+        raise MediaError(f"{labels}: {reason}; make clips and their labels with foley.py") from error
 
 
 # ---- what training draws -------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 import training
 from cavp import CAVP
-from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, detect_onsets, f1, find_videos, match, mel, onset_strength, probe, read_audio, whole, write_wav
-from judge import Judge, divergence, frechet, inception_score, struck
+from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, detect_onsets, f1, find_videos, match, mel, onset_strength, probe, read_audio, read_onsets, whole, write_wav
+from judge import Judge, clear_hits, divergence, frechet, inception_score
 from ldm import LATENT_SCALE, Alignment
 from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
 from sample import generate, load_models, plan_windows, video_features
@@ -172,14 +172,11 @@ def deal(count, seed=0):
 
 def read_case(video, judges):
     """A video and what its labels say; without labels, what its own sound says."""
-    wav, labels = read_audio(video, duration=probe(video).duration), video.with_suffix(".json")
+    wav = read_audio(video, duration=probe(video).duration)
     level, onsets, features = mel(wav), None, None
-    if labels.is_file():
-        try:
-            onsets = json.loads(labels.read_text())["onsets"]
-            times = sorted(float(onset["time"]) for onset in onsets)
-        except (ValueError, KeyError, TypeError) as error:
-            raise MediaError(f"{labels}: not the labels of foley.py; make the clip again, or remove the file to judge by the sound's own onsets") from error
+    if video.with_suffix(".json").is_file():
+        onsets = read_onsets(video)
+        times = [onset["time"] for onset in onsets]
     else:
         times = detect_onsets(level.numpy()).tolist()
     if judges.alignment:
@@ -187,7 +184,7 @@ def read_case(video, judges):
         last = plan_windows(len(wav), config.fps)[-1]
         features = video_features(video, judges.cavp, round(last * config.fps / SAMPLE_RATE) + config.frames, seconds)
     heard = judges.melception and judges.melception.clip(true_mel(wav))
-    return Case(video, times, onsets and struck(onsets), level, level_of(wav), features, heard)
+    return Case(video, times, onsets and clear_hits(onsets), level, level_of(wav), features, heard)
 
 
 def find_sample(folder, video):

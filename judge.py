@@ -84,7 +84,7 @@ def moment(level, column, spare=0):
     return level[:, max(0, first):max(0, first) + width]
 
 
-def struck(onsets):
+def clear_hits(onsets):
     """[{"time", "material"}] -> [(column, material)] of the hits that no other material follows or precedes too soon to be told apart."""
     return [(round(a["time"] / data.COLUMN), a["material"]) for a in onsets
             if all(b["material"] == a["material"] or not -0.1 < b["time"] - a["time"] < CLEAR for b in onsets)]
@@ -112,7 +112,7 @@ class Moments(torch.utils.data.Dataset):
                 continue
             onsets, level = data.read_onsets(video), data.mel(data.read_audio(video))
             idle = quiet(onsets, level.shape[1], np.random.default_rng([seed, number]), max(1, len(onsets)))
-            for column, name in (*struck(onsets), *((c, NOTHING) for c in idle)):
+            for column, name in (*clear_hits(onsets), *((c, NOTHING) for c in idle)):
                 self.items.append(moment(level, column, JITTER).half())
                 names.append(name)
         if not self.items:

@@ -19,7 +19,7 @@ def hit(time, material):
 
 def test_moments_of_which_nobody_could_tell_are_left_out():
     onsets = [hit(1.0, "wood"), hit(1.2, "glass"), hit(2.0, "metal"), hit(2.1, "metal"), hit(3.0, "wood"), hit(3.5, "glass")]
-    assert judge.struck(onsets) == [(75, "glass"), (125, "metal"), (131, "metal"), (188, "wood"), (219, "glass")]
+    assert judge.clear_hits(onsets) == [(75, "glass"), (125, "metal"), (131, "metal"), (188, "wood"), (219, "glass")]
 
 
 def test_quiet_moments_hold_no_hit():
@@ -62,7 +62,7 @@ def test_it_learns_and_loads(tmp_path):
     assert model.config.classes[0] == judge.NOTHING and len(model.config.classes) > 3
     right = total = 0
     for video in sorted((tmp_path / "clips").glob("*.mp4")):
-        hits, level = judge.struck(data.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
     features, classes = model.clip(level)
@@ -71,18 +71,27 @@ def test_it_learns_and_loads(tmp_path):
     assert rows[-1]["step"] == 150
 
 
-def test_clips_without_labels_are_named(tmp_path):
+def test_clips_without_labels_or_with_others_are_named(tmp_path):
     foley.make_set(tmp_path, 1, seed=3, size=64, fps=15.625, duration=2.0)
+    for text in ('[]', '{"onsets": [{"material": "wood"}]}', '{"onsets": [{"time": "soon"}]}', "{", '{"onsets": 1}'):
+        (tmp_path / "00000.json").write_text(text)
+        with pytest.raises(data.MediaError, match="00000.json: not the labels"):
+            judge.Moments(tmp_path)
     (tmp_path / "00000.json").unlink()
-    with pytest.raises(data.MediaError, match="00000.json"):
+    with pytest.raises(data.MediaError, match="00000.json: no such file"):
         judge.Moments(tmp_path)
+
+
+def test_labels_come_in_the_order_of_time(tmp_path):
+    (tmp_path / "a.json").write_text('{"onsets": [{"time": 2.0}, {"time": 0.5}]}')
+    assert [onset["time"] for onset in data.read_onsets(tmp_path / "a.mp4")] == [0.5, 2.0]
 
 
 def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
     foley.make_set(tmp_path, 8, seed=77, size=64, fps=15.625, duration=8.192)
     model, right, total = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors"), 0, 0
     for video in sorted(tmp_path.glob("*.mp4")):
-        hits, level = judge.struck(data.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
         assert set(model.hear(torch.zeros(128, 512), [100, 300])) == {0}
