@@ -64,8 +64,8 @@ PRESETS = {
 }
 # paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
-RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0),
-           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0)}
+RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0, temporal=1),
+           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0, temporal=1)}
 NAMING = 2.0                                            # weight of the cross-entropies of naming, beside the contrast's terms
 FRAMES_AT_ONCE = 4                                      # of full size in memory
 AUDIO_STEP = 16                                         # mel columns a step of the audio tower
@@ -282,15 +282,20 @@ def symmetric_cross_entropy(logits, weights):
     return (both * weights).sum() / weights.sum()
 
 
-def contrastive_loss(video, audio, scale, clips, weights=None):
+def contrastive_loss(video, audio, scale, clips, weights=None, temporal=True):
     """video, audio: unit (n*clips, d), the clips of one video in a row -> L_inter, L_intra (Sec. 3.1, Eq. 2-4; official
     `open_clip/loss.py` 451).
     The inter term's negatives include the other clips of the same video, as published; L = L_inter + L_intra.
-    weights (n*clips,): how much each clip counts as an anchor; all count as negatives. None: all alike, as published."""
+    weights (n*clips,): how much each clip counts as an anchor; all count as negatives. None: all alike, as published.
+    temporal: False for the semantic contrast alone, the paper's ablation: no clip is a negative of its own video's, L_intra is 0."""
     weights = torch.ones(len(video), device=video.device) if weights is None else weights
     logits = scale * video @ audio.T                            # (n*clips, n*clips)
     n = len(logits) // clips
     own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
+    if not temporal:
+        video_of = torch.arange(len(logits), device=logits.device) // clips
+        others = (video_of[:, None] == video_of).fill_diagonal_(False)
+        return symmetric_cross_entropy(logits.masked_fill(others, -math.inf), weights), logits.new_zeros(())
     return symmetric_cross_entropy(logits, weights), symmetric_cross_entropy(own, weights.view(n, clips))
 
 
@@ -429,13 +434,13 @@ def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
     return terms
 
 
-def contrast(video, audio, scale, weights, whole):
+def contrast(video, audio, scale, weights, whole, temporal=True):
     """Unit features (n, segments, 512) of both, weights (n, segments) or None -> L, what there is to report. whole: weight of a third
     term, L_inter of the windows as wholes, each the maximum over its segments: those a quarter of a second long can be told apart by
     when they sound, whole ones only by what does. The published clips are whole windows already."""
     n, segments, _ = video.shape
     v, a = video.flatten(0, 1), audio.flatten(0, 1)                                      # (n*segments, 512)
-    inter, intra = contrastive_loss(v, a, scale, segments, None if weights is None else weights.flatten())
+    inter, intra = contrastive_loss(v, a, scale, segments, None if weights is None else weights.flatten(), temporal)
     with torch.no_grad():
         own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)                       # (n, segments)
         right = (own == torch.arange(segments, device=own.device)).float().mean()
@@ -536,7 +541,8 @@ def train(args):
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
         weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
         share = NAMING / max(1, training.gathered(count[None].to(device)).sum().item()) if labels else 0.0
-        terms = backward(run, network, model, device, chunks, seeds, functools.partial(contrast, weights=weights, whole=args.whole), share)
+        loss_of = functools.partial(contrast, weights=weights, whole=args.whole, temporal=bool(args.temporal))
+        terms = backward(run, network, model, device, chunks, seeds, loss_of, share)
         norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
@@ -571,6 +577,7 @@ def main(argv=None):
     p.add_argument("--by-loudness", type=int, choices=(0, 1), help="1: moments count as anchors by how far their sound rises "
                    "above the clip's median; 0: all alike, as published; the preset's by default")
     p.add_argument("--whole", type=float, help="weight of the contrast between whole windows; the preset's by default")
+    p.add_argument("--temporal", type=int, choices=(0, 1), help="0: the semantic contrast alone, for the paper's ablation")
     p.add_argument("--labels", type=Path, metavar="DIR", help="folder of the clips' .json files, as foley.py writes them: both towers "
                    "also learn to name what is struck")
     p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")

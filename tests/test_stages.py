@@ -89,6 +89,22 @@ def test_whole_windows_are_told_apart_by_what_sounds_not_when():
     assert "whole" not in cavp.contrast(video, video, scale, None, 0.0)[1]
 
 
+def test_without_the_temporal_contrast_no_moment_is_held_against_its_own_video():
+    """Sounds at the wrong moments of the right video cost nothing then but the likeness to their own moment, other videos' as before."""
+    draw = torch.Generator().manual_seed(0)
+    video, sound = (torch.nn.functional.normalize(torch.randn(6, 8, generator=draw), dim=-1).requires_grad_() for _ in range(2))
+    inter, intra = cavp.contrastive_loss(video, sound, 3.0, 3, temporal=False)
+    logits = (3.0 * video @ sound.T).detach()
+    allowed = torch.tensor([[i == j or i // 3 != j // 3 for j in range(6)] for i in range(6)])
+    by_hand = [0.5 * (logits[i, allowed[i]].logsumexp(0) + logits[allowed[:, i], i].logsumexp(0)) - logits[i, i] for i in range(6)]
+    torch.testing.assert_close(inter, torch.stack(by_hand).mean())
+    assert intra == 0 and inter < cavp.contrastive_loss(video, sound, 3.0, 3)[0]
+    inter.backward()
+    assert video.grad.isfinite().all() and video.grad.norm() > 0
+    terms = cavp.contrast(video.detach().view(2, 3, 8), sound.detach().view(2, 3, 8), torch.tensor(3.0), None, 0.0, temporal=False)[1]
+    torch.testing.assert_close(terms["loss"], inter)
+
+
 def test_the_peak_of_a_map_is_seen_beside_its_mean():
     model = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1), peak=True)).eval()
     plain = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1))).eval()
