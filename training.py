@@ -1,7 +1,8 @@
 """What every training loop calls and nobody wants to read four times; the loop itself stays visible in each stage.
 
 in   parsed arguments, a network, its configuration, a data set
-out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes
+out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes; there
+                            too arguments, commit, SHA-256 of the weights it began with, seconds, the last validation
      OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers);
                             OUT/previous.state.pt is the one before, for the day that the last one is damaged
      OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of the
@@ -24,6 +25,7 @@ import copy
 import csv
 import ctypes
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -33,6 +35,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -439,6 +442,19 @@ def newest_state(out):
     raise TrainingError(f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew")
 
 
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def commit():
+    """Of the checkout that this code lies in, "-dirty" behind it where files differ; None without one, or without git."""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                               capture_output=True, text=True)
+        return found.stdout.strip() or None
+
+
 def read_log(out):
     """The rows of log.jsonl; a last line that a kill has cut is left out."""
     rows = []
@@ -470,6 +486,7 @@ class Run:
         self.count = args.batch // world() // args.micro_batch          # micro-batches of a step
         self.step, self.elapsed, self.totals, self.terms, self.clips = 0, 0.0, {}, {}, len(clips)
         self.asked = self.interrupted = False
+        self.commit = self.started_from = None
         if args.resume:
             self.restore()
         self.saved = self.step
@@ -481,6 +498,9 @@ class Run:
         """An unwritable place is noticed before the work, not after; what a killed process left is taken away. And what
         is about to happen is said."""
         args, out = self.args, make_folder(self.args.out)
+        self.commit = commit()                              # now: whoever trains may go on editing
+        given = {name: getattr(args, name, None) for name in ("init", "vae")}
+        self.started_from = self.started_from or {name: sha256(path) for name, path in given.items() if path and path.is_file()}
         for part in out.glob(".*.part"):
             part.unlink()
         rows = [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
@@ -590,11 +610,13 @@ class Run:
         model = self.export(self.ema.model) if self.export else self.ema.model
         # names alone: the folders of whoever trained are nobody's business who loads the file
         args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args}
+        metrics = [row for row in read_log(out) if any(name.startswith("val_") for name in row)][-1:]
+        about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args,
+                 "commit": self.commit, "started_from": self.started_from, "metrics": metrics[0] if metrics else None}
         save_model(out / STATES[0].replace("state.pt", "safetensors"), model, self.config, self.args.half, **about)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "ema": self.ema.model.state_dict(), "updates": self.ema.updates, "step": self.step,
-                 "elapsed": self.seconds(), "totals": self.totals, "flags": self.flags()}
+                 "elapsed": self.seconds(), "totals": self.totals, "flags": self.flags(), "started_from": self.started_from}
         with writing(out / STATES[0]) as part:
             with open(part, "wb") as f:
                 try:
@@ -613,7 +635,7 @@ class Run:
             self.ema.model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.ema.updates, self.step = state["updates"], state["step"]
-        self.elapsed, self.totals = state["elapsed"], state["totals"]
+        self.elapsed, self.totals, self.started_from = state["elapsed"], state["totals"], state.get("started_from")
         for name, value in self.flags().items():
             before = state["flags"].get(name, value)
             if before != value and rank() == 0:

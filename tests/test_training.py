@@ -88,8 +88,29 @@ def test_a_run_leaves_what_it_promises(home, stage):
     assert VALIDATION[stage] == {k for k in rows[1] if k.startswith("val_")}
     assert all(math.isfinite(value) for row in rows for value in row.values()) and 0 <= rows[0]["waiting"] < 1
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert about["metrics"] == rows[1] and about["commit"] == training.commit()
+    began_with = {"vae": training.sha256(home / "vae" / "last.safetensors")} if stage in ("ldm", "align") else {}
+    assert about["started_from"] == began_with
     model = LOADS[stage](out / "last.safetensors")
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_commit_is_that_of_the_code_and_says_when_files_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert training.commit() is None                            # no checkout
+    (tmp_path / "training.py").write_text("1")
+
+    def git(*args):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", "-C", tmp_path, *who, *args], check=True, capture_output=True, text=True).stdout.strip()
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "1"), ("tag", "-a", "v1", "-m", "1")):
+        git(*command)
+    assert training.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "training.py").write_text("2")
+    assert training.commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert training.commit() is None                            # no git
 
 
 def test_trained_autoencoder_has_unit_latents(home):
