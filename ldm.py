@@ -576,6 +576,9 @@ def initial(args):
         model = LDM.load(args.init)
         if args.new_conditioner:
             model.conditioner.reset()
+        if args.vae:
+            with fitting(args.vae, AutoencoderKL):
+                model.first_stage_model.load_state_dict(AutoencoderKL.load(args.vae).state_dict())
         return model
     source = args.vae or (args.init if any(k.startswith("first_stage_model.") for k in file) else None)
     if not source:

@@ -3,6 +3,8 @@
 The three steps of each stage run in a process of their own. What must then hold (a seed gives one result, an interruption changes
 nothing) is checked in this process against what those wrote.
 """
+import argparse
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cavp
+import checkpoints
 import ldm
 import tiny
 import training
@@ -127,6 +130,22 @@ def test_stage_2_carries_the_autoencoder_it_was_trained_on(home):
     inner = ldm.LDM.load(home / "ldm" / "last.safetensors").vae.state_dict()
     own = vae.AutoencoderKL.load(home / "vae" / "last.safetensors").state_dict()
     assert inner.keys() == own.keys() and all(torch.equal(inner[k], own[k]) for k in own)
+
+
+def test_stage_2_goes_on_with_the_autoencoder_that_it_is_given(home, tmp_path):
+    def equal(a, b):
+        return all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in b.state_dict())
+    old, new = ldm.LDM.load(home / "ldm" / "last.safetensors"), vae.AutoencoderKL(vae.PRESETS["mini"])
+    checkpoints.save_model(tmp_path / "new.safetensors", new, dataclasses.asdict(new.config))
+    args = argparse.Namespace(init=home / "ldm" / "last.safetensors", vae=None, new_conditioner=False, preset="mini")
+    assert equal(ldm.initial(args), old)
+    args.vae = tmp_path / "new.safetensors"
+    model = ldm.initial(args)
+    assert equal(model.vae, new) and not equal(model.vae, old.vae) and equal(model.unet, old.unet)
+    other = vae.AutoencoderKL(dataclasses.replace(new.config, width=8))
+    checkpoints.save_model(args.vae, other, dataclasses.asdict(other.config))
+    with pytest.raises(checkpoints.CheckpointError, match="new.safetensors"):
+        ldm.initial(args)
 
 
 def test_extracted_features_are_the_towers(home):
