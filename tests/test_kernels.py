@@ -110,6 +110,27 @@ def count_forward(monkeypatch):
     return counter.ops
 
 
+def test_training_on_a_cpu_avoids_the_fused_attentions_slow_backward(monkeypatch):
+    """In bfloat16 autocast with gradients: plain products, and as good as bfloat16 allows. Everything else: the fused one."""
+    draw = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, n, 3, 32, generator=draw).bfloat16().double().requires_grad_() for n in (40, 24, 24)]
+    weight = torch.randn(2, 40, 3, 32, generator=draw).bfloat16().double()
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    true = attention.attention_ref(*exact)
+    true = [true, *torch.autograd.grad(true, exact, weight)]
+    calls, fused_one = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(1) or fused_one(*x))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention.attention_ref(*half)
+        assert not calls and out.dtype == torch.bfloat16 and out.is_contiguous()
+        for found, expected in zip([out, *torch.autograd.grad(out, half, weight.bfloat16())], true):
+            assert (found.double() - expected).norm() < 0.01 * expected.norm()
+        with torch.no_grad():
+            attention.attention_ref(*half)
+    attention.attention_ref(*half), attention.attention_ref(*exact)
+    assert len(calls) == 3
+
+
 def test_operations_of_a_unet_forward(monkeypatch):
     """Official, eager: 880. Each costs a launch, which at one clip is what a step costs."""
     ops = count_forward(monkeypatch)
