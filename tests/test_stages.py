@@ -7,6 +7,7 @@ import torch
 import cavp
 import data
 import ldm
+import vae
 
 
 @pytest.mark.parametrize("preset", ["mini", "paper"])
@@ -76,6 +77,18 @@ def test_aligned_condition_reaches_its_own_columns(network, config):
     hook.remove()
     changed = (seen[2] - seen[0]).abs().sum((0, 1, 2)) > 0
     assert changed.nonzero().flatten().tolist() == [20]
+
+
+@pytest.mark.parametrize("made, error, change", [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)])
+def test_the_autoencoders_errors(made, error, change):
+    """Columns that go up and down by 1: an even error is no wrong change, a blur to nothing is one at every column."""
+    mel = torch.tensor([0.0, 1.0] * 8).expand(2, 1, 128, 16)
+
+    class Network:
+        encode = staticmethod(lambda x: (x.new_zeros(2, 4, 16, 2), x.new_zeros(2, 4, 16, 2)))
+        decode = staticmethod(lambda z: made(mel))
+    found = vae.losses(Network, mel, torch.zeros(2, 4, 16, 2))
+    torch.testing.assert_close(torch.stack(found), torch.tensor([error, change, 0.0]))
 
 
 def test_whole_windows_are_told_apart_by_what_sounds_not_when():

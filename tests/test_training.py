@@ -91,6 +91,8 @@ def test_a_run_leaves_what_it_promises(home, stage):
     assert VALIDATION[stage] == {k for k in rows[1] if k.startswith("val_")}
     assert all(math.isfinite(value) for row in rows for value in row.values()) and 0 <= rows[0]["waiting"] < 1
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    if stage == "vae":
+        assert rows[0]["loss"] == pytest.approx(rows[0]["error"] + rows[0]["change"] + 1e-4 * rows[0]["kl"], rel=1e-5)
     assert about["metrics"] == rows[1] and about["commit"] == training.commit()
     began_with = {"vae": training.sha256(home / "vae" / "last.safetensors")} if stage in ("ldm", "align") else {}
     assert about["started_from"] == began_with
