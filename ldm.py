@@ -86,8 +86,8 @@ PRESETS = {
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
-RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4),
-                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1)},
+RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1),
+                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0)},
            "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
 
@@ -539,13 +539,16 @@ def latents(first_stage, mel, noise):
     return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
 
 
-def denoising_loss(model, z, t, noise, features):
-    """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512)."""
+def denoising_loss(model, z, t, noise, features, v_loss=False):
+    """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512).
+    v_loss: divided by alpha-bar, which makes it the error of v (Salimans and Ho 2022): then every noise level costs about the same.
+    As published, a clip's unpredictable texture at the low ones outweighs a hundredfold what the condition decides at the high ones."""
     eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
-    return F.mse_loss(eps.float(), noise)
+    error = (eps.float() - noise).square().mean((1, 2, 3))                               # (b,)
+    return (error / ALPHAS_CUMPROD.to(t.device)[t] if v_loss else error).mean()
 
 
-def validate_ldm(model, pairs, device, most=16, drawn=4):
+def validate_ldm(model, pairs, device, v_loss=False, most=16, drawn=4):
     """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
     g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
     t, frames = torch.tensor([100, 350, 600, 850], device=device), model.config.frames
@@ -554,7 +557,7 @@ def validate_ldm(model, pairs, device, most=16, drawn=4):
         mel, features = data.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
         z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(len(t), -1, -1, -1)
         noise = torch.randn(z.shape, generator=g).to(device)
-        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1)).item())
+        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), v_loss).item())
         if i < drawn:
             eps = guided_eps(model.unet, model.conditioner(features), model.null_context(frames), model.config.guidance)
             made = dpm_solver(eps, torch.randn(shape, generator=g).to(device), 25)
@@ -603,8 +606,9 @@ def train_ldm(args, device):
     half as much as the small U-Net's training."""
     model = initial(args).to(device, memory_format=torch.channels_last).train()
     model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False)
-    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device))
-    network, n = training.parallel(model, denoising_loss), args.repeats
+    v_loss = bool(args.v_loss)
+    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device, v_loss=v_loss))
+    network, n = training.parallel(model, functools.partial(denoising_loss, v_loss=v_loss)), args.repeats
     for step in run:
         draw = training.generator(args, step)
         posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
@@ -723,6 +727,7 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
+    p.add_argument("--v-loss", type=int, choices=(0, 1), help="of --model ldm: 1 counts every noise level alike, 0 as published")
     p.add_argument("--clean", action="store_true", help="of --model align: see no noise; for the judge of evaluate.py, not for guidance")
     with training.command("ldm.py", data.MediaError):
         if first.convert:

@@ -79,6 +79,20 @@ def test_aligned_condition_reaches_its_own_columns(network, config):
     assert changed.nonzero().flatten().tolist() == [20]
 
 
+def test_the_v_loss_is_the_error_of_v():
+    draw = torch.Generator().manual_seed(0)
+    z, noise, wrong = torch.randn(3, 3, 4, 16, 64, generator=draw)
+    t = torch.tensor([5, 400, 990])
+
+    class Network:
+        unet, conditioner = staticmethod(lambda *_: noise + 0.1 * wrong), staticmethod(lambda features: None)
+    plain, v = (ldm.denoising_loss(Network, z, t, noise, None, v_loss).item() for v_loss in (False, True))
+    a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
+    found = (ldm.q_sample(z, t, noise) - (1 - a).sqrt() * (noise + 0.1 * wrong)) / a.sqrt()            # the clean latents that it implies
+    error = (a.sqrt() * (0.1 * wrong) - (1 - a).sqrt() * (found - z)).square().mean()
+    assert plain == pytest.approx((0.1 * wrong).square().mean().item(), rel=1e-5) and v == pytest.approx(error.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("made, error, change", [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)])
 def test_the_autoencoders_errors(made, error, change):
     """Columns that go up and down by 1: an even error is no wrong change, a blur to nothing is one at every column."""
