@@ -542,7 +542,7 @@ def latents(first_stage, mel, noise):
 def denoising_loss(model, z, t, noise, features, v_loss=False):
     """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512).
     v_loss: divided by alpha-bar, which makes it the error of v (Salimans and Ho 2022): then every noise level costs about the same.
-    As published, a clip's unpredictable texture at the low ones outweighs a hundredfold what the condition decides at the high ones."""
+    As published, a clip's unpredictable texture at the low ones drowns what the condition decides at the high ones."""
     eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
     error = (eps.float() - noise).square().mean((1, 2, 3))                               # (b,)
     return (error / ALPHAS_CUMPROD.to(t.device)[t] if v_loss else error).mean()
