@@ -568,7 +568,7 @@ def main(argv=None):
         return 2
     if args.verbose:
         print(f"sample.py: {device}, torch {torch.__version__}, {kernels.describe()}", file=sys.stderr)
-    keep_freed_memory(largest=2**24)                        # what fragments of larger ones would cost is memory
+    keep_freed_memory(largest=2**23)                        # what fragments of larger ones would cost is memory
     try:
         models = load_models(args.weights, device, None if args.dtype == "auto" else getattr(torch, args.dtype))
         if args.out:

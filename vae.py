@@ -70,8 +70,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                       # (b, c_in, h, w) -> (b, c_out, h, w)
-        h = self.conv1(self.norm1(x, silu=True))
-        h = self.conv2(self.norm2(h, silu=True))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True))     # no map outlives its use
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
