@@ -276,6 +276,8 @@ def settle(args, presets, stage, trains=True):
         raise TrainingError(f"--resume: {args.out} holds no run; start one without, or name it with --out")
     if trains and there and not args.resume:
         raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
+    if trains and args.resume and (args.out / "last.safetensors").exists():
+        args.init = args.out / "last.safetensors"           # says what the network looks like; its numbers come from the state
     keep_freed_memory()
     torch.manual_seed(args.seed)
     return torch.device(args.device, torch.cuda.current_device() if args.device == "cuda" else None)
@@ -500,7 +502,8 @@ class Run:
         args, out = self.args, make_folder(self.args.out)
         self.commit = commit()                              # now: whoever trains may go on editing
         given = {name: getattr(args, name, None) for name in ("init", "vae")}
-        self.started_from = self.started_from or {name: sha256(path) for name, path in given.items() if path and path.is_file()}
+        if self.started_from is None:
+            self.started_from = {name: sha256(path) for name, path in given.items() if path and path.is_file()}
         for part in out.glob(".*.part"):
             part.unlink()
         rows = [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
@@ -638,12 +641,12 @@ class Run:
         self.elapsed, self.totals, self.started_from = state["elapsed"], state["totals"], state.get("started_from")
         for name, value in self.flags().items():
             before = state["flags"].get(name, value)
-            if before != value and rank() == 0:
+            if value not in (before, "None") and rank() == 0:
                 print(f"{self.args.out}: going on with {name} {value}, until now {before}", file=sys.stderr)
 
     def flags(self):
         """What a resumed run should not change unnoticed, as text."""
-        harmless = ("resume", "out", "data", "workers", "save_every", "half", "recompute")
+        harmless = ("resume", "init", "out", "data", "workers", "save_every", "half", "recompute")
         return {"clips": str(self.clips), **{k: str(v) for k, v in vars(self.args).items() if k not in harmless}}
 
 

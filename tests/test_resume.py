@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import data
@@ -91,13 +92,19 @@ def equal(a, b):
     return a == b
 
 
+def started_from(out):
+    with safe_open(out / "last.safetensors", "pt") as file:
+        return json.loads(file.metadata()["started_from"])
+
+
 def same_run(a, b):
-    """Weights, moving average, optimizer, log."""
+    """Weights, moving average, optimizer, log, what the run began with."""
     one, other = state(a), state(b)
     assert rows(a) == rows(b)
     assert all(equal(one[k], other[k]) for k in ("model", "ema", "updates", "optimizer", "step", "totals"))
     one, other = (load_file(out / "last.safetensors") for out in (a, b))
     assert equal(one, other)
+    assert started_from(a) == started_from(b)
     assert not list(b.glob(".*.part"))
 
 
@@ -290,8 +297,9 @@ def test_changed_flags_are_told(run, capsys):
 
 
 def test_another_networks_state_is_one_line(run, monkeypatch):
-    run("vae", "run", steps=2)
+    out = run("vae", "run", steps=2)
     monkeypatch.setitem(tiny.vae.PRESETS, "mini", tiny.replace(tiny.VAE, width=16))
+    (out / "last.safetensors").unlink()                         # which would have said what the network looks like
     assert "last.state.pt" in failing(run, "vae", "run", steps=4, resume=True)
 
 

@@ -100,7 +100,9 @@ def arguments(stage, out, steps=3, batch=4, first_stage=None, **flags):
     """The command line of a stage; flags by name, True for one without a value."""
     args = ["--data", "drawn", "--out", out, "--steps", steps, "--batch", batch, "--seed", 5, "--dtype", "float32", "--device", "cpu"]
     if stage in ("ldm", "align"):
-        args += ["--model", stage, "--vae", first_stage, "--repeats", 2]
+        args += ["--model", stage, "--repeats", 2]
+        if stage == "align" or "resume" not in flags:               # stage 2 goes on with the one that it holds
+            args += ["--vae", first_stage]
     if stage == "cavp":
         args += ["--labels", "."]
     for name, value in flags.items():
