@@ -290,12 +290,12 @@ def contrastive_loss(video, audio, scale, clips, weights=None, temporal=True):
     temporal: False for the semantic contrast alone, the paper's ablation: no clip is a negative of its own video's, L_intra is 0."""
     weights = torch.ones(len(video), device=video.device) if weights is None else weights
     logits = scale * video @ audio.T                            # (n*clips, n*clips)
-    n = len(logits) // clips
-    own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
     if not temporal:
         video_of = torch.arange(len(logits), device=logits.device) // clips
         others = (video_of[:, None] == video_of).fill_diagonal_(False)
         return symmetric_cross_entropy(logits.masked_fill(others, -math.inf), weights), logits.new_zeros(())
+    n = len(logits) // clips
+    own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
     return symmetric_cross_entropy(logits, weights), symmetric_cross_entropy(own, weights.view(n, clips))
 
 

@@ -45,7 +45,8 @@ from tqdm import tqdm
 
 import training
 from cavp import CAVP
-from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, detect_onsets, f1, find_videos, match, mel, onset_strength, probe, read_audio, read_onsets, whole, write_wav
+from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, find_videos, probe, read_audio, read_onsets, whole, write_wav
+from data import detect_onsets, f1, match, mel, onset_strength
 from judge import Judge, clear_hits, divergence, frechet, inception_score
 from ldm import LATENT_SCALE, Alignment
 from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
