@@ -639,6 +639,8 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         self.ema.updates, self.step = state["updates"], state["step"]
         self.elapsed, self.totals, self.started_from = state["elapsed"], state["totals"], state.get("started_from")
+        begun = state["flags"]["init"]
+        self.args.init = None if begun == "None" else Path(begun)       # `settle` had put the run's own weights there
         for name, value in self.flags().items():
             before = state["flags"].get(name, value)
             if value not in (before, "None") and rank() == 0:
@@ -646,7 +648,7 @@ class Run:
 
     def flags(self):
         """What a resumed run should not change unnoticed, as text."""
-        harmless = ("resume", "init", "out", "data", "workers", "save_every", "half", "recompute")
+        harmless = ("resume", "out", "data", "workers", "save_every", "half", "recompute")
         return {"clips": str(self.clips), **{k: str(v) for k, v in vars(self.args).items() if k not in harmless}}
 
 

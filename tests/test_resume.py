@@ -93,8 +93,10 @@ def equal(a, b):
 
 
 def started_from(out):
+    """What the weights' header says of it: file names and sums, and the flag."""
     with safe_open(out / "last.safetensors", "pt") as file:
-        return json.loads(file.metadata()["started_from"])
+        about = {k: json.loads(file.metadata()[k]) for k in ("started_from", "args")}
+    return about["started_from"], about["args"]["init"]
 
 
 def same_run(a, b):
