@@ -83,11 +83,15 @@ def slide(made, true):
     return float(lags[np.lexsort((np.abs(lags), -agreement))[0]] * COLUMN)               # of equals the nearest
 
 
+def samples_of(level):
+    return level.shape[1] * WINDOW // 512
+
+
 def aligned(level, features, judges):
     """Mel (128, s), features (f, d) of the picture -> mean probability over the windows that they belong together."""
     fps, frames = judges.alignment.config.fps, judges.alignment.config.frames
     odds = []
-    for start in plan_windows(level.shape[1] * WINDOW // 512, fps):
+    for start in plan_windows(samples_of(level), fps):
         column, first = start * 512 // WINDOW, round(start * fps / SAMPLE_RATE)
         piece = level[:, column:column + 512]
         z, _ = judges.vae.encode(F.pad(piece, (0, 512 - piece.shape[1]))[None, None])
@@ -97,8 +101,10 @@ def aligned(level, features, judges):
 
 @torch.no_grad()
 def measure(wav, case, judges, seconds=math.nan):
-    """All that the table needs to know of a sound made for a case."""
-    level = mel(torch.as_tensor(wav))
+    """All that the table needs to know of a sound made for a case, or for another one that is longer or shorter."""
+    wav = torch.as_tensor(wav)
+    wav = F.pad(wav, (0, samples_of(case.mel) - len(wav)))          # less than none: cut
+    level = mel(wav)
     found, strength = detect_onsets(level.numpy()), onset_strength(level.numpy())
     out = {"found": len(found), "labelled": len(case.times), "seconds": seconds, "loudness": level_of(wav) - case.level,
            "late": slide(strength, onset_strength(case.mel.numpy())),
@@ -182,7 +188,7 @@ def read_case(video, judges):
         times = detect_onsets(level.numpy()).tolist()
     if judges.alignment:
         config, seconds = judges.alignment.config, len(wav) / SAMPLE_RATE
-        last = plan_windows(len(wav), config.fps)[-1]
+        last = plan_windows(samples_of(level), config.fps)[-1]
         features = video_features(video, judges.cavp, round(last * config.fps / SAMPLE_RATE) + config.frames, seconds)
     heard = judges.melception and judges.melception.clip(true_mel(wav))
     return Case(video, times, onsets and clear_hits(onsets), level, level_of(wav), features, heard)
@@ -276,7 +282,7 @@ def evaluate(args):
     dealt = [(sounds[k][0], math.nan) for k in deal(len(videos))]                        # of the last variant
     true = row("ground_truth", [(read_audio(case.video).numpy(), math.nan) for case in cases])
     measured |= {"ground_truth": true, "wrong_video": row("wrong_video", dealt),
-                 "silence": row("silence", [(np.zeros(case.mel.shape[1] * WINDOW // 512, np.float32), math.nan) for case in cases])}
+                 "silence": row("silence", [(np.zeros(samples_of(case.mel), np.float32), math.nan) for case in cases])}
     scores = {name: score(rows, true) for name, rows in measured.items()}
     return {name: values for name, (values, _) in scores.items()}, {name: intervals for name, (_, intervals) in scores.items()}
 

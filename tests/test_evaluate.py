@@ -175,6 +175,19 @@ def test_videos_without_labels_are_judged_by_their_own_onsets(foley_set, tmp_pat
     assert case.hits is None and list(case.times) == pytest.approx(list(onsets_of(data.read_audio(video))))
 
 
+def test_sounds_of_another_length_are_judged_over_the_clip(tmp_path):
+    """As those of other videos are: what comes after the clip's end does not count, and every judge has its windows, one or two."""
+    judges = evaluate.load_judges(Path(evaluate.__file__).parent / "weights" / "mini")
+    for seconds in (3.0, 10.0):
+        folder = tmp_path / str(seconds)
+        foley.make_set(folder, 1, seed=62, size=64, fps=15.625, duration=seconds)
+        case = evaluate.read_case(folder / "00000.mp4", judges)
+        short, long = (evaluate.measure(clicks([0.5, 2.0, 6.0], length).numpy(), case, judges) for length in (7.0, 10.0))
+        assert short["found"] == long["found"] == (2 if seconds == 3.0 else 3)
+        assert short["aligned"] == long["aligned"]
+        assert evaluate.measure(data.read_audio(folder / "00000.mp4").numpy(), case, judges)["aligned"]
+
+
 def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
     """Without --samples the models are asked once a video, each with a seed of its own; --keep writes the sounds."""
     asked, used = [], []
