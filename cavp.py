@@ -64,7 +64,7 @@ PRESETS = {
 }
 # paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
-RECIPES = {"mini": dict(steps=1200, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0, temporal=1),
+RECIPES = {"mini": dict(steps=8000, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0, temporal=1),
            "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0, temporal=1)}
 NAMING = 2.0                                            # weight of the cross-entropies of naming, beside the contrast's terms
 FRAMES_AT_ONCE = 4                                      # of full size in memory

@@ -86,9 +86,9 @@ PRESETS = {
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
-RECIPES = {"ldm": {"mini": dict(steps=2000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1),
+RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1),
                    "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0)},
-           "align": {"mini": dict(steps=600, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
+           "align": {"mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
 
 

@@ -40,7 +40,7 @@ class VAEConfig:
 PRESETS = {"paper": VAEConfig(), "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8)}
 # the paper's run trains no autoencoder: that preset's numbers are latent diffusion's, its steps and batch ours;
 # kl weighs the KL sum against the sum of absolute errors; 1e-6 is latent diffusion's kl-f8 recipe
-RECIPES = {"mini": dict(steps=1900, batch=8, lr=1e-3, warmup=200, clip=1, kl=1e-4, change=1.0),
+RECIPES = {"mini": dict(steps=4800, batch=8, lr=1e-3, warmup=200, clip=1, kl=1e-4, change=1.0),
            "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, clip=0, kl=1e-6, change=0.0)}
 LATENT_SCALE = 0.18215                  # what ldm.py, and only ldm.py, multiplies latents by (Stable Diffusion's factor)
 LATENT_STD = 1 / LATENT_SCALE           # what a latent's standard deviation must be for that to make it one

@@ -1,10 +1,14 @@
 """How the code is put together: imports go down the ranks, checkpoints are opened safely, README's line counts are the real ones."""
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+
+import training
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {                                              # local modules; tests may import anything and nothing imports tests
@@ -101,3 +105,18 @@ def test_readme_names_every_file_with_its_length():
     readme = (ROOT / "README.md").read_text()
     rows = {name: int(lines.replace(",", "")) for name, lines in re.findall(r"^\| *`([\w/]+\.py)` *\| *([\d,]+) *\|", readme, re.M)}
     assert rows == {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
+
+
+def test_the_shipped_weights_are_what_their_folder_says():
+    """Every file has its sum there, and says what it was made by: commit, arguments, steps, what it began with, its last validation."""
+    folder = ROOT / "weights" / "mini"
+    files = sorted(folder.glob("*.safetensors"))
+    sums = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums == {path.name: training.sha256(path) for path in files}
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    for path in files:
+        with safe_open(path, "pt") as file:
+            about = {k: json.loads(v) for k, v in file.metadata().items()}
+        assert re.fullmatch("[0-9a-f]{40}", about["commit"]), path
+        assert about["step"] == about["args"]["steps"] and about["config"] and about["metrics"]["step"] == about["step"], path
+        assert isinstance(about["started_from"], dict)
