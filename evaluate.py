@@ -84,6 +84,7 @@ def slide(made, true):
 
 
 def samples_of(level):
+    """How many samples the columns of a mel (128, s) stand for."""
     return level.shape[1] * WINDOW // 512
 
 
