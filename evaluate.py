@@ -103,8 +103,7 @@ def aligned(level, features, judges):
 @torch.no_grad()
 def measure(wav, case, judges, seconds=math.nan):
     """All that the table needs to know of a sound made for a case, or for another one that is longer or shorter."""
-    wav = torch.as_tensor(wav)
-    wav = F.pad(wav, (0, samples_of(case.mel) - len(wav)))          # less than none: cut
+    wav = torch.as_tensor(wav)[:samples_of(case.mel)]
     level = mel(wav)
     found, strength = detect_onsets(level.numpy()), onset_strength(level.numpy())
     out = {"found": len(found), "labelled": len(case.times), "seconds": seconds, "loudness": level_of(wav) - case.level,
@@ -117,7 +116,8 @@ def measure(wav, case, judges, seconds=math.nan):
             out["hits"] = len(heard)
             out["right"] = sum(judges.materials.config.classes[k] == name for k, (_, name) in zip(heard, case.hits))
     if judges.alignment:
-        out["aligned"] = aligned(level, case.features, judges) > 0.5
+        whole_clip = F.pad(level, (0, case.mel.shape[1] - level.shape[1]))
+        out["aligned"] = aligned(whole_clip, case.features, judges) > 0.5
     if judges.melception:
         heard = judges.melception.clip(made_mel(level))
         out["melception_made"], out["melception_true"] = heard.features, case.heard.features
