@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import training
 from cavp import CAVP
-from data import COLUMN, SAMPLE_RATE, WINDOW, MediaError, find_videos, probe, read_audio, read_onsets, whole, write_wav
+from data import COLUMN, HOP, SAMPLE_RATE, MediaError, find_videos, probe, read_audio, read_onsets, whole, write_wav
 from data import detect_onsets, f1, match, mel, onset_strength
 from judge import Judge, clear_hits, divergence, frechet, inception_score
 from ldm import LATENT_SCALE, Alignment
@@ -85,7 +85,7 @@ def slide(made, true):
 
 def samples_of(level):
     """How many samples the columns of a mel (128, s) stand for."""
-    return level.shape[1] * WINDOW // 512
+    return level.shape[1] * HOP
 
 
 def aligned(level, features, judges):
@@ -93,7 +93,7 @@ def aligned(level, features, judges):
     fps, frames = judges.alignment.config.fps, judges.alignment.config.frames
     odds = []
     for start in plan_windows(samples_of(level), fps):
-        column, first = start * 512 // WINDOW, round(start * fps / SAMPLE_RATE)
+        column, first = start // HOP, round(start * fps / SAMPLE_RATE)
         piece = level[:, column:column + 512]
         z, _ = judges.vae.encode(F.pad(piece, (0, 512 - piece.shape[1]))[None, None])
         odds.append(judges.alignment(LATENT_SCALE * z, torch.zeros(1), features[None, first:first + frames]).item())
