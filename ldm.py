@@ -86,8 +86,8 @@ PRESETS = {
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
-RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1),
-                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0)},
+RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1, shift=3),
+                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0, shift=1)},
            "align": {"mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
 
@@ -548,6 +548,16 @@ def denoising_loss(model, z, t, noise, features, v_loss=False):
     return (error / ALPHAS_CUMPROD.to(t.device)[t] if v_loss else error).mean()
 
 
+def noise_levels(count, shift, generator):
+    """(count,) of 0..999: uniform, as published, for a `shift` s of 1; above it mapped by t -> s t / (1 + (s - 1) t) of the unit
+    interval (Esser et al. 2024, arXiv 2403.03206, eq. 23), which visits the high ones more often: what the sound will be is decided there."""
+    t = torch.randint(0, 1000, (count,), generator=generator)
+    if shift == 1:
+        return t
+    u = (t + torch.rand(count, generator=generator)) / 1000
+    return (1000 * shift * u / (1 + (shift - 1) * u)).long().clamp(max=999)
+
+
 def validate_ldm(model, pairs, device, v_loss=False, most=16, drawn=4):
     """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
     g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
@@ -606,6 +616,8 @@ def train_ldm(args, device):
     half as much as the small U-Net's training."""
     model = initial(args).to(device, memory_format=torch.channels_last).train()
     model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False)
+    if args.shift < 1:
+        raise training.TrainingError("--shift must be at least 1")
     v_loss = bool(args.v_loss)
     run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device, v_loss=v_loss))
     network, n = training.parallel(model, functools.partial(denoising_loss, v_loss=v_loss)), args.repeats
@@ -613,7 +625,7 @@ def train_ldm(args, device):
         draw = training.generator(args, step)
         posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
         noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=draw)
-        t = torch.randint(0, 1000, (args.batch * n,), generator=draw)
+        t = noise_levels(args.batch * n, args.shift, draw)
         kept = torch.rand(args.batch * n, 1, 1, generator=draw) >= 0.2
         for batch, rows in run.parts(network):
             many = slice(n * rows.start, n * rows.stop)
@@ -728,6 +740,7 @@ def main(argv=None):
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
     p.add_argument("--v-loss", type=int, choices=(0, 1), help="of --model ldm: 1 counts every noise level alike, 0 as published")
+    p.add_argument("--shift", type=float, help="of --model ldm: above 1, high noise levels are seen more often; 1: all alike, as published")
     p.add_argument("--clean", action="store_true", help="of --model align: see no noise; for the judge of evaluate.py, not for guidance")
     with training.command("ldm.py", data.MediaError):
         if first.convert:

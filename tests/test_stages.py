@@ -93,6 +93,16 @@ def test_the_v_loss_is_the_error_of_v():
     assert plain == pytest.approx((0.1 * wrong).square().mean().item(), rel=1e-5) and v == pytest.approx(error.item(), rel=1e-3)
 
 
+def test_a_shift_moves_the_noise_levels_up_without_leaving_any_out():
+    draws = lambda shift: ldm.noise_levels(100_000, shift, torch.Generator().manual_seed(0))
+    assert torch.equal(draws(1), torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0)))
+    for shift in (1, 3):
+        t = draws(shift)
+        assert t.unique().tolist() == list(range(1000))
+        quartiles = torch.quantile(t.float(), torch.tensor([0.25, 0.5, 0.75]))
+        assert torch.allclose(quartiles, torch.tensor([1000 * shift * u / (1 + (shift - 1) * u) for u in (0.25, 0.5, 0.75)]), atol=6)
+
+
 @pytest.mark.parametrize("made, error, change", [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)])
 def test_the_autoencoders_errors(made, error, change):
     """Columns that go up and down by 1: an even error is no wrong change, a blur to nothing is one at every column."""
