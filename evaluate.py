@@ -2,11 +2,13 @@
 
 in   a folder of clips with their labels, as foley.py makes, or any videos with sound (their own onsets are then the labels);
      sounds drawn here, or made elsewhere (--samples)
-out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": {row: {column: [low, high]}}, ...}, evaluate.png. Rows:
+out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": {row: {column: [low, high]}},
+     "clips": {video: {row: {what was measured: value}}}, ...}, evaluate.png. Rows:
      ours           the model's sound for each video
      ground_truth   the video's own sound: what detector and judges themselves can reach
      wrong_video    our sounds dealt to other videos: what the right sounds at the wrong times are worth
      silence        no sound at all
+     round_trip     the true sound through an autoencoder and the vocoder: what stage 2 can reach at best (--round-trip FILE)
 
     python foley.py held-out --clips 512 --seed 1 && python evaluate.py --data held-out --out scores
     python evaluate.py --data held-out --ablate guidance --out scores/guidance
@@ -14,6 +16,7 @@ out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": 
     python evaluate.py --data vggsound-test --official-melception melception-21-05-10T09-28-40.pt       the paper's figures too
 
 onset_f1_100ms ...  found onsets against labelled ones, pooled over clips, one to one within 100 or 50 ms (`data.match`)
+heard_f1_100ms      the same within 100 ms of the onsets that are heard in the true sound, whatever the labels say
 onset_count_error   mean difference of how many there are
 desync_ms           mean over clips of how far the onset strengths must be slid over the true sound's to agree best (up to 1 s either
                     way), and desync_over_200ms, the share of clips beyond that; clips without any onset strength are left out
@@ -45,12 +48,12 @@ from tqdm import tqdm
 
 import training
 from cavp import CAVP
-from data import COLUMN, HOP, SAMPLE_RATE, MediaError, find_videos, probe, read_audio, read_onsets, whole, write_wav
+from data import COLUMN, HOP, SAMPLE_RATE, SPLITS, MediaError, find_videos, probe, read_audio, read_onsets, split_of, whole, write_wav
 from data import detect_onsets, f1, match, mel, onset_strength
 from judge import Judge, clear_hits, divergence, frechet, inception_score
 from ldm import LATENT_SCALE, Alignment
 from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
-from sample import generate, load_models, plan_windows, video_features
+from sample import COLUMNS, generate, join_windows, load_models, plan_windows, video_features, vocode
 from vae import AutoencoderKL
 
 SLIDE = 62                      # mel columns (1 s): how far onset strengths are slid over each other
@@ -58,9 +61,9 @@ FLOOR = 1e-3                    # of full scale: below, a level counts as this
 RESAMPLED = 1000                # times, for the intervals
 ONCE = ("melception_made", "melception_true", "melception_classes")     # not drawn again for them
 
-# what is known of a video before anything is drawn for it: onset times, [(column, material)] or None, its mel, level, features or None,
-# what Melception hears in its sound or None
-Case = namedtuple("Case", "video times hits mel level features heard")
+# what is known of a video before anything is drawn for it: onset times, those heard in its sound, [(column, material)] or None, its mel,
+# level, features or None, what Melception hears in its sound or None
+Case = namedtuple("Case", "video times own hits mel level features heard")
 Judges = namedtuple("Judges", "materials alignment vae cavp melception", defaults=(None,) * 5)
 
 
@@ -108,7 +111,8 @@ def measure(wav, case, judges, seconds=math.nan):
     found, strength = detect_onsets(level.numpy()), onset_strength(level.numpy())
     out = {"found": len(found), "labelled": len(case.times), "seconds": seconds, "loudness": level_of(wav) - case.level,
            "late": slide(strength, onset_strength(case.mel.numpy())),
-           "pairs_100": len(match(found, case.times, 0.1)), "pairs_50": len(match(found, case.times, 0.05))}
+           "pairs_100": len(match(found, case.times, 0.1)), "pairs_50": len(match(found, case.times, 0.05)),
+           "own": len(case.own), "pairs_own": len(match(found, case.own, 0.1))}
     if judges.materials:
         out["features"], out["classes"] = judges.materials.clip(level)
         if case.hits is not None:
@@ -134,6 +138,7 @@ def columns_of(measured, true):
     row = {}
     for name in ("100", "50"):
         row[f"precision_{name}ms"], row[f"recall_{name}ms"], row[f"onset_f1_{name}ms"] = map(float, f1(measured[f"pairs_{name}"].sum(), got, total))
+    row["heard_f1_100ms"] = float(f1(measured["pairs_own"].sum(), got, measured["own"].sum())[2])
     row["onset_count_error"] = float(np.abs(measured["found"] - measured["labelled"]).mean())
     late = 1000 * np.abs(measured["late"][~np.isnan(measured["late"])])
     row["desync_ms"], row["desync_over_200ms"] = (float(late.mean()), float((late > 200).mean())) if len(late) else (None, None)
@@ -182,17 +187,16 @@ def read_case(video, judges):
     """A video and what its labels say; without labels, what its own sound says."""
     wav = read_audio(video, duration=probe(video).duration)
     level, onsets, features = mel(wav), None, None
+    own = times = detect_onsets(level.numpy()).tolist()
     if video.with_suffix(".json").is_file():
         onsets = read_onsets(video)
         times = [onset["time"] for onset in onsets]
-    else:
-        times = detect_onsets(level.numpy()).tolist()
     if judges.alignment:
         config, seconds = judges.alignment.config, len(wav) / SAMPLE_RATE
         last = plan_windows(samples_of(level), config.fps)[-1]
         features = video_features(video, judges.cavp, round(last * config.fps / SAMPLE_RATE) + config.frames, seconds)
     heard = judges.melception and judges.melception.clip(true_mel(wav))
-    return Case(video, times, onsets and clear_hits(onsets), level, level_of(wav), features, heard)
+    return Case(video, times, own, onsets and clear_hits(onsets), level, level_of(wav), features, heard)
 
 
 def find_sample(folder, video):
@@ -256,13 +260,38 @@ def make_sounds(videos, args, settings, name):
     return each(videos, make, name)
 
 
-def evaluate(args):
-    """-> rows {row: {column: value}}, intervals {row: {column: [low, high]}}"""
+@torch.no_grad()
+def round_trip(case, vae):
+    """The true sound as an autoencoder and the vocoder give it back, in windows as sounds are drawn -> (samples,)."""
+    samples, columns = samples_of(case.mel), case.mel.shape[1]
+    starts = plan_windows(samples, SAMPLE_RATE / HOP)                                    # from any column on: no frames are involved
+    padded = F.pad(case.mel, (0, COLUMNS))
+    windows = torch.stack([padded[:, start // HOP:start // HOP + COLUMNS] for start in starts])[:, None]
+    made = vae.decode(vae.encode(windows)[0])[:, 0].clamp(0, 1)
+    return vocode(join_windows(made, starts)[:, :columns], samples).numpy()
+
+
+def by_clip(measured):
+    """{row: [what `measure` gave]} -> for each clip {row: {name: number}}, without what is no single number."""
+    def numbers(found):
+        return {k: None if math.isnan(v) else v if isinstance(v, int) else float(v) for k, v in found.items() if np.ndim(v) == 0}
+    return [dict(zip(measured, map(numbers, found))) for found in zip(*measured.values())]
+
+
+def find_clips(args):
+    """The videos of --data, those of --split alone if given, the first --clips of them."""
     if not args.data.is_dir():
         raise MediaError(f"{args.data}: no such folder; give a folder of videos, best one that python foley.py made")
-    videos = find_videos([args.data])[:args.clips]
+    videos = [video for video in find_videos([args.data]) if args.split in (None, split_of(video.relative_to(args.data).as_posix()))]
     if len(videos) < 2:
-        raise MediaError(f"{args.data}: one clip; at least two are needed, so that sounds can be dealt to wrong videos")
+        of = f" of the split {args.split}" if args.split else ""
+        raise MediaError(f"{args.data}: {len(videos)} clips{of}; at least two are needed, so that sounds can be dealt to wrong videos")
+    return videos[:args.clips]
+
+
+def evaluate(args):
+    """-> rows {row: {column: value}}, intervals {row: {column: [low, high]}}, clips {video: {row: {name: number}}}"""
+    videos = find_clips(args)
     judges = load_judges(args.judges)
     if args.official_melception:
         judges = judges._replace(melception=Melception.load(args.official_melception, args.device))
@@ -284,8 +313,13 @@ def evaluate(args):
     true = row("ground_truth", [(read_audio(case.video).numpy(), math.nan) for case in cases])
     measured |= {"ground_truth": true, "wrong_video": row("wrong_video", dealt),
                  "silence": row("silence", [(np.zeros(samples_of(case.mel), np.float32), math.nan) for case in cases])}
+    if args.round_trip:
+        vae = AutoencoderKL.load(args.round_trip)
+        measured["round_trip"] = row("round_trip", each(cases, lambda _, case: (round_trip(case, vae), math.nan), "round trip"))
     scores = {name: score(rows, true) for name, rows in measured.items()}
-    return {name: values for name, (values, _) in scores.items()}, {name: intervals for name, (_, intervals) in scores.items()}
+    names = [video.relative_to(args.data).as_posix() for video in videos]
+    return ({name: values for name, (values, _) in scores.items()}, {name: intervals for name, (_, intervals) in scores.items()},
+            dict(zip(names, by_clip(measured))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +361,8 @@ def arguments(argv):
     p.add_argument("--samples", type=Path, metavar="DIR", help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4; else drawn now")
     p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where evaluate.json and evaluate.png go")
     p.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav")
+    p.add_argument("--split", choices=SPLITS, help="only the clips that a training on DIR puts there: val and test are never trained on")
+    p.add_argument("--round-trip", type=Path, metavar="FILE", help="a row more: the true sounds through this autoencoder and the vocoder")
     p.add_argument("--clips", type=int, metavar="N", help="only the first N")
     p.add_argument("--weights", nargs="+", default=["mini"], metavar="mini|DIR", help="the models to draw with; a row each, if several")
     p.add_argument("--judges", type=Path, default=Path(__file__).parent / "weights" / "mini", metavar="DIR", help="the judges' weights")
@@ -356,11 +392,11 @@ def main(argv=None):
     with training.command("evaluate.py", MediaError, OSError):
         training.join(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
-        rows, intervals = evaluate(args)
+        rows, intervals, clips = evaluate(args)
         if training.rank() == 0:
             settings = {name: str(value) if isinstance(value, (Path, list)) else value for name, value in vars(args).items()}
             with whole(args.out / "evaluate.json") as part:
-                part.write_text(json.dumps({"rows": rows, "intervals": intervals, "settings": settings}, indent=1) + "\n")
+                part.write_text(json.dumps({"rows": rows, "intervals": intervals, "settings": settings, "clips": clips}, indent=1) + "\n")
             with whole(args.out / "evaluate.png") as part:
                 draw(rows, intervals, part)
             print(table(rows, intervals))
