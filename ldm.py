@@ -518,6 +518,10 @@ def read_config(cls, config):
 def start(args, model, validate):
     """-> run, optimizer and average of a `model` that is on the device already."""
     cfg = model.config
+    if args.lora < 0 or args.lora and not args.init:
+        raise training.TrainingError("--lora RANK: adapts trained weights; give a rank of 1 or more, and the weights with --init")
+    if args.lora:
+        training.add_lora(model.unet if isinstance(model, LDM) else model.model, args.lora, SpatialTransformer)
     training.freeze(args, model)
     optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)       # torch's default decay, as published
     ema = training.EMA(model)                       # the published run has none; it costs nothing at sampling time
@@ -528,7 +532,8 @@ def start(args, model, validate):
     def reader(split):                              # nothing is joined or rotated where it only serves to measure
         merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
         return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
-    run = training.Run(args, model, optimizer, asdict(cfg), ema, *training.divided(reader, data.MediaError), validate)
+    run = training.Run(args, model, optimizer, asdict(cfg), ema, *training.divided(reader, data.MediaError), validate,
+                       training.merge_lora if args.lora else None)
     return run, optimizer, ema
 
 
@@ -736,6 +741,8 @@ def main(argv=None):
     p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
     p.add_argument("--new-conditioner", action="store_true", help="with --init: keep U-Net and autoencoder, start the conditioner anew "
                    "(new features, as the published run did from Stable Diffusion)")
+    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train the conditioner and adapters of this rank on the matrices "
+                   "of the transformer blocks, which are part of the saved weights; 0: train everything")
     p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")

@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -300,6 +301,39 @@ def freeze(args, model):
         raise TrainingError("--freeze: nothing is left to train; name fewer parts")
 
 
+class LoRA(nn.Module):
+    """A matrix plus a trained one of low rank, zero at first (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        rows, columns = weight.shape
+        self.down = nn.Parameter(torch.randn(rank, columns, device=weight.device) / columns**0.5)
+        self.up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+def add_lora(model, rank, *blocks):
+    """Fixes a model, and every matrix in its blocks of these classes gets a LoRA to train."""
+    model.requires_grad_(False)
+    layers = [layer for block in model.modules() if isinstance(block, blocks) for layer in block.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+
+
+def merge_lora(model):
+    """The model with its adapters as part of their matrices: the keys and shapes that `load` takes. It shares all other weights with the
+    given one. torch's own remove_parametrizations would take the weight from the class, which both share too."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for layer in [layer for layer in model.modules() if parametrize.is_parametrized(layer)]:
+        weight, plain = layer.weight.detach(), parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        layer.__class__ = plain
+        layer.weight = nn.Parameter(weight)
+    return model
+
+
 def recompute(args, model, *blocks):
     """With --recompute the blocks of these classes keep their input alone for the backward pass."""
     for part in model.modules() if args.recompute else ():
@@ -382,15 +416,16 @@ class Batches:
 # a step
 
 class EMA:
-    """Moving average of the weights, with a warm-up so that a short run is not an average of noise."""
+    """Moving average of the weights, with a warm-up so that a short run is not an average of noise. What is frozen is shared, not copied."""
 
     def __init__(self, model, decay=0.999):
-        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        fixed = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model, self.decay, self.updates = copy.deepcopy(model, fixed).eval().requires_grad_(False), decay, 0
 
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        pairs = [pair for pair in zip(self.model.state_dict().values(), model.state_dict().values()) if pair[0].data_ptr() != pair[1].data_ptr()]
         means, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
         get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))(means, new, self.updates)
         for mean, count in pairs:

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,42 @@ def test_frozen_parts_stay_and_the_rest_moves(run, monkeypatch):
     with pytest.raises(SystemExit) as e:
         run("cavp", "misspelt", freeze="video_tower")
     assert "--freeze video_tower" in str(e.value) and "video_encoder" in str(e.value)
+
+
+@pytest.mark.parametrize("stage", ["ldm", "align"])
+def test_adapters_change_matrices_by_a_low_rank_and_nothing_else(run, stage):
+    """What is saved has the plain network's keys and shapes; a run that stopped goes on with its adapters, bit for bit."""
+    begun = run(stage, "begun", steps=2) / "last.safetensors"
+    straight = run(stage, "straight", steps=4, init=begun, lora=2, lr=0.01, warmup=1)
+    again = shutil.copytree(straight, straight.parent / "again")
+    (again / "last.state.pt").unlink()                          # then there is the one of step 2
+    same_run(straight, run(stage, again.name, steps=4, init=begun, lora=2, lr=0.01, warmup=1, resume=True))
+    a, b = load_file(begun), load_file(straight / "last.safetensors")
+    assert a.keys() == b.keys()
+    adapted = 0
+    for k in a:
+        if k.startswith(("cond_stage_model.", "cond_model.")):
+            continue
+        if "transformer_blocks" in k and a[k].ndim == 2:
+            assert torch.linalg.matrix_rank(b[k] - a[k], rtol=1e-3) == 2, k
+            adapted += 1
+        else:
+            assert torch.equal(a[k], b[k]), k
+    assert adapted > 10
+    with pytest.raises(SystemExit, match="--lora"):
+        run(stage, "from nothing", lora=2)
+
+
+def test_the_average_shares_what_is_frozen():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    ema = training.EMA(model)
+    assert ema.model[0].weight is model[0].weight and ema.model[1].weight is not model[1].weight
+    first = model[1].weight.detach().clone()
+    with torch.no_grad():
+        model[1].weight += 1
+    ema.update(model)
+    assert torch.allclose(ema.model[1].weight, first + 1 - 2 / 11)
 
 
 def test_what_a_loss_is_made_of_is_what_the_flags_say(run):
