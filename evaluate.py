@@ -97,8 +97,8 @@ def aligned(level, features, judges):
     odds = []
     for start in plan_windows(samples_of(level), fps):
         column, first = start // HOP, round(start * fps / SAMPLE_RATE)
-        piece = level[:, column:column + 512]
-        z, _ = judges.vae.encode(F.pad(piece, (0, 512 - piece.shape[1]))[None, None])
+        piece = level[:, column:column + COLUMNS]
+        z, _ = judges.vae.encode(F.pad(piece, (0, COLUMNS - piece.shape[1]))[None, None])
         odds.append(judges.alignment(LATENT_SCALE * z, torch.zeros(1), features[None, first:first + frames]).item())
     return float(np.mean(odds))
 
