@@ -86,8 +86,8 @@ PRESETS = {
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
-RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1, shift=3),
-                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0, shift=1)},
+RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1, by_energy=1, shift=3),
+                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0, by_energy=0, shift=1)},
            "align": {"mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
                      "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
 
@@ -544,13 +544,21 @@ def latents(first_stage, mel, noise):
     return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
 
 
-def denoising_loss(model, z, t, noise, features, v_loss=False):
+def denoising_loss(model, z, t, noise, features, v_loss=False, by_energy=False):
     """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512).
     v_loss: divided by alpha-bar, which makes it the error of v (Salimans and Ho 2022): then every noise level costs about the same.
-    As published, a clip's unpredictable texture at the low ones drowns what the condition decides at the high ones."""
-    eps = model.unet(q_sample(z, t, noise), t, model.conditioner(features))
-    error = (eps.float() - noise).square().mean((1, 2, 3))                               # (b,)
-    return (error / ALPHAS_CUMPROD.to(t.device)[t] if v_loss else error).mean()
+    As published, a clip's unpredictable texture at the low ones drowns what the condition decides at the high ones.
+    by_energy: a column counts by the energy that the network itself expects there, so that hits are not outvoted by the hiss
+    between them. The weight depends on what goes in alone, not on z, so what the loss is least for stays the mean."""
+    noisy = q_sample(z, t, noise)
+    eps = model.unet(noisy, t, model.conditioner(features)).float()
+    error, alphas = (eps - noise).square(), ALPHAS_CUMPROD.to(t.device)[t].view(-1, 1, 1, 1)
+    if v_loss:
+        error = error / alphas
+    if by_energy:
+        expected = (noisy - (1 - alphas).sqrt() * eps.detach()) / alphas.sqrt()          # the clean latents that eps implies
+        error = error * expected.square().mean((1, 2), keepdim=True).clamp(0.1, 8)       # (b, 1, 1, w); 1 on average over the mini set
+    return error.mean()
 
 
 def noise_levels(count, shift, generator):
@@ -563,7 +571,7 @@ def noise_levels(count, shift, generator):
     return (1000 * shift * u / (1 + (shift - 1) * u)).long().clamp(max=999)
 
 
-def validate_ldm(model, pairs, device, v_loss=False, most=16, drawn=4):
+def validate_ldm(model, pairs, device, most=16, drawn=4, **weights):
     """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
     g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
     t, frames = torch.tensor([100, 350, 600, 850], device=device), model.config.frames
@@ -572,7 +580,7 @@ def validate_ldm(model, pairs, device, v_loss=False, most=16, drawn=4):
         mel, features = data.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
         z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(len(t), -1, -1, -1)
         noise = torch.randn(z.shape, generator=g).to(device)
-        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), v_loss).item())
+        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), **weights).item())
         if i < drawn:
             eps = guided_eps(model.unet, model.conditioner(features), model.null_context(frames), model.config.guidance)
             made = dpm_solver(eps, torch.randn(shape, generator=g).to(device), 25)
@@ -623,9 +631,9 @@ def train_ldm(args, device):
     model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False)
     if args.shift < 1:
         raise training.TrainingError("--shift must be at least 1")
-    v_loss = bool(args.v_loss)
-    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device, v_loss=v_loss))
-    network, n = training.parallel(model, functools.partial(denoising_loss, v_loss=v_loss)), args.repeats
+    weights = dict(v_loss=bool(args.v_loss), by_energy=bool(args.by_energy))
+    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device, **weights))
+    network, n = training.parallel(model, functools.partial(denoising_loss, **weights)), args.repeats
     for step in run:
         draw = training.generator(args, step)
         posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
@@ -747,6 +755,8 @@ def main(argv=None):
     p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
     p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
     p.add_argument("--v-loss", type=int, choices=(0, 1), help="of --model ldm: 1 counts every noise level alike, 0 as published")
+    p.add_argument("--by-energy", type=int, choices=(0, 1), help="of --model ldm: 1 counts a moment by the energy that is expected "
+                   "there, 0 all alike, as published")
     p.add_argument("--shift", type=float, help="of --model ldm: above 1, high noise levels are seen more often; 1: all alike, as published")
     p.add_argument("--clean", action="store_true", help="of --model align: see no noise; for the judge of evaluate.py, not for guidance")
     with training.command("ldm.py", data.MediaError):

@@ -356,11 +356,12 @@ def test_the_average_shares_what_is_frozen():
 
 def test_what_a_loss_is_made_of_is_what_the_flags_say(run):
     """--temporal 0 leaves the contrast within a video out of the whole run; --v-loss 0 is the published loss of stage 2, whose terms
-    are the other's times alpha-bar, at most 1; --shift draws other noise levels."""
+    are the other's times alpha-bar, at most 1; --by-energy weighs them; --shift draws other noise levels."""
     with_it, without = (rows(run("cavp", f"temporal {k}", steps=2, temporal=k))[0] for k in (1, 0))
     assert with_it["intra"] > 0 and without["intra"] == 0
     even, published = (rows(run("ldm", f"v-loss {k}", steps=2, v_loss=k))[0]["loss"] for k in (1, 0))
     assert even > 1.2 * published
+    assert rows(run("ldm", "by energy 0", steps=2, by_energy=0))[0]["loss"] != even
     assert rows(run("ldm", "shift 30", steps=2, shift=30))[0]["loss"] != even
     with pytest.raises(SystemExit, match="--shift must be at least 1"):
         run("ldm", "shift 0", shift=0)

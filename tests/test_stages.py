@@ -93,6 +93,30 @@ def test_the_v_loss_is_the_error_of_v():
     assert plain == pytest.approx((0.1 * wrong).square().mean().item(), rel=1e-5) and v == pytest.approx(error.item(), rel=1e-3)
 
 
+def test_by_energy_counts_a_column_by_what_is_expected_there_not_by_what_is():
+    """The same error in a loud column and in a quiet one costs by how loud the network thinks they are, within limits; and nothing flows
+    back through the weight."""
+    draw = torch.Generator().manual_seed(0)
+    noise, t = torch.randn(1, 4, 16, 4, generator=draw), torch.tensor([500])
+    a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
+    expected = torch.tensor([0.01, 0.7, 2.0, 9.0]).expand(1, 4, 16, 4)                   # squares: 0.0001, 0.49, 4, 81
+
+    def loss(truth):
+        noisy = ldm.q_sample(truth, t, noise)
+        eps = ((noisy - a.sqrt() * expected) / (1 - a).sqrt()).requires_grad_()          # what says that the clean latents are `expected`
+
+        class Network:
+            unet, conditioner = staticmethod(lambda *_: eps), staticmethod(lambda features: None)
+        value = ldm.denoising_loss(Network, truth, t, noise, None, by_energy=True)
+        return value.item(), torch.autograd.grad(value, eps)[0], eps.detach()
+    for column, weight in enumerate((0.1, 0.49, 4.0, 8.0)):
+        off = torch.zeros(4).index_fill(0, torch.tensor(column), 0.3)
+        value, gradient, eps = loss(expected + off)
+        error = (eps - noise).square().mean().item()
+        assert value == pytest.approx(weight * error, rel=1e-3)
+        torch.testing.assert_close(gradient, 2 * weight * (eps - noise) / eps.numel(), rtol=1e-3, atol=1e-6)
+
+
 def test_a_shift_moves_the_noise_levels_up_without_leaving_any_out():
     draws = lambda shift: ldm.noise_levels(100_000, shift, torch.Generator().manual_seed(0))
     assert torch.equal(draws(1), torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0)))
