@@ -2,7 +2,7 @@
 
 in   parsed arguments, a network, its configuration, a data set
 out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes; there
-                            too arguments, commit, SHA-256 of the weights it began with, seconds, the last validation
+                            too arguments (with --note), commit, SHA-256 of the weights it began with, seconds, the last validation
      OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers);
                             OUT/previous.state.pt is the one before, for the day that the last one is damaged
      OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of the
@@ -98,6 +98,7 @@ def arguments(description, presets):
     g.add_argument("--workers", type=int, help="processes that read for each that trains; default: 4 beside a GPU, else 0")
     g.add_argument("--half", action="store_true",
                    help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
+    g.add_argument("--note", metavar="TEXT", help="kept in the header of the weights with the other arguments: which set --data is, say")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, each with validation")
     return p
 
@@ -676,6 +677,8 @@ class Run:
         self.elapsed, self.totals, self.started_from = state["elapsed"], state["totals"], state.get("started_from")
         begun = state["flags"]["init"]
         self.args.init = None if begun == "None" else Path(begun)       # `settle` had put the run's own weights there
+        noted = state["flags"].get("note", "None")
+        self.args.note = self.args.note or (None if noted == "None" else noted)
         for name, value in self.flags().items():
             before = state["flags"].get(name, value)
             if value not in (before, "None") and rank() == 0:

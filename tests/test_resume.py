@@ -94,10 +94,10 @@ def equal(a, b):
 
 
 def started_from(out):
-    """What the weights' header says of it: file names and sums, and the flag."""
+    """What the weights' header says of it: file names and sums, the flag, the note."""
     with safe_open(out / "last.safetensors", "pt") as file:
         about = {k: json.loads(file.metadata()[k]) for k in ("started_from", "args")}
-    return about["started_from"], about["args"]["init"]
+    return about["started_from"], about["args"]["init"], about["args"]["note"]
 
 
 def same_run(a, b):
@@ -304,6 +304,14 @@ def test_another_networks_state_is_one_line(run, monkeypatch):
     monkeypatch.setitem(tiny.vae.PRESETS, "mini", tiny.replace(tiny.VAE, width=16))
     (out / "last.safetensors").unlink()                         # which would have said what the network looks like
     assert "last.state.pt" in failing(run, "vae", "run", steps=4, resume=True)
+
+
+def test_a_note_stays_with_the_weights(run):
+    """--note need not be given again when a run goes on."""
+    assert started_from(run("vae", "noted", steps=2, note="clips of seed 5"))[2] == "clips of seed 5"
+    assert started_from(run("vae", "noted", steps=4, resume=True))[2] == "clips of seed 5"
+    assert started_from(run("vae", "noted", steps=6, resume=True, note="and of seed 6"))[2] == "and of seed 6"
+    assert started_from(run("vae", "without", steps=2))[2] is None
 
 
 def test_frozen_parts_stay_and_the_rest_moves(run, monkeypatch):
