@@ -108,7 +108,7 @@ def test_readme_names_every_file_with_its_length():
 
 
 def test_the_shipped_weights_are_what_their_folder_says():
-    """Every file has its sum there, and says what it was made by: commit, arguments, steps, what it began with, its last validation."""
+    """Every file has its sum there, and says what it was made by: commit, arguments, the set and its seed, steps, what it began with, its last validation."""
     folder = ROOT / "weights" / "mini"
     files = sorted(folder.glob("*.safetensors"))
     sums = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
@@ -119,4 +119,4 @@ def test_the_shipped_weights_are_what_their_folder_says():
             about = {k: json.loads(v) for k, v in file.metadata().items()}
         assert re.fullmatch("[0-9a-f]{40}", about["commit"]), path
         assert about["step"] == about["args"]["steps"] and about["config"] and about["metrics"]["step"] == about["step"], path
-        assert isinstance(about["started_from"], dict)
+        assert isinstance(about["started_from"], dict) and re.search(r"foley\.py .*--seed \d+", about["args"]["note"])
