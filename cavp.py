@@ -5,7 +5,7 @@ out  OUT/last.safetensors; with --extract, a set of every clip's features (f, 51
 
     python cavp.py --data clips/
     python cavp.py --data clips/ --init runs/cavp/last.safetensors --extract features/
-    torchrun --nproc_per_node 8 cavp.py --data vggsound/ --preset paper
+    torchrun --nproc_per_node 8 cavp.py --data vggsound/ --preset paper         (--extract likewise)
     python cavp.py --data vggsound/ --preset paper --recompute          the same batch in one process, in less memory
 
 Both towers give one unit vector a step of time; training pulls the video and the sound of the same moment together, against
@@ -22,6 +22,7 @@ count as anchors, a third term contrasts whole windows (`contrast`), and a frame
 The published towers begin with networks that can name things, trained on Kinetics' and AudioSet's labels; with --labels
 ours learn what is struck from the labels of the procedural set, beside the contrast (`struck`).
 """
+import contextlib
 import copy
 import functools
 import hashlib
@@ -551,25 +552,34 @@ def train(args):
 
 def extract(args):
     """A set of every clip's features (f, 512) float16 and sound int16 (n,), on one clock: what `ldm.py --data` reads. Clips that it holds
-    already are not computed again."""
-    training.settle(args, RECIPES, "cavp", trains=False)
+    already are not computed again. Any number of processes shares the work; the first one writes, in the order of the clips."""
+    device = training.settle(args, RECIPES, "cavp", trains=False)
     if not args.init:
         raise training.TrainingError("--extract needs the trained network: add --init runs/cavp/last.safetensors")
-    model = CAVP.load(args.init, args.device)
+    model = CAVP.load(args.init, device)
     config, mark = model.config, hashlib.sha256(model.video_project_head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
-    root = data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
+    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
     clips = data.Clips(root, config.fps, config.size)
     about = {"columns": ["features", "sound"], "fps": config.fps, "width": config.embed_dim, "network": mark}
-    with data.Writer(args.extract, about) as writer:
-        for i in tqdm(range(len(clips)), desc="extract", unit="clip"):
-            name, label, split = clips.about(i)
-            if name not in writer.names:
-                clip = clips[i]
-                with training.autocast(args):
-                    features = model.encode_clip(clip["video"], chunk=128)
-                sound = (clip["wav"] * 32767).round().to(torch.int16)
-                writer.add(name, label, split, {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()})
-        writer.finish(needed=("val",))
+
+    def columns(i):
+        clip = clips[i]
+        with training.autocast(args):
+            features = model.encode_clip(clip["video"], chunk=128)
+        sound = (clip["wav"] * 32767).round().to(torch.int16)
+        return {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()}
+    first, world = training.rank() == 0, training.world()
+    with data.Writer(args.extract, about) if first else contextlib.nullcontext() as writer:
+        todo = training.collected([i for i in range(len(clips)) if clips.about(i)[0] not in writer.names] if first else None)[0]
+        with tqdm(total=len(clips), initial=len(clips) - len(todo), desc="extract", unit="clip", disable=not first) as bar:
+            for k in range(0, len(todo), world):
+                mine = todo[k + training.rank()] if k + training.rank() < len(todo) else None
+                for i, made in zip(todo[k:k + world], training.collected(None if mine is None else columns(mine))):
+                    if first:
+                        writer.add(*clips.about(i), made)
+                        bar.update()
+        if first:
+            writer.finish(needed=("val",))
 
 
 def main(argv=None):

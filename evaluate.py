@@ -30,6 +30,7 @@ loudness_db         mean absolute difference of the level from the true sound's
 All rows pass the same mel, detector and judges; the detector's constants were set on true sounds of seed 9.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read when torch loads:
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -219,11 +219,7 @@ def load_judges(folder):
 
 def shared(items):
     """[(number, result)] of this process -> the results of all of them, in order of the numbers."""
-    if training.world() > 1:
-        parts = [None] * training.world()
-        dist.all_gather_object(parts, items)
-        items = [item for part in parts for item in part]
-    return [result for _, result in sorted(items, key=lambda item: item[0])]
+    return [result for _, result in sorted(itertools.chain(*training.collected(items)), key=lambda item: item[0])]
 
 
 def each(items, function, name):

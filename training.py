@@ -186,6 +186,15 @@ def gathered(x):
     return torch.cat(parts)
 
 
+def collected(item):
+    """-> the `item` of every process, anything that pickles, in order of rank."""
+    parts = [item]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, item)
+    return parts
+
+
 class Step(nn.Module):
     """A network and what training computes with it, as the one forward that DistributedDataParallel asks for."""
 
@@ -266,7 +275,7 @@ def settle(args, presets, stage, trains=True):
     join(args.device)
     if args.steps < 1 or args.batch < 1:
         raise TrainingError("--steps and --batch must be at least 1")
-    share, rest = divmod(args.batch, world())
+    share, rest = divmod(args.batch, world()) if trains else (args.batch, 0)
     if rest:
         raise TrainingError(f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them")
     fits = [n for n in range(1, share + 1) if share % n == 0 and n <= (args.micro_batch or share)]

@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -685,6 +686,29 @@ def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, t
         assert torch.equal(torch.from_numpy(made.column(k, "sound", "<i2").astype(np.float32)) / 32767, item["wav"])
     pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
     assert pair["features"].shape == (20, 16) and pair["wav"].shape == (data.WINDOW,)
+
+
+def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tower, tmp_path):
+    """Three processes for four clips; then two for the one that a set still lacks."""
+    extract(set_of_four, tower, tmp_path / "one")
+    counted = tmp_path / "counted.py"
+    counted.write_text(f"import sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
+                       "def told(*args, **options):\n    print('encoded by', training.rank(), flush=True)\n    return encode(*args, **options)\n"
+                       "cavp.CAVP.encode_clip = told\ncavp.main(sys.argv[1:])\n")
+
+    def together(count, out):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), counted,
+                               "--data", set_of_four, "--init", tower, "--extract", out, "--device", "cpu", "--dtype", "float32"],
+                              capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return sorted(re.findall(r"encoded by (\d)", done.stdout))
+    assert together(3, tmp_path / "three") == ["0", "0", "1", "2"]    # 3: a batch that it does not divide is of no concern
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    rest = shutil.copytree(tmp_path / "one", tmp_path / "rest")
+    (rest / "set.json").write_text(json.dumps(json.loads((rest / "set.json").read_text()) | {"clips": None}, indent=1) + "\n")
+    with open(rest / "index.bin", "r+b") as index:
+        index.truncate((rest / "index.bin").stat().st_size * 3 // 4)
+    assert together(2, rest) == ["0"] and content(rest) == content(tmp_path / "one")
 
 
 def test_an_interrupted_extraction_goes_on_to_the_same_bytes(set_of_four, tower, tmp_path, monkeypatch):
