@@ -129,7 +129,7 @@ def griffin_lim(magnitude, iterations=32, seed=0):
     """(b, 513, s) -> (b, s*256): phases that fit each other, by the fast algorithm (Perraudin et al. 2013), momentum 0.99.
 
     Every item starts from the same random phases, drawn on the CPU from `seed`, so its sound depends neither on the
-    batch it sits in nor on the device."""
+    batch it sits in nor on the device, but for the rounding of the FFT."""
     window = torch.hann_window(N_FFT, device=magnitude.device)
     samples = magnitude.shape[-1] * HOP
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""The networks as PyTorch reads plainly, which is how the official code is written: the yardstick of `speed.py`.
+"""The networks as PyTorch reads plainly, which is how the official code is written: the yardstick of `speed.py` and `speed_training.py`.
 
 in   one of our networks
 out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, keys and
-     values of the condition anew in every call, maps as (b, c, h, w) in memory; for networks of the published form
+     values of the condition anew in every call, maps as (b, c, h, w) in memory
 """
 from types import MethodType
 
@@ -26,7 +26,7 @@ def slow_only(self, video):
     x = video.flatten(0, 1)
     for part in range(5):
         x = self.run(part, x, frames)
-    return x.mean((2, 3)).view(b, frames, -1)
+    return torch.cat([x.mean((2, 3))] + [x.amax((2, 3))] * self.peak, 1).view(b, frames, -1)
 
 
 def attend(q, k, v):
@@ -52,8 +52,10 @@ class Unprepared(ldm.Prepared):
 
 def down(self, x, t, context):
     context, shifts, h, skips = Unprepared(context=context), self.shifts(t), x, []
-    for block in self.input_blocks:
+    for i, block in enumerate(self.input_blocks):
         h = block(h, shifts, context)
+        if i == 0 and self.config.aligned:
+            h = h + self.aligned(context["context"].unflatten(1, (-1, self.config.aligned)).flatten(2)).transpose(1, 2)[:, :, None]
         skips.append(h)
     return self.middle_block(h, shifts, context), skips, shifts, context
 

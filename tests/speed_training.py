@@ -75,7 +75,7 @@ def worker(pipe, stage, is_plain, dtype, home, out):
                 os._exit(0)
             start, run.loader.waited = time.perf_counter(), 0.0
     training.Run.report = paced
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(f"{out}.txt", "w")
     main, data, more = STAGES[stage]
     main([str(a) for a in ("--data", home / data, "--out", out, "--steps", 10**6, "--save-every", 10**6, "--dtype", dtype, "--device", "cpu", *more)])
 
@@ -95,7 +95,10 @@ def measure(stage, columns, home, rounds, steps):
         pipes[name], theirs = context.Pipe()
         context.Process(target=worker, args=(theirs, stage, is_plain, dtype, home, home / f"{stage}-{i}"), daemon=True).start()
         theirs.close()                                          # so that a worker that dies ends us too
-        pipes[name].recv()                                      # one step: everything is there
+        try:
+            pipes[name].recv()                                  # one step: everything is there
+        except EOFError:
+            sys.exit(f"{stage}, {name}: " + (home / f"{stage}-{i}.txt").read_text())
     for turn in range(rounds + 1):                              # the first of them only warms up
         for name, pipe in pipes.items():
             pipe.send(steps)

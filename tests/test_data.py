@@ -94,7 +94,7 @@ def test_vocoder_does_not_depend_on_the_batch_but_on_the_seed():
     mel = torch.rand(3, 128, 48, generator=torch.Generator().manual_seed(5)) * 0.7
     alone, together = data.vocode(mel[2], seed=3), data.vocode(mel.view(3, 1, 128, 48), seed=3)
     assert together.shape == (3, 1, 48 * 256)
-    assert torch.equal(alone, together[2, 0])
+    assert torch.allclose(alone, together[2, 0], atol=1e-5)         # a third of a 16-bit step: FFT libraries round by batch
     assert not torch.allclose(alone, data.vocode(mel[2], seed=4), atol=1e-3)
     assert data.vocode(mel[0], iterations=2, length=5000).shape == (5000,)
     assert data.vocode(mel[0, :, :1], iterations=2).shape == (256,)
@@ -692,8 +692,8 @@ def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tow
     """Three processes for four clips; then two for the one that a set still lacks."""
     extract(set_of_four, tower, tmp_path / "one")
     counted = tmp_path / "counted.py"
-    counted.write_text(f"import sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
-                       "def told(*args, **options):\n    print('encoded by', training.rank(), flush=True)\n    return encode(*args, **options)\n"
+    counted.write_text(f"import os, sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
+                       "def told(*args, **options):\n    os.write(1, b'encoded by %d, ' % training.rank())\n    return encode(*args, **options)\n"
                        "cavp.CAVP.encode_clip = told\ncavp.main(sys.argv[1:])\n")
 
     def together(count, out):

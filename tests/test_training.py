@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_ctrl_c_saves_and_ends(home, tmp_path):
     run = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         seen, limit = b"", time.monotonic() + 120
-        while b"3/100000" not in seen and time.monotonic() < limit:          # the progress bar: training is under way
+        while not re.search(rb" ([3-9]|\d\d+)/100000", seen) and time.monotonic() < limit:    # the bar: training is under way
             seen += os.read(run.stderr.fileno(), 4096)
         run.send_signal(signal.SIGINT)
         start = time.monotonic()

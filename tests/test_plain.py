@@ -1,0 +1,38 @@
+"""The yardstick measures the same work: a plain reading of a network gives that network's numbers. Of both forms, published and mini."""
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cavp
+import ldm
+import tiny
+import vae
+from plain import plainly
+
+PUBLISHED = replace(tiny.TOWERS, peak=False, clips=3, temporal=cavp.CAVPConfig().temporal)
+INPUTS = {"cavp": (torch.rand(2, 16, 3, 16, 16),), "unet": (torch.randn(2, 4, 16, 64), torch.tensor([500.0, 3.0]), torch.randn(2, 128, 16)),
+          "vae": (torch.randn(2, 4, 16, 8),)}
+
+
+def network(kind):
+    name, form = kind.split()
+    if name == "cavp":
+        return cavp.CAVP(tiny.TOWERS if form == "mini" else PUBLISHED), "encode_video"
+    if name == "unet":
+        return ldm.UNet(tiny.UNET if form == "mini" else replace(tiny.UNET, aligned=0)), "forward"
+    return vae.AutoencoderKL(tiny.VAE), "decode"
+
+
+@pytest.mark.parametrize("kind", ["cavp mini", "cavp published", "unet mini", "unet published", "vae mini"])
+def test_a_plain_reading_gives_the_networks_own_numbers(kind):
+    torch.manual_seed(0)
+    ours, method = network(kind)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)           # some begin as zero: nothing must hide
+    ours.eval()
+    theirs = plainly(copy.deepcopy(ours))
+    with torch.no_grad():
+        y, z = (getattr(model, method)(*INPUTS[kind.split()[0]]) for model in (ours, theirs))
+    assert y.std() > 1e-3 and (y - z).abs().max() < 1e-4 * y.abs().max()
