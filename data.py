@@ -41,7 +41,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from media import (LONGEST, SAMPLE_RATE, MediaError, MediaInfo, find_videos, frames_from, output_suffix,     # noqa: F401
+from media import (LONGEST, SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo, find_videos, frames_from, output_suffix,     # noqa: F401
                    picture, pictures, probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
 
 with suppress(ImportError):     # Windows has none: there nothing keeps two processes from preparing one set

@@ -5,11 +5,13 @@ out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as lo
 
     python sample.py demo.mp4
     python sample.py clips/ --out dubbed/ --candidates 4 --plot
+    python sample.py --verify dubbed/clip.foley.mp4       is its sound ours? By tag and watermark, without any model
 
 Windows of 131,072 samples (8.192 s) are planned in samples: they start on whole video features and whole mel columns,
 overlap by a second or more, and each is conditioned, classifier included, on the frames of its own seconds. Windows
 that overlap begin from the same slice of one noise field and are faded into each other as spectrograms, so that one
-phase-coherent Griffin-Lim makes the whole sound. It is scaled down where it would clip; nothing else touches its level.
+phase-coherent Griffin-Lim makes the whole sound. It is scaled down where it would clip; but for the watermark (1 dB, see
+watermark.py) nothing else touches its level.
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops tails, crashes under 8
 s, shows its classifier the frames of the whole clip, and inverts the mel at another rate than it was made with.
@@ -65,6 +67,8 @@ def number(kind, low, high=math.inf):
 def parse_arguments(argv=None):
     p = Parser("sample.py", description=__doc__, formatter_class=Formatter)
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="videos or folders; after -- names may begin with a dash")
+    p.add_argument("--verify", action="store_true", help="make nothing, but say of each INPUT (wav too) whether its sound is ours; "
+                   "exit status 3 where one is not")
     p.add_argument("--out", type=Path, metavar="DIR", help="write there; default: beside each input")
     p.add_argument("--weights", default="mini", metavar="mini|official|DIR", help="the model shipped here; the published one "
                    "(4.3 GB, fetched once); or a folder with the checkpoints cavp, ldm and align: ours or the published ones")
@@ -121,9 +125,10 @@ import data
 import fetch
 import kernels
 import official
+import watermark
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
-from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from data import HOP, SAMPLE_RATE, VIDEO_SUFFIXES, WINDOW, MediaError
 from diffusion import SAMPLERS, TIMES, Replayed, guided_eps
 from kernels.packed import pack
 from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
@@ -132,6 +137,7 @@ from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 COLUMNS = WINDOW // HOP             # mel columns of a window
 LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384                     # samples that neighbouring windows share at least
+CLAIM = "AI-generated sound: diff-foley"            # how the tag of every output begins
 FADE = 32                           # mel columns of a cross-fade: long against a hit, short against the overlap
 SPAN = 4096                         # mel columns vocoded at once: 65 s, which bounds memory
 
@@ -503,7 +509,10 @@ def dub(source, target, models, args, profile, progress=None):
     if args.keep_audio is not None:
         with profile("decode"):
             mix(source, result, args)
-    tags = {"comment": f"AI-generated sound: diff-foley {models.name}, seed {args.seed}, version {VERSION}"}
+    if not args.as_official:                                # which is for its numbers; it has the tag alone
+        result.wavs = {k: limit(watermark.mark(wav)) for k, wav in result.wavs.items()}
+        result.wav = result.wavs[result.best]
+    tags = {"comment": f"{CLAIM} {models.name}, seed {args.seed}, version {VERSION}"}
     video, wave = f"{target}{data.output_suffix(source)}", f"{target}.wav"
     every = [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs] if args.keep_all else []
     with ExitStack() as stack:                              # all under temporary names first
@@ -519,6 +528,29 @@ def dub(source, target, models, args, profile, progress=None):
             "windows": len(result.starts), "seed": args.seed, "score": result.scores[result.best],
             "profile": profile.table()}
     return line | ({"candidates": every} if every else {})
+
+
+def verify(args):
+    """--verify: of each file, of folders all videos and wavs, a line on stdout; mistakes on stderr. -> exit status"""
+    failed = foreign = False
+    files = [sorted(p for p in given.rglob("*") if p.suffix.lower() in (*VIDEO_SUFFIXES, ".wav")) if given.is_dir() else [given]
+             for given in map(Path, args.inputs)]
+    for file in itertools.chain(*files):
+        try:
+            tags = data.read_tags(file).get("comment", "").startswith(CLAIM)
+            sure = watermark.confidence(data.read_audio(file))
+        except MediaError as e:
+            print(f"sample.py: {e}", file=sys.stderr)
+            line, words, failed = {"file": str(file), "error": str(e)}, None, True
+        else:
+            marked = sure >= watermark.SURE
+            line = {"file": str(file), "tags": tags, "watermark": marked, "confidence": round(sure, 6)}
+            foreign |= not (tags or marked)
+            words = f"{file}: {'ours' if tags or marked else 'not known as ours'} ({'tag' if tags else 'no tag'}, " \
+                    f"{'watermark' if marked else 'no watermark'}, confidence {sure:.4f})"
+        if args.json or words:
+            print(json.dumps(line) if args.json else words, flush=True)
+    return 1 if failed else 3 if foreign else 0
 
 
 def plan_outputs(inputs, out):
@@ -557,6 +589,8 @@ def report(line, args):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.verify:
+        return verify(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("sample.py: --device cuda: torch finds no CUDA device; give --device cpu", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ import torch
 import data
 import fetch
 import sample
+import watermark
 from cavp import CAVP, CAVPConfig
 from checkpoints import save_model
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
@@ -334,6 +335,18 @@ def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, t
     assert Path(best["wav"]).read_bytes() == Path(line["wav"]).read_bytes()
     assert [Path(c["wav"]).name for c in line["candidates"]] == [f"clip.foley.{k}.wav" for k in range(3)]
     assert len({Path(c["wav"]).read_bytes() for c in line["candidates"]}) == 3
+
+
+def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
+    """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is worth."""
+    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", "--candidates", 2, "--keep-all")
+    line, models = json.loads(lines[0]), sample.load_models(str(weights), "cpu")
+    drawn = sample.generate(clip, models, steps=1, candidates=2, keep_all=True)
+    for k, wav in drawn.wavs.items():
+        written, marked = data.read_audio(line["candidates"][k]["wav"]), sample.limit(watermark.mark(wav))
+        assert (written - marked).abs().max() < 1e-4 and (written - wav).abs().max() > 1e-3
+    sound, best = data.read_audio(line["output"])[:len(drawn.wav)], sample.limit(watermark.mark(drawn.wav))
+    assert (sound - best).norm() < 0.9 * (sound - drawn.wav).norm()            # of the video only the codec's noise is left
 
 
 def test_keep_audio_mixes_the_clips_own_sound(capsys, clip, weights, tmp_path):

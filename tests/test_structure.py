@@ -17,7 +17,7 @@ MAY_IMPORT = {                                              # local modules; tes
     "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
     "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
     "official": {"diffusion", "ldm", "data"},
-    "sample": {"diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
+    "watermark": {"data"}, "sample": {"watermark", "diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
     "judge": {"cavp", "data", "training", "checkpoints"}, "melception": {"judge", "data", "checkpoints"},
     "evaluate": {"judge", "melception", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
