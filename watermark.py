@@ -6,7 +6,7 @@ out  mark(): the same with 24 bands of every 64 ms a little louder or softer, af
 
 Spread spectrum on magnitudes in decibels with the signs repeated in time (Kirovski and Malvar 2003, IEEE Trans. Signal Processing
 51(4)): it moves with the sound's own level, so silence stays silent, and sees neither gain nor phase. Codecs, cuts and another sample rate
-leave it; other sound on top as loud as the quiet parts, or a change of speed by some percent, takes it away (README has the figures).
+leave it; other sound on top as loud as the quiet parts, or a change of speed by some percent, takes it away.
 It keeps no secret: whoever has this file can remove the mark, or put it on another sound. It is for the honest and the hasty.
 """
 import math
