@@ -41,8 +41,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from media import (LONGEST, SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo, find_videos, frames_from, output_suffix,     # noqa: F401
-                   picture, pictures, probe, read_audio, read_frames, read_tags, whole, write_video, write_wav)
+from common import ffmpeg
+from common.media import (CONTAINERS, SAMPLE_RATE, TEXT_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, atomic_write, find_videos, output_suffix,     # noqa: F401
+                          probe, read_audio, read_frames, read_tags, search, write_video, write_wav)
 
 with suppress(ImportError):     # Windows has none: there nothing keeps two processes from preparing one set
     import fcntl
@@ -63,6 +64,7 @@ SHORTEST = 0.5                  # seconds: what is shorter is no clip
 SILENT = 0.001                  # of full scale, -60 dB: sound that never rises above it is none
 HELD_OUT = 0.05                 # share of the clips in each of "val" and "test"
 SPLITS = ("train", "val", "test")
+COMPANIONS = {".json", ".csv", ".txt"}      # files that lie beside clips and are not missed in a set
 JPEG_QUANTIZER = "2"            # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
 FORMAT = 3                      # of prepared sets
 BLOCK = 2**14                   # bytes that share a checksum
@@ -386,7 +388,7 @@ class Writer:
 
     def write_about(self, clips):
         self.about["clips"] = clips
-        with whole(self.root / "set.json") as part:
+        with atomic_write(self.root / "set.json") as part:
             part.write_text(json.dumps(self.about, indent=1) + "\n")
 
     def path(self, shard):
@@ -515,8 +517,11 @@ def find_jobs(raw, table=None):
     videos = find_videos([raw])
     root = raw if raw.is_dir() else raw.parent
     names = {path: path.relative_to(root).as_posix() for path in videos}
+    others = search(raw)[1] if raw.is_dir() else []
+    others = [path for path in others if path.suffix.lower() not in TEXT_SUFFIXES]
+    spare = [(path.relative_to(root).as_posix(), "not a video", "FFmpeg finds no moving picture in it") for path in others]
     if table is None:
-        return [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()], [], 0
+        return [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()], spare, 0
     files, jobs, used, missing = {}, [], set(), 0
     for path in reversed(videos):                # of two of one name the first
         files[path.stem] = path
@@ -530,28 +535,30 @@ def find_jobs(raw, table=None):
             used.add(path)
         missing += not (cut or full)
     jobs = sorted({job.name: job for job in reversed(jobs)}.values())      # of two rows for one clip the first
-    spare = [(names[path], "not in the CSV", "no row of it asks for this file") for path in videos if path not in used]
+    spare += [(names[path], "not in the CSV", "no row of it asks for this file") for path in videos if path not in used]
     return jobs, spare, missing
 
 
 def encode_clip(job, fps, size):
-    """A clip's columns {name: bytes}, or why it is left out: (reason, what was found). Frames are encoded one by one."""
-    with warnings.catch_warnings(record=True):
+    """A clip's columns {name: bytes} and what had to be mended in it, or why it is left out: (reason, what was found). Frames
+    are encoded one by one. Runs in a worker, so the decoders run in its own process."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         try:
-            info = probe(job.path)
-            seconds = min(info.duration - job.start, job.seconds or LONGEST)
+            info = ffmpeg.probe(job.path)
+            seconds = min(info.duration - job.start, job.seconds or ffmpeg.LONGEST)
             if not info.has_audio:
                 return "no sound track", "only a picture"
             if seconds < SHORTEST:
                 return "too short", f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
-            wav = read_audio(job.path, job.start, seconds).numpy()
+            wav = ffmpeg.read_audio(job.path, job.start, seconds)
             peak = float(max(wav.max(), -wav.min()))
             if not peak > SILENT:
                 return "silent", f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
             wav *= 32767                         # in place, as of a film all this is large
             sound, bounds, frames = wav.round(out=wav).astype("<i2").tobytes(), [0], bytearray()
             del wav
-            for jpeg in encode_jpegs(pictures(job.path, fps, size, job.start, seconds), size):
+            for jpeg in encode_jpegs(ffmpeg.pictures(job.path, fps, size, job.start, seconds), size):
                 frames += jpeg
                 bounds.append(len(frames))
         except MediaError as error:
@@ -560,12 +567,14 @@ def encode_clip(job, fps, size):
             return "undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if len(frames) >= 2**32:
         return "too long", f"{len(frames) / 1e9:.1f} GB of frames; cut it"
-    return {"bounds": np.array(bounds, "<u4").tobytes(), "frames": frames, "sound": sound}
+    columns = {"bounds": np.array(bounds, "<u4").tobytes(), "frames": frames, "sound": sound}
+    return columns, [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
 
 
 def settle_worker():
     """One thread; Ctrl-C is the parent's to answer; and when that has died, nobody waits for us."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"          # FFmpeg's decoders go by it, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -607,12 +616,15 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
         before = len(writer.names)
         with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="prepare", unit="clip", disable=not todo) as bar:
             for job, result in encoded(todo, fps, size, workers):
-                if isinstance(result, dict):
-                    writer.add(job.name, job.label, job.split, result)
+                columns, found = result
+                if isinstance(columns, dict):
+                    writer.add(job.name, job.label, job.split, columns)
+                    for line in found:
+                        bar.write(f"data.py: {line}", file=sys.stderr)
                 else:
-                    left_out.append((job.name, *result))
+                    left_out.append((job.name, columns, found))
                 bar.update()
-        with whole(writer.root / "left_out.csv") as part, open(part, "w", newline="", **AS_NAMES) as file:
+        with atomic_write(writer.root / "left_out.csv") as part, open(part, "w", newline="", **AS_NAMES) as file:
             csv.writer(file).writerows([("name", "reason", "found"), *sorted(left_out)])
         if not writer.names:
             raise MediaError(f"{raw}: no usable clip: {counted(left_out, out)}")

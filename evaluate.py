@@ -48,12 +48,12 @@ from tqdm import tqdm
 
 import training
 from cavp import CAVP
-from data import COLUMN, HOP, SAMPLE_RATE, SPLITS, MediaError, find_videos, probe, read_audio, read_onsets, split_of, whole, write_wav
+from data import COLUMN, HOP, SAMPLE_RATE, SPLITS, MediaError, atomic_write, find_videos, probe, read_audio, read_onsets, split_of, write_wav
 from data import detect_onsets, f1, match, mel, onset_strength
 from judge import Judge, clear_hits, divergence, frechet, inception_score
 from ldm import LATENT_SCALE, Alignment
 from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
-from sample import COLUMNS, generate, join_windows, load_models, plan_windows, video_features, vocode
+from sample import COLUMNS, generate, join_windows, load_models, marked, plan_windows, tags_of, video_features, vocode
 from vae import AutoencoderKL
 
 SLIDE = 62                      # mel columns (1 s): how far onset strengths are slid over each other
@@ -248,10 +248,10 @@ def make_sounds(videos, args, settings, name):
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # of files, which were read before
-            wav = generate(video, models, seed=args.seed + number, **{k: settings.get(k, getattr(args, k)) for k in ("steps", "cfg", "cg", "sampler")}).wav
+            wav = generate(video, models, seed=args.seed + number, mark=False, **{k: settings.get(k, getattr(args, k)) for k in ("steps", "cfg", "cg", "sampler")}).wav
         seconds = time.perf_counter() - start
-        if args.keep:
-            write_wav(args.out / f"{video.stem}.foley.wav", wav)
+        if args.keep:                                           # what leaves the program is marked; the table measures it unmarked
+            write_wav(args.out / f"{video.stem}.foley.wav", marked(wav), tags_of(models.name, args.seed + number))
         return wav.numpy(), seconds
     return each(videos, make, name)
 
@@ -356,7 +356,8 @@ def arguments(argv):
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="clips, best with labels, as foley.py makes")
     p.add_argument("--samples", type=Path, metavar="DIR", help="sounds made elsewhere: NAME.foley.wav, NAME.wav or NAME.mp4; else drawn now")
     p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where evaluate.json and evaluate.png go")
-    p.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav")
+    p.add_argument("--keep", action="store_true", help="write the drawn sounds there too, as NAME.foley.wav, tagged and with the "
+                   "watermark; the table is of the same sounds without it")
     p.add_argument("--split", choices=SPLITS, help="only the clips that a training on DIR puts there: val and test are never trained on")
     p.add_argument("--round-trip", type=Path, metavar="FILE", help="a row more: the true sounds through this autoencoder and the vocoder")
     p.add_argument("--clips", type=int, metavar="N", help="only the first N")
@@ -391,9 +392,9 @@ def main(argv=None):
         rows, intervals, clips = evaluate(args)
         if training.rank() == 0:
             settings = {name: str(value) if isinstance(value, (Path, list)) else value for name, value in vars(args).items()}
-            with whole(args.out / "evaluate.json") as part:
+            with atomic_write(args.out / "evaluate.json") as part:
                 part.write_text(json.dumps({"rows": rows, "intervals": intervals, "settings": settings, "clips": clips}, indent=1) + "\n")
-            with whole(args.out / "evaluate.png") as part:
+            with atomic_write(args.out / "evaluate.png") as part:
                 draw(rows, intervals, part)
             print(table(rows, intervals))
 

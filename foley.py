@@ -28,7 +28,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, MediaError, whole
+from common.media import SAMPLE_RATE, MediaError, atomic_write
 
 FINE = 1000                     # positions and speeds a second, where a trajectory has no closed form
 FAINTEST = 0.07                 # impacts weaker than this (-23 dB) neither sound nor are labelled
@@ -800,7 +800,7 @@ def write_clip(clip, path):
     """H.264 (yuv420p) and AAC, both from time zero, one thread each so that the same clip gives the same bytes."""
     rate = Fraction(clip.labels["fps"]).limit_denominator(1000)
     size = clip.labels["size"]
-    with whole(path) as part, av.open(str(part), "w", format="mp4") as out:
+    with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as out:
         video = out.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
         video.width = video.height = size
         video.pix_fmt, video.time_base = "yuv420p", 1 / rate
@@ -832,7 +832,7 @@ def make_file(job):
     if stop.is_set():
         return
     clip = make_clip(index=index, **kind)
-    with whole(path.with_suffix(".json")) as part:
+    with atomic_write(path.with_suffix(".json")) as part:
         Path(part).write_text(json.dumps(clip.labels) + "\n")
     write_clip(clip, path)
 

@@ -8,15 +8,11 @@ demo draws them on a GPU), and the gradient that turns to NaN where the classifi
 there the demo falls through to an unguided sampler of other latents (`diff_foley/models/diffusion/ddpm.py` 1352).
 """
 import functools
-import io
-import math
 
-import av
-import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 
 import data
+from common.media import in_child
 from diffusion import SAMPLERS, ddim, guided_eps
 from ldm import LATENT_SCALE, LATENT_SHAPE
 
@@ -25,40 +21,9 @@ CHUNK = 40              # frames encoded at once, with zeros before and after (`
 INVERSE_RATE = 22050    # that mels made at 16000 are inverted with (`demo_util.py` 197)
 
 
-def at_ticks(path, fps, start, ticks):
-    """The frame that FFmpeg's copy at `fps` shows at each tick: the last one up to half a tick later, where a viewer sees what was
-    shown last."""
-    shown, done = None, 0
-    for moment, frame in data.frames_from(path, start):
-        if moment < start:
-            continue
-        if done == ticks:
-            break
-        until = min(ticks, math.floor((moment - start) * fps + 0.5))
-        if shown is not None:
-            yield from [shown] * (until - done)
-            done = max(done, until)
-        shown = frame
-    if shown is None:
-        raise data.MediaError(f"{path}: no picture begins after {start:g} s; choose an earlier start")
-    yield from [shown] * (ticks - done)
-
-
 def read_frames(path, fps, size, start, seconds):
-    """uint8 (f, 3, size, size): the frames of an H.264 copy of the video at `fps` (`demo_util.py` 39-58)."""
-    info, scaler, memory = data.probe(path), VideoReformatter(), io.BytesIO()
-    width, height = info.width // 2 * 2, info.height // 2 * 2                            # H.264 wants even sizes
-    with av.open(memory, "w", format="mp4") as copy:
-        stream = copy.add_stream("libx264", rate=round(fps), options={"crf": "23"})      # libx264's default
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for shown in at_ticks(path, fps, start, math.floor(min(seconds, info.duration - start) * fps + 0.5)):
-            upright = np.ascontiguousarray(data.picture(shown, width, height, scaler))
-            copy.mux(stream.encode(av.VideoFrame.from_ndarray(upright, "rgb24")))
-        copy.mux(stream.encode(None))
-    memory.seek(0)
-    with av.open(memory) as copy:
-        frames = [data.picture(frame, size, size, scaler).transpose(2, 0, 1) for frame in copy.decode(video=0)]
-    return torch.from_numpy(np.stack(frames))
+    """uint8 (f, 3, size, size): the frames of an H.264 copy of the video at `fps` (`compat.demo_frames`)."""
+    return torch.from_numpy(in_child(path, "compat.demo_frames", "read_frames", path, float(fps), size, start, seconds))
 
 
 def encode(cavp, frames):

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from common import isolation
+
 STARTED = time.perf_counter()       # before the slow imports: the profile counts them
 VERSION = "0.1"
 
@@ -89,7 +91,9 @@ def parse_arguments(argv=None):
     g.add_argument("--start", type=number(float, 0), default=0.0, metavar="S", help="seconds into the picture")
     g.add_argument("--duration", type=number(float, 1e-3), metavar="S", help="seconds of picture; default: the rest")
     g.add_argument("--keep-audio", type=number(float, -100, 100), nargs="?", const=0.0, metavar="dB",
-                   help="mix the clip's own sound in, at this gain (0 if none is given)")
+                   help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written: 16 kHz, one channel")
+    g.add_argument("--keep-tracks", action="store_true", help="the clip's own sound tracks stay, as they are, as further tracks of the "
+                   "video")
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where "
@@ -115,6 +119,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     parse_arguments()
+    isolation.start()               # the child that reads files gets ready while torch loads
     # Read when torch loads. Waiting threads sleep rather than spin: on a busy machine that halved the time it took.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -128,7 +133,7 @@ import official
 import watermark
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
-from data import HOP, SAMPLE_RATE, VIDEO_SUFFIXES, WINDOW, MediaError
+from data import HOP, SAMPLE_RATE, WINDOW, MediaError
 from diffusion import SAMPLERS, TIMES, Replayed, guided_eps
 from kernels.packed import pack
 from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
@@ -362,6 +367,26 @@ def limit(wav):
     return wav / max(1.0, float(wav.abs().max()))
 
 
+def marked(wav):
+    """Sound (n,) with the watermark: what every sound is given before it leaves the program."""
+    return limit(watermark.mark(wav))
+
+
+def tags_of(name, seed, mark=True):
+    """The tags of an output: what made it, and whether the sound itself says so."""
+    return {"comment": f"{CLAIM} {name}, seed {seed}, version {VERSION}{'' if mark else ', no watermark'}"}
+
+
+def mix(wavs, path, gain, start):
+    """The clip's own sound, `gain` dB louder, under every candidate {number: sound (n,)}."""
+    if not data.probe(path).has_audio:
+        warnings.warn(f"{path}: has no sound of its own; --keep-audio adds nothing", stacklevel=2)
+        return wavs
+    samples = len(next(iter(wavs.values())))
+    own = data.read_audio(path, start, samples / SAMPLE_RATE) * 10 ** (gain / 20)
+    return {k: limit(wav + own) for k, wav in wavs.items()}
+
+
 def vocode(mel, samples, device="cpu"):
     """(128, columns) -> (samples,). A long sound is made in spans, whose phases do not fit together: they change over
     within one column, the quietest near a span's end."""
@@ -393,6 +418,10 @@ class Result:
     starts: list                    # samples at which the windows start
     seconds: float                  # of picture
     profile: Profile
+    marked: bool = True             # whether the sounds carry the watermark
+
+    def __repr__(self):
+        return f"Result({self.seconds:.2f} s, {len(self.wavs)} of {len(self.scores)} candidates, marked={self.marked})"
 
 
 def check_official(path, models, sampler, steps, seconds):
@@ -432,8 +461,9 @@ def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates
 
 @torch.no_grad()
 def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="dpm", candidates=1, start=0.0,
-             duration=None, batch=None, keep_all=False, progress=None, profile=None, as_official=False):
-    """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on.
+             duration=None, batch=None, keep_all=False, progress=None, profile=None, as_official=False, keep_audio=None, mark=True):
+    """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on, with the clip's own sound mixed
+    in at `keep_audio` dB if given. All its sounds carry the watermark, but with mark=False or as_official, which is for its numbers.
     `progress(done, all)` is called after every step of the sampler."""
     profile = profile or Profile(models.device)
     if models.align is None and (cg != 0 or candidates > 1):
@@ -445,8 +475,9 @@ def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="d
         raise MediaError(f"{video_path}: --start {start:g} is past its end, {whole:.2f} s; start earlier")
     seconds = min(whole - start, duration or (official.SECONDS if as_official else math.inf))
     if as_official:
-        return generate_as_official(video_path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all,
-                                    progress, profile)
+        result = generate_as_official(video_path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all,
+                                      progress, profile)
+        return finish(result, video_path, start, keep_audio, False)
     samples = max(1, round(seconds * SAMPLE_RATE))
     starts = plan_windows(samples, models.ldm.config.fps)
     count = round(starts[-1] * models.ldm.config.fps / SAMPLE_RATE) + models.ldm.config.frames
@@ -461,7 +492,19 @@ def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="d
             wavs[k] = vocode(join_windows(mels[k], starts)[:, :columns], samples, models.device)
         mel = join_windows(mels[best], starts)[:, :columns]
     scores = [None] * candidates if scores is None else scores.tolist()
-    return Result(wavs[best], wavs, scores, best, mel, starts, seconds, profile)
+    return finish(Result(wavs[best], wavs, scores, best, mel, starts, seconds, profile), video_path, start, keep_audio, mark)
+
+
+def finish(result, path, start, keep_audio, mark):
+    """The last of a sound's making: the clip's own under it, if wanted, and the watermark over both."""
+    if keep_audio is not None:
+        with result.profile("decode"):
+            result.wavs = mix(result.wavs, path, keep_audio, start)
+    if mark:
+        with result.profile("vocoder"):
+            result.wavs = {k: marked(wav) for k, wav in result.wavs.items()}
+    result.wav, result.marked = result.wavs[result.best], mark
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,38 +535,23 @@ def draw_plot(path, source, result, start):
     figure.savefig(path, dpi=100)
 
 
-def mix(source, result, args):
-    """The clip's own sound under every candidate."""
-    if not data.probe(source).has_audio:
-        warnings.warn(f"{source}: has no sound of its own; --keep-audio adds nothing", stacklevel=2)
-        return
-    own = data.read_audio(source, args.start, len(result.wav) / SAMPLE_RATE) * 10 ** (args.keep_audio / 20)
-    result.wavs = {k: limit(wav + own) for k, wav in result.wavs.items()}
-    result.wav = result.wavs[result.best]
-
-
 def dub(source, target, models, args, profile, progress=None):
     """One input: generate, mix, write all files or none. `target` is the output without its suffix. -> --json's line"""
-    result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates,
-                      args.start, args.duration, args.batch, args.keep_all, progress, profile, args.as_official)
-    if args.keep_audio is not None:
-        with profile("decode"):
-            mix(source, result, args)
-    if not args.as_official:                                # which is for its numbers; it has the tag alone
-        result.wavs = {k: limit(watermark.mark(wav)) for k, wav in result.wavs.items()}
-        result.wav = result.wavs[result.best]
-    tags = {"comment": f"{CLAIM} {models.name}, seed {args.seed}, version {VERSION}"}
+    result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates, args.start, args.duration,
+                      args.batch, args.keep_all, progress, profile, args.as_official, args.keep_audio)
+    tags = tags_of(models.name, args.seed, result.marked)
     video, wave = f"{target}{data.output_suffix(source)}", f"{target}.wav"
     every = [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs] if args.keep_all else []
     with ExitStack() as stack:                              # all under temporary names first
         with profile("writing"):
-            part = stack.enter_context(data.whole(video))
-            data.write_video(source, result.wav, part, tags, args.start, result.seconds if args.as_official else args.duration)
+            part = stack.enter_context(data.atomic_write(video))
+            seconds = result.seconds if args.as_official else args.duration
+            data.write_video(source, result.wav, part, tags, args.start, seconds, args.keep_tracks)
             for path, wav in [(wave, result.wav), *zip((c["wav"] for c in every), result.wavs.values())]:
-                data.write_wav(stack.enter_context(data.whole(path)), wav, tags)
+                data.write_wav(stack.enter_context(data.atomic_write(path)), wav, tags)
         if args.plot:
             with profile("plot"):
-                draw_plot(stack.enter_context(data.whole(f"{target}.png")), source, result, args.start)
+                draw_plot(stack.enter_context(data.atomic_write(f"{target}.png")), source, result, args.start)
     line = {"input": str(source), "output": video, "wav": wave, "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
             "windows": len(result.starts), "seed": args.seed, "score": result.scores[result.best],
             "profile": profile.table()}
@@ -533,8 +561,7 @@ def dub(source, target, models, args, profile, progress=None):
 def verify(args):
     """--verify: of each file, of folders all videos and wavs, a line on stdout; mistakes on stderr. -> exit status"""
     failed = foreign = False
-    files = [sorted(p for p in given.rglob("*") if p.suffix.lower() in (*VIDEO_SUFFIXES, ".wav")) if given.is_dir() else [given]
-             for given in map(Path, args.inputs)]
+    files = [data.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given] for given in map(Path, args.inputs)]
     for file in itertools.chain(*files):
         try:
             tags = data.read_tags(file).get("comment", "").startswith(CLAIM)
@@ -553,12 +580,16 @@ def verify(args):
     return 1 if failed else 3 if foreign else 0
 
 
-def plan_outputs(inputs, out):
-    """-> [(video, output without its suffix, or None and why there is none)], every video once."""
+def plan_outputs(inputs, out, verbose=False):
+    """-> [(video, output without its suffix, or None and why there is none)], every video once. `verbose` names, on stderr, what else
+    lies in a folder."""
     jobs, seen, taken = [], set(), {}
     for given in inputs:
         try:
             videos = data.find_videos([given])
+            if verbose and Path(given).is_dir():
+                for other in data.search(given)[1]:
+                    print(f"sample.py: {other}: no video, left alone", file=sys.stderr)
         except MediaError as e:
             jobs.append((given, None, str(e)))
             continue
@@ -616,7 +647,7 @@ def main(argv=None):
     profile = Profile(device, STARTED)
     profile.add("loading", time.perf_counter() - STARTED)   # imports and weights; counted with the first input
     failed = 0
-    for video, target, error in plan_outputs(args.inputs, args.out):
+    for video, target, error in plan_outputs(args.inputs, args.out, args.verbose):
         with warnings.catch_warnings(), tqdm(desc=Path(video).name, unit="step", leave=False, disable=None) as bar:
             warnings.simplefilter("ignore")                 # but for what `data` has to say about this very file
             warnings.filterwarnings("once", ".*" if args.verbose else re.escape(str(video)) + "|kernels: ")

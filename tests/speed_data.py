@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))           # the sources li
 
 import data                                                     # noqa: E402
 import foley                                                    # noqa: E402
-import media                                                    # noqa: E402
+from common import ffmpeg                                                   # noqa: E402
 from test_data import of_many                                   # noqa: E402
 
 PRESETS = {"paper": (4.0, 224, 16), "mini": (15.625, 64, 128)}  # frames a second, pixels, frames of a window
@@ -51,7 +51,7 @@ def preparing(jobs, name):
     made, cost, rows = {}, [], []
 
     def encode(job):
-        media._probe.cache_clear()                              # what is known of the file from the round before
+        ffmpeg._probe.cache_clear()                              # what is known of the file from the round before
         made[job.name] = data.encode_clip(job, fps, size)
 
     for job in jobs:

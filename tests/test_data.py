@@ -23,6 +23,7 @@ from tqdm import tqdm
 import cavp
 import data
 from checkpoints import save_model
+from common import ffmpeg
 from test_media import clicks, make, one_line, onsets, seen, steady
 
 GOLDEN = Path(__file__).parent / "golden" / "audio.safetensors"
@@ -201,7 +202,7 @@ def test_frames_go_to_the_encoder_one_by_one(raw):
     for k in range(1, 4):
         next(jpegs)
         assert len(taken) == k
-    film = data.pictures(raw / "c.mp4", 1000, 16)                # would be three thousand frames
+    film = ffmpeg.pictures(raw / "c.mp4", 1000, 16)                # would be three thousand frames
     assert next(film) is next(film)
 
 

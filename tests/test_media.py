@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import media
+from common import media
 
 ROOT = Path(__file__).parent.parent
 TICK = Fraction(1, 90000)
@@ -352,7 +352,7 @@ def test_nothing_half_written(tmp_path):
     with pytest.raises(media.MediaError) as caught:
         media.write_video(source, torch.zeros(10), tmp_path / "b.avi")
     one_line(caught, "b.avi", ".mp4")
-    with pytest.raises(ZeroDivisionError), media.whole(tmp_path / "c.txt") as part:
+    with pytest.raises(ZeroDivisionError), media.atomic_write(tmp_path / "c.txt") as part:
         part.write_text("half")
         1 / 0
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "file"]
@@ -364,7 +364,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     make(tmp_path / "a.mp4", steady(25, 2), draw=lambda image, k: np.copyto(image, np.random.default_rng(k).integers(
         0, 255, image.shape, np.uint8)))
     code = f"""
-import resource, sys, torch, media
+import resource, sys, torch
+from common import media
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 video = lambda out, wav: media.write_video("a.mp4", wav, out)
 for name, write in (("b.mp4", video), ("b.mkv", video), ("b.webm", video), ("b.wav", media.write_wav)):

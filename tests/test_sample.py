@@ -341,7 +341,10 @@ def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
     """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is worth."""
     status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", "--candidates", 2, "--keep-all")
     line, models = json.loads(lines[0]), sample.load_models(str(weights), "cpu")
-    drawn = sample.generate(clip, models, steps=1, candidates=2, keep_all=True)
+    drawn = sample.generate(clip, models, steps=1, candidates=2, keep_all=True, mark=False)
+    result = sample.generate(clip, models, steps=1, candidates=2, keep_all=True)
+    assert result.marked and not drawn.marked and torch.equal(result.wav, result.wavs[result.best])
+    assert all(torch.equal(result.wavs[k], sample.marked(wav)) for k, wav in drawn.wavs.items())
     for k, wav in drawn.wavs.items():
         written, marked = data.read_audio(line["candidates"][k]["wav"]), sample.limit(watermark.mark(wav))
         assert (written - marked).abs().max() < 1e-4 and (written - wav).abs().max() > 1e-3

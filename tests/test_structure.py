@@ -12,17 +12,17 @@ import training
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {                                              # local modules; tests may import anything and nothing imports tests
-    "media": set(), "data": {"media"}, "checkpoints": set(), "fetch": set(), "stable_diffusion": set(), "kernels": set(), "diffusion": {"kernels"},
-    "foley": {"data"}, "training": {"checkpoints"},
+    "common": set(), "compat": {"common"}, "data": {"common"}, "checkpoints": set(), "fetch": set(), "stable_diffusion": set(), "kernels": set(), "diffusion": {"kernels"},
+    "foley": {"common"}, "training": {"checkpoints"},
     "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
     "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
-    "official": {"diffusion", "ldm", "data"},
-    "watermark": {"data"}, "sample": {"watermark", "diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
+    "official": {"diffusion", "ldm", "data", "common"},
+    "watermark": {"data"}, "sample": {"watermark", "common", "diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
     "judge": {"cavp", "data", "training", "checkpoints"}, "melception": {"judge", "data", "checkpoints"},
     "evaluate": {"judge", "melception", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
-SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
+SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *(p for folder in ("kernels", "common", "compat") for p in ROOT.glob(f"{folder}/*.py"))])
 TREES = {p: ast.parse(p.read_text(), p.name) for p in SOURCES}
 
 

@@ -1,0 +1,1 @@
+"""What the stages share: media files in and out, one subject a file."""

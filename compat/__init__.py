@@ -1,0 +1,1 @@
+"""What only the published files and the official demo need."""
