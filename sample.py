@@ -169,15 +169,16 @@ def plan_windows(samples, fps):
 
 
 def fade_weights(starts):
-    """(n, columns): the share of each window in each mel column; the shares of a column sum to one. Windows hand over
-    linearly in the middle of their overlap, where both have seen what comes before and after."""
-    column = torch.arange(starts[-1] // HOP + COLUMNS, dtype=torch.float64)
-    begun = [torch.ones_like(column)]                                           # how far each window has taken over
-    for before, after in itertools.pairwise(starts):
-        middle = (before + WINDOW + after) / 2 / HOP
-        begun.append(((column + 0.5 - middle) / FADE + 0.5).clamp(0, 1))
-    begun = torch.stack([*begun, torch.zeros_like(column)])                     # (n + 1, columns)
-    return (begun[:-1] - begun[1:]).float()
+    """(n, 512): the share of each window in its own mel columns; the shares of a column sum to one. Windows hand over linearly in
+    the middle of their overlap, where both have seen what comes before and after."""
+    column = torch.arange(COLUMNS, dtype=torch.float64) + 0.5                   # centres, counted from a window's start
+    shares = torch.ones(len(starts), COLUMNS, dtype=torch.float64)
+    for k, (before, after) in enumerate(itertools.pairwise(starts)):
+        middle = (before + WINDOW + after) / 2
+        for row, start, sign in ((k, before, 1), (k + 1, after, -1)):           # the first one fades out, the second in
+            passed = (column - (middle - start) / HOP) / FADE
+            shares[row] -= (0.5 + sign * passed).clamp(0, 1)
+    return shares.float()
 
 
 def join_windows(mels, starts):
@@ -185,12 +186,11 @@ def join_windows(mels, starts):
     logarithms would take half its decibels."""
     if len(starts) == 1:
         return mels[0]
-    weights = fade_weights(starts)
-    out = mels.new_zeros(mels.shape[1], weights.shape[1])
-    for mel, weight, first in zip(mels, weights, (s // HOP for s in starts)):
-        own = slice(first, first + COLUMNS)
-        out[:, own] += weight[own] * 10 ** (5 * mel)        # mel is 0.2 log10 of amplitude, and a constant that cancels
-    return 0.2 * out.log10()
+    out = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
+    for mel, share, start in zip(mels, fade_weights(starts), starts):
+        first = start // HOP
+        out[:, first:first + COLUMNS] += share * 10 ** (5 * mel)                # mel is 0.2 log10 of amplitude, and a constant that cancels
+    return out.log10_().mul_(0.2)
 
 
 def noise_field(seed, candidate, columns):

@@ -314,6 +314,8 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, add, skip = tensors
         try:
             return *backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd), None, None, None
+        except torch.OutOfMemoryError:                  # says nothing about the kernel
+            raise
         except Exception as error:                      # of the compiler's, the assembler's and the driver's own kinds
             kernels.failed("group_norm's backward pass", error)
         with torch.enable_grad():
@@ -336,6 +338,8 @@ def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=Non
     if fits and kernels.active(*(t for t in (x, weight, bias, add, skip) if t is not None)):
         try:
             return _GroupNorm.apply(x, weight, bias, add, skip, groups, eps, silu)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             kernels.failed("group_norm", error)
     return group_norm_ref(x, weight, bias, groups, eps, silu, add, skip)

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import cavp
@@ -99,6 +101,76 @@ def test_vocoder_does_not_depend_on_the_batch_but_on_the_seed():
     assert not torch.allclose(alone, data.vocode(mel[2], seed=4), atol=1e-3)
     assert data.vocode(mel[0], iterations=2, length=5000).shape == (5000,)
     assert data.vocode(mel[0, :, :1], iterations=2).shape == (256,)
+
+
+def textbook_griffin_lim(magnitude, iterations, seed):
+    """The algorithm as it is written, one whole transform after the other."""
+    window = torch.hann_window(1024, dtype=magnitude.dtype)
+    samples = magnitude.shape[-1] * 256
+    turn = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(seed)) * (2 * torch.pi)
+    spectrum = magnitude * torch.polar(torch.ones_like(turn), turn)
+    previous = torch.zeros_like(spectrum)
+    for _ in range(iterations):
+        wav = torch.istft(spectrum, 1024, 256, window=window, length=samples)
+        consistent = torch.stft(wav[:, :-1], 1024, 256, window=window, pad_mode="reflect", return_complex=True)
+        ahead = consistent + 0.99 * (consistent - previous)
+        spectrum = magnitude * ahead / ahead.abs().clamp_min(1e-12)
+        previous = consistent
+    return torch.istft(spectrum, 1024, 256, window=window, length=samples)
+
+
+@pytest.mark.parametrize("columns", [3, 4, 256, 257, 520])       # a chunk is 256
+def test_griffin_lim_in_chunks_is_the_textbook_one(columns):
+    """In float64; what float32 adds grows with the iterations."""
+    magnitude = torch.rand(2, 513, columns, generator=torch.Generator().manual_seed(2))
+    magnitude[1, :, 1] = 0
+    exact = textbook_griffin_lim(magnitude.double(), 32, seed=4)
+    assert relative(data.griffin_lim(magnitude.double(), 32, seed=4), exact) < 1e-9
+    assert relative(data.griffin_lim(magnitude, 4, seed=4), textbook_griffin_lim(magnitude.double(), 4, seed=4)) < 1e-5
+    ours, theirs = (data.stft(f(magnitude, 32, seed=4)).abs() for f in (data.griffin_lim, textbook_griffin_lim))
+    convergence = [(spectrum - magnitude).norm() / magnitude.norm() for spectrum in (ours, theirs)]
+    assert abs(convergence[0] - convergence[1]) < 1e-4
+
+
+def test_inverse_filterbank_in_blocks_is_the_whole_one():
+    mel = torch.rand(2, 128, 300, generator=torch.Generator().manual_seed(3)) * 0.9
+    mel[:, :40, 7] = 0
+    basis = data.mel_basis()
+    target = torch.where(mel > 0, 10 ** (5 * mel - 4), 0.0)
+    weight = basis.sum(0).clamp_min(1e-9)[:, None]
+    whole = basis.T @ (target / basis.sum(1)[:, None]) / weight
+    for _ in range(32):
+        whole = whole * (basis.T @ (target / (basis @ whole + 1e-12))) / weight
+    ours = data.mel_to_magnitude(mel)
+    assert ours.shape == whole.shape == (2, 513, 300)
+    assert relative(ours, whole) < 1e-5
+
+
+class Allocations(TorchDispatchMode):
+    """How many new tensors there were of at least `least` bytes."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.count = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for t in tree_leaves(out):
+            if torch.is_tensor(t) and t.untyped_storage().nbytes() >= self.least and t.untyped_storage().data_ptr() not in known:
+                self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("vocoder, shape", [(data.griffin_lim, (1, 513, 1024)), (data.mel_to_magnitude, (1, 128, 1024))])
+def test_an_iteration_allocates_no_whole_spectrum(vocoder, shape):
+    """Fresh memory of that size, and passes over it, took most of the vocoder's time."""
+    counts = []
+    for iterations in (1, 5):
+        with Allocations(least=513 * 1024 * 4) as allocations:
+            vocoder(torch.rand(shape), iterations)
+        counts.append(allocations.count)
+    assert counts[0] == counts[1]
 
 
 # ---- prepared sets -------------------------------------------------------------------------------------------------

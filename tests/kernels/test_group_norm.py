@@ -170,6 +170,21 @@ def test_a_kernel_that_fails_leaves_it_to_torch(part, monkeypatch):
         assert torch.allclose(own, their, atol=1e-6)
 
 
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_full_memory_is_no_failure_of_the_kernel(part, monkeypatch):
+    """The error reaches the caller, who can free memory and call again; the kernels stay on."""
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernels.choose("auto")
+    monkeypatch.setattr(group_norm, part, full)
+    x, weight, bias, upstream = (draw(name, shape, torch.float32) for name, shape in (
+        ("x", (2, 8, 5)), ("weight", (8,)), ("bias", (8,)), ("upstream", (2, 8, 5))))
+    with pytest.raises(torch.OutOfMemoryError):
+        results(group_norm.group_norm, x, weight, bias, None, None, 2, True, upstream)
+    assert kernels.mode == "auto"
+
+
 @pytest.mark.parametrize("mode, dtype, shape", [
     ("triton", torch.float64, (1, 8, 4)), ("torch", torch.float32, (1, 8, 4)),
     ("triton", torch.float32, (3, 8)), ("triton", torch.float32, (0, 8, 4))])
