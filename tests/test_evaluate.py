@@ -13,6 +13,7 @@ import torch
 
 import data
 import evaluate
+import sample
 import foley
 import judge
 from vae import AutoencoderKL
@@ -248,12 +249,16 @@ def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
         asked.append((video.name, seed))
         used.append(settings)
         return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
-    monkeypatch.setattr(evaluate, "load_models", lambda weights, device: "models")
+    monkeypatch.setattr(evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny"))
     monkeypatch.setattr(evaluate, "generate", generate)
     flags = ["--data", str(foley_set), "--out", str(tmp_path), "--clips", "3", "--seed", "5", "--keep"]
     evaluate.main([*flags, "--judges", str(tmp_path)])
     assert asked == [("00000.mp4", 5), ("00001.mp4", 6), ("00002.mp4", 7)]
     assert sorted(p.name for p in tmp_path.glob("*.wav")) == [f"0000{k}.foley.wav" for k in range(3)]
+    written = tmp_path / "00000.foley.wav"                          # marked and tagged; the table is of the sound without the mark
+    assert data.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5") and used[0]["mark"] is False
+    marked = sample.marked(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
+    assert (data.read_audio(written) - marked).abs().max() < 1e-4
     assert json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9
     asked.clear()
     evaluate.main(["--data", str(foley_set), "--out", str(tmp_path), "--clips", "2", "--ablate", "guidance", "--judges", str(tmp_path)])
