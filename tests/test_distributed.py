@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import cavp
 import tiny
 import training
+from bounds import PATIENCE
 
 HERE = Path(__file__).resolve().parent
 # what each process of a job does: all four trainings, two steps each, keeping the first step's gradients, loss terms and average
@@ -66,7 +67,7 @@ def jobs(tmp_path_factory):
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     running = [start(one, ports, 2), *(start(two, ports, 2, RANK=str(r), LOCAL_RANK=str(r), **meet) for r in (0, 1))]
     for job in running:
-        text, _ = job.communicate(timeout=200)
+        text, _ = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, text[-3000:]
     return one, two
 
@@ -191,11 +192,11 @@ def torchrun(stage, out, *extra, code=None):
 
 def test_sigterm_stops_all_processes_after_the_same_step(tmp_path):
     job = torchrun("vae", tmp_path / "run")
-    seen, limit = b"", time.monotonic() + 100
+    seen, limit = b"", time.monotonic() + PATIENCE
     while not re.search(rb" ([3-9]|\d\d+)/1000", seen) and time.monotonic() < limit:
         seen += os.read(job.stderr.fileno(), 4096)
     job.send_signal(signal.SIGTERM)
-    _, rest = job.communicate(timeout=60)
+    _, rest = job.communicate(timeout=PATIENCE)
     stopped = re.findall(rb"stopped after step (\d+)", rest)
     assert len(stopped) == 1, rest
     state = torch.load(tmp_path / "run" / "last.state.pt", weights_only=True)
@@ -213,7 +214,7 @@ def gone(self, index):
 tiny.Sounds.__getitem__ = gone
 """
     job = torchrun("vae", tmp_path / "run", code=vanish)
-    _, text = job.communicate(timeout=100)
+    _, text = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     assert text.count(b"vae.py: ") == 1 and b"vae.py: set/shard-00001.bin: missing; prepare the set again" in text
     assert b"training.py" not in text                           # no traceback of ours; torchrun adds its own account
@@ -221,5 +222,5 @@ tiny.Sounds.__getitem__ = gone
 
 def test_a_batch_that_cannot_be_shared_is_one_line(tmp_path):
     job = torchrun("vae", tmp_path / "run", "--batch", "5")
-    _, text = job.communicate(timeout=100)
+    _, text = job.communicate(timeout=PATIENCE)
     assert text.count(b"vae.py: ") == 1 and b"--batch 5" in text and not (tmp_path / "run").exists()

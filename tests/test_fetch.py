@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 import fetch
+from bounds import PATIENCE
 from fetch import FetchError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,12 +77,12 @@ class Server:
                 try:
                     for at in range(0, len(body), 8192):
                         if how.get("hold") and at >= len(body) // 2:
-                            how["hold"].wait(10)
+                            how["hold"].wait(PATIENCE)
                         self.wfile.write(body[at:at + 8192])
                         server.served += len(body[at:at + 8192])
                         time.sleep(how.get("pause", 0))
                     if "stall" in how:
-                        server.released.wait(10)
+                        server.released.wait(PATIENCE)
                 except OSError:                             # the client has gone
                     pass
 
@@ -251,7 +252,9 @@ def test_resumes_where_the_connection_dropped(server, tmp_path, published):
 
 
 def test_resumes_after_silence(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    """The first connection falls silent and is given up; the second has all the time that a busy machine takes."""
+    monkeypatch.setattr(fetch, "TIMEOUT", 2.0)
+    sleep_by(monkeypatch, lambda _: monkeypatch.setattr(fetch, "TIMEOUT", PATIENCE))
     server.script = {0: {"stall": HALF}}
     assert get(server, tmp_path).read_bytes() == BODY
     assert ranges(server) == [None, f"bytes={HALF}-"]       # not a byte of what came before the silence is lost
@@ -593,8 +596,8 @@ def start(server, folder, stderr=subprocess.PIPE):
                             stderr=stderr, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def wait_for(what, seconds=10):
-    end = time.monotonic() + seconds
+def wait_for(what):
+    end = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
@@ -602,13 +605,13 @@ def wait_for(what, seconds=10):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted(server, tmp_path, sent):
-    server.script = {0: {"pause": 0.02}}
+    server.script = {0: {"stall": HALF}}                    # so that it cannot be done before it is stopped
     part, final = tmp_path / f"{NAME}.part", tmp_path / NAME
     with start(server, tmp_path) as process:
         wait_for(lambda: part.exists() and part.stat().st_size > 50_000)
         assert not final.exists()
         process.send_signal(sent)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=PATIENCE)
     assert out == "" and left(tmp_path) == HALFWAY
     if sent == signal.SIGINT:
         assert process.returncode == 130 and err == "fetch.py: stopped; the same command goes on from here\n"
@@ -628,7 +631,7 @@ def test_two_at_once(server, tmp_path):
             assert "waiting for another process" in second.stderr.readline()
             assert not (tmp_path / NAME).exists()
             hold.set()
-            assert second.wait(10) == 0 and first.wait(10) == 0
+            assert second.wait(PATIENCE) == 0 and first.wait(PATIENCE) == 0
             assert first.stdout.read() == second.stdout.read() == f"{SUM}  {tmp_path / NAME}\n"
     assert (tmp_path / NAME).read_bytes() == BODY and len(server.requests) == 1 and left(tmp_path) == DONE
 
@@ -641,6 +644,6 @@ def test_second_goes_on_where_the_first_was_killed(server, tmp_path):
         with start(server, tmp_path) as second:
             assert "waiting for another process" in second.stderr.readline()
             first.kill()
-            assert second.wait(10) == 0
-            assert second.stdout.read() and first.wait(10) != 0
+            assert second.wait(PATIENCE) == 0
+            assert second.stdout.read() and first.wait(PATIENCE) != 0
     assert (tmp_path / NAME).read_bytes() == BODY and left(tmp_path) == DONE

@@ -14,6 +14,7 @@ import torch
 
 import data
 import foley
+from bounds import PATIENCE
 
 SMALL = dict(size=64, fps=15.625, duration=4.096)
 ROOT = Path(foley.__file__).parent
@@ -100,11 +101,11 @@ def test_interrupt_leaves_whole_clips_only(tmp_path):
     command = [sys.executable, "foley.py", str(tmp_path), "--clips", "500", "--size", "64", "--duration", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(
         signal.SIGINT, signal.default_int_handler), env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 90
-    while not list(tmp_path.glob("*.mp4")) and time.time() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while not list(tmp_path.glob("*.mp4")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in errors
     made = sorted(tmp_path.glob("*.mp4"))
     assert 0 < len(made) < 500 and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import data
 import tiny
 import training
+from bounds import PATIENCE
 
 HERE = Path(__file__).resolve().parent
 STEPS = 6                                                       # a checkpoint after 2, 4 and 6
@@ -153,7 +154,7 @@ def in_a_process(stage, args, before):
     """A run in a process of its own, in which the code `before` ran first."""
     code = (f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
             f"training.draw = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])")
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def killed(stage, out, moment):

