@@ -31,11 +31,12 @@ def test_a_plain_reading_gives_the_networks_own_numbers(kind):
     ours, method = network(kind)
     for p in ours.parameters():
         torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)           # some begin as zero: nothing must hide
-    ours.eval()
+    ours.eval().double()                                        # in float32, weights like these can carry rounding to 3e-4 of the result
     theirs = plainly(copy.deepcopy(ours))
+    inputs = [x.double() if x.dim() > 1 else x for x in INPUTS[kind.split()[0]]]
     with torch.no_grad():
-        y, z = (getattr(model, method)(*INPUTS[kind.split()[0]]) for model in (ours, theirs))
-    assert y.std() > 1e-3 and (y - z).abs().max() < 1e-4 * y.abs().max()
+        y, z = (getattr(model, method)(*inputs) for model in (ours, theirs))
+    assert y.std() > 1e-3 and (y - z).abs().max() < 1e-8 * y.abs().max()
 
 
 @pytest.mark.parametrize("form", ["mini", "published"])
