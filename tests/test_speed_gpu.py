@@ -1,4 +1,10 @@
 """The GPU's yardstick without a GPU: every way to run a step gives the same numbers, and compiles to a graph without copies from the CPU."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,3 +89,25 @@ def test_a_compiled_step_holds_no_tensor_of_the_cpu():
         unet(*(torch.empty(*shape, device="meta") for shape in ((2, 4, 16, 64), (2,), (2, 32, 16))))
     ldm.embedding_frequencies.cache_clear()
     assert devices == {"meta"}
+
+
+def test_one_change_at_a_time_without_a_gpu(tmp_path):
+    """tools/gpu/step.py on small networks: every change leaves the numbers as they are, and the profiler's table has both networks' operations."""
+    command = [sys.executable, "tools/gpu/step.py", "--out", tmp_path, "--clips", "1", "--only", "ours", "all of these", "one stream"]
+    done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent, env={**os.environ, "DRY": "1"}, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert done.returncode == 0 and len(rows) == 5 and all(row["differs"] < 1e-4 for row in rows), done.stdout
+    assert "convolution" in (tmp_path / "profile.txt").read_text()
+
+
+def test_the_sweep_starts_with_what_is_shipped(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools" / "gpu"))
+    import sweep
+    first = {}
+    for name, variant, put, call in sweep.cases(1, "cpu"):
+        put()
+        first.setdefault(name, variant)
+        sweep.restore()
+    assert len(first) == len(sweep.GN_SITES) + len(sweep.ATTENTION) and sweep.group_norm.plan is sweep.GN_PLAN
+    shipped = {str(tuple(config)) for table in sweep.TABLE.values() for config in table}
+    assert all(variant == "shipped" or variant in shipped for variant in first.values())
