@@ -16,6 +16,7 @@ latent columns it belongs to in time (`aligned`), because its short training can
 import argparse
 import functools
 import itertools
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -97,8 +98,9 @@ RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1
 
 @functools.cache
 def embedding_frequencies(half, device):
-    powers = torch.arange(half, dtype=torch.float32, device="cpu") / half
-    return torch.exp(-torch.log(torch.tensor(10000.0, device="cpu")) * powers).to(device)
+    """Made where it is used: torch.compile sees past the cache, and a copy from the CPU would split what it can record as a CUDA graph."""
+    powers = torch.arange(half, dtype=torch.float32, device=device) / half
+    return torch.exp(-math.log(10000) * powers)
 
 
 def timestep_embedding(t, dim):

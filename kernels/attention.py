@@ -17,16 +17,14 @@ guidance. No atomics: the same twice. Sums, scores and lse are float32; products
 float32 they are exact ("ieee", no TF32). A head of 40 is computed as 64 columns, 80 as 64 + 16, 160 as 128 + 32.
 
 Where the kernels do not run (`kernels.active`), or fail, `attention_ref` does. Blocks are chosen from registers and
-shared memory as `kernels.gate` compiles them; not yet timed on a GPU.
+shared memory as `kernels.gate` compiles them; docs/performance.md has what an H100 says of them.
 """
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import kernels
-from kernels.benchmark import WAYS, begin, compiled, finish
+from kernels.benchmark import Site, run
 
 # Kernel -> block of queries, block of keys, warps, stages, for heads computed as up to 64, 96, 160 and 256 columns.
 # 128 x 64 reads keys half as often as 64 x 64, and 1024 queries fill 132 SMs even so. Wide heads and the two sums of
@@ -361,27 +359,14 @@ def shipped():
     return list(calls.values())
 
 
-def main(argv=None):
-    out, about, milliseconds = begin("kernels.attention", __doc__, argv)
-    print("bfloat16, 8 heads; ms, and TFLOP/s of ours\n" + " " * 30 + f"{'forward':>30}{'':9}{'forward + backward':>30}")
-    print(" " * 30 + f"{'eager':>10}{'compiled':>10}{'ours':>10}{'TFLOP/s':>9}" * 2)
-    rows = []
-    for (heads, d, n, tokens), cross, b in itertools.product(UNET, (False, True), (2, 16, 128)):
-        m = tokens if cross else n
-        leaves = inputs(b, heads, d, n, tokens if cross else None, torch.bfloat16, "cuda")
-        leaves = [x.normal_().requires_grad_() for x in leaves]
-        do, row = torch.randn_like(leaves[0]), dict(name=f"b{b} {n}x{m} of {d}", b=b, d=d, n=n, m=m)
-        for way, f in zip(WAYS, (attention_ref, compiled(attention_ref), attention)):
-            with torch.no_grad():
-                row[way] = milliseconds(lambda: f(*leaves))
-            row[way + "_both"] = milliseconds(lambda: torch.autograd.grad(f(*leaves), leaves, do))
-        work = 4 * b * heads * n * m * d / 1e9                  # of the two products; backward has five
-        row |= dict(tflops=work / row["ours"], tflops_both=3.5 * work / row["ours_both"])
-        cells = ("".join(f"{row[way + e]:>10.4f}" for way in WAYS) + f"{row['tflops' + e]:>9.1f}" for e in ("", "_both"))
-        print(row["name"].ljust(30) + "".join(cells), flush=True)
-        rows.append(row)
-    finish(out, about, rows)
+def timed(b, device="cuda"):
+    """Self- and cross-attention of the published U-Net; of the latter, keys and values stay in cache."""
+    for heads, d, n, tokens in UNET:
+        for m in (None, tokens):
+            q, k, v = leaves = [x.normal_() for x in inputs(b, heads, d, n, m, torch.bfloat16, device)]
+            name = f"{'cross' if m else 'self'}-attention {n}x{m or n} of {d}"
+            yield Site(name, attention, attention_ref, (q, k, v), (4 if m else 8) * q.numel(), 4 * q.numel() * (m or n), leaves, 3.5)
 
 
 if __name__ == "__main__":
-    main()
+    run("kernels.attention", __doc__, timed)

@@ -1,60 +1,142 @@
-"""What the kernels' benchmarks share: what the device could do at most, and the table as JSON and as a picture.
+"""What the kernels' benchmarks share: each kernel beside torch's own and torch.compile's, timed inside CUDA graphs, as they run in sampling.
 
-    python -m kernels.attention | kernels.group_norm | kernels.transformer --out NAME       NAME.json and NAME.png, on a GPU
+    python -m kernels.attention | kernels.group_norm | kernels.transformer [--out NAME]       on a GPU; NAME.jsonl and NAME.png
+
+in   sites(batch): the places of the networks at which a kernel is timed
+out  microseconds a call; a row is printed, and a line of NAME.jsonl, as soon as it is known
+
+Called one by one, Python's 30 to 130 us before a launch would be what is timed: at small batches the kernels take 3 to 10.
 """
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 import torch
 
 import kernels
 
-WAYS = "eager", "compiled", "ours"
+
+class Site(NamedTuple):
+    name: str
+    ours: Callable
+    reference: Callable
+    args: tuple
+    nbytes: int                     # that have to pass through memory, forward
+    flops: int = 0                  # of matrix products, forward
+    leaves: Any = ()                # inputs whose gradients are wanted; () where there is no backward pass
+    backward: float = 1.0           # work forward and backward, in forward's
 
 
-def begin(module, description, argv):
-    """-> the path to write to or None; what the device is and reaches, measured; a function's milliseconds, median of many calls."""
+def graph_us(function, calls=20, replays=10):
+    """Microseconds of a call: a CUDA graph of so many calls, the median of its replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                               # what is compiled or chosen on a first call is, here
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    torch.cuda.synchronize()
+    taken = []
+    for _ in range(replays):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        taken.append(before.elapsed_time(after))
+    return 1e3 * sorted(taken)[replays // 2] / calls
+
+
+def reached():
+    """GB/s of a copy of 1 GiB and TFLOP/s of a large product in bfloat16: what this device does at best, to compare rows with."""
+    block, a = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda"), torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return round(2 * block.numel() / 1e3 / graph_us(block.clone, 2)), round(2 * 8192 ** 3 / 1e6 / graph_us(lambda: a @ a, 2))
+
+
+def microseconds(function, site, backward):
+    if not backward:
+        with torch.no_grad():
+            return graph_us(lambda: function(*site.args))
+    leaves = [x.requires_grad_() for x in site.leaves]
+    dy = torch.ones_like(function(*site.args))
+    return graph_us(lambda: torch.autograd.grad(function(*site.args), leaves, dy))
+
+
+def compiled(reference, mode):
+    torch.compiler.reset()
+    return torch.compile(reference, mode=mode, dynamic=False)
+
+
+def measure(sites, batches, backward, mode):
+    """Rows as they become known: ours and eager of all sites first, then `compiled`, for which each site takes seconds to minutes."""
+    for way in ("ours", "compiled") if mode else ("ours",):
+        for b in batches:
+            for site in sites(b):
+                if backward and not len(site.leaves):
+                    continue
+                row = dict(name=site.name, b=b, backward=backward)
+                try:
+                    if way == "compiled":
+                        row["compiled_us"] = microseconds(compiled(site.reference, mode), site, backward)
+                    else:
+                        row["ours_us"], row["eager_us"] = (microseconds(f, site, backward) for f in (site.ours, site.reference))
+                        work = (site.backward if backward else 1) / row["ours_us"]
+                        row |= dict(gb_s=work * site.nbytes / 1e3, tflops=work * site.flops / 1e6)
+                except Exception as error:                      # of Triton's, Inductor's or the driver's; the other rows are worth having
+                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                yield row
+
+
+def draw(about, rows, path):
+    from matplotlib.figure import Figure                        # only where a picture is drawn
+    merged = {}
+    for row in rows:
+        merged.setdefault(f"b{row['b']} {row['name']}", {}).update(row)
+    done = {name: row for name, row in merged.items() if "ours_us" in row}
+    figure = Figure((8, 1.5 + 0.28 * len(done)), layout="constrained")
+    axis = figure.subplots()
+    for k, way in enumerate(("eager", "compiled")):
+        bars = [(i + 0.4 * k - 0.2, row[f"{way}_us"] / row["ours_us"]) for i, row in enumerate(done.values()) if f"{way}_us" in row]
+        axis.barh([y for y, _ in bars], [ratio for _, ratio in bars], 0.4, label=way)
+    axis.axvline(1, color="black")
+    axis.set(title=f"{about['benchmark']}, {about['device']}, bfloat16", xlabel="its time, in ours (right of the line ours is faster)",
+             yticks=range(len(done)), yticklabels=list(done))
+    axis.invert_yaxis()
+    axis.legend()
+    figure.savefig(path)
+
+
+def run(module, description, sites, argv=None):
+    """The command of a kernel's file; sites(batch) gives what to time on the GPU."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.png too")
-    out = p.parse_args(argv).out
+    p.add_argument("--out", type=Path, metavar="NAME", help="write NAME.jsonl and NAME.png too")
+    p.add_argument("--batch", type=int, nargs="+", default=[2, 16, 128], help="twice as many as clips, with classifier-free guidance")
+    p.add_argument("--backward", action="store_true", help="time forward and backward pass together, where there is one")
+    p.add_argument("--mode", default="max-autotune-no-cudagraphs", help="torch.compile's; none: leave it out")
+    args = p.parse_args(argv)
     if not torch.cuda.is_available() or kernels.triton is None:
         sys.exit(f"{module}: there is nothing to time without an NVIDIA GPU and Triton")
     kernels.choose("triton")
-
-    def milliseconds(function):
-        return kernels.triton.testing.do_bench(function, return_mode="median")
-
-    block, a = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda"), torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    copy_gb_s, matmul_tflops = reached()
     about = dict(benchmark=module, device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__,
-                 copy_gb_s=round(2 * block.numel() / 1e6 / milliseconds(block.clone)),
-                 matmul_tflops=round(2 * 8192 ** 3 / 1e9 / milliseconds(lambda: a @ a)))
-    print(*(f"{k} {v}" for k, v in about.items()), sep="; ")
-    return out, about, milliseconds
-
-
-def compiled(reference):
-    """The reference under torch.compile's most thorough mode; launches are not timed, so without its CUDA graphs."""
-    torch.compiler.reset()
-    return torch.compile(reference, mode="max-autotune-no-cudagraphs", dynamic=False)
-
-
-def finish(out, about, rows):
-    """rows: {"name", then milliseconds `eager`, `compiled`, `ours`, and with `_both` appended those with the backward pass, more}."""
-    if out is None:
-        return
-    out.with_suffix(".json").write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
-    from matplotlib.figure import Figure                        # only where a picture is drawn
-    ends = [end for end in ("", "_both") if f"ours{end}" in rows[0]]
-    figure = Figure((5 * len(ends) + 3, 1.5 + 0.28 * len(rows)), layout="constrained")
-    for axis, end in zip(figure.subplots(1, len(ends), sharey=True, squeeze=False)[0], ends):
-        for k, way in enumerate(WAYS[:2]):
-            axis.barh([i + 0.4 * k - 0.2 for i in range(len(rows))], [row[way + end] / row["ours" + end] for row in rows], 0.4, label=way)
-        axis.axvline(1, color="black")
-        axis.set(title="with the backward pass" if end else "forward", xlabel="its time, in ours (right of the line ours is faster)",
-                 yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
-        axis.invert_yaxis()
-    figure.axes[0].legend()
-    figure.suptitle(f"{about['benchmark']}, {about['device']}, bfloat16")
-    figure.savefig(out.with_suffix(".png"))
+                 date=time.strftime("%Y-%m-%d"), mode=args.mode, copy_gb_s=copy_gb_s, matmul_tflops=matmul_tflops)
+    print(*(f"{k} {v}" for k, v in about.items()), sep="; ", flush=True)
+    rows = []
+    for row in measure(sites, args.batch, args.backward, None if args.mode == "none" else args.mode):
+        rows.append(row)
+        cells = "".join(f"  {k} {v:9.2f}" if isinstance(v, float) else f"  {v}" for k, v in row.items() if k not in ("name", "b", "backward"))
+        print(f"b{row['b']:<4d}{row['name']:34}{cells}", flush=True)
+        if args.out:
+            with args.out.with_suffix(".jsonl").open("a" if len(rows) > 1 else "w") as lines:
+                print(json.dumps(about | row), file=lines)
+    if args.out:
+        draw(about, rows, args.out.with_suffix(".png"))

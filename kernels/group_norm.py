@@ -21,14 +21,14 @@ Reading the skip in place saves a read and a write of every channel only where n
 residual block's 1x1 convolution must then be split in two. Otherwise, concatenate and give that as x.
 
 Where the kernels do not run (`kernels.active`) or fail, `group_norm_ref` does. Sizes are reasoned from registers and
-memory sectors and compiled by `kernels.gate`; no GPU has timed them yet.
+memory sectors and compiled by `kernels.gate`; docs/performance.md has what an H100 says of them.
 """
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import kernels
-from kernels.benchmark import WAYS, begin, compiled, finish
+from kernels.benchmark import Site, run
 
 HELD = 32768        # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
 TWICE = 131072      # values that one program of the backward pass reads twice; more take two launches
@@ -386,27 +386,21 @@ def shipped():
     return calls.values()
 
 
-def main(argv=None):
-    out, about, milliseconds = begin("kernels.group_norm", __doc__, argv)
-    print("GroupNorm + SiLU, bfloat16, channels last; ms, and GB/s of ours")
-    print(f"{'':30}{'eager':>12}{'compiled':>12}{'ours':>12}{'GB/s':>12}  ... with the backward pass, likewise")
-    rows = []
-    for name, b, c, h, w in ((name, b, c, *m) for name, batches, maps in SITES for m, norms in maps.items()
-                             for c, s in norms if not s for b in batches):
-        given = _inputs(b, c, 0, h, w, "cuda")
-        leaves = [given[k].normal_().requires_grad_() for k in ("x", "weight", "bias")]
-        dy, row = torch.randn_like(leaves[0]), dict(name=f"{name} b{b} {c}@{h}x{w}", b=b, channels=c, map=(h, w))
-        ways = list(zip(WAYS, (group_norm_ref, compiled(group_norm_ref), group_norm)))
-        for end, passes in (("", 2), ("_both", 5)):                             # over a map: x, y; with x, dy, dx
-            for way, f in ways:
-                run = (lambda: torch.autograd.grad(f(**given), leaves, dy)) if end else (lambda: f(**given))
-                with torch.set_grad_enabled(bool(end)):
-                    row[way + end] = milliseconds(run)
-            row["gb_s" + end] = passes * dy.nbytes / 1e6 / row["ours" + end]
-        rows.append(row)
-        print(row["name"].ljust(30) + "".join(f"{v:12.4g}" for v in row.values() if isinstance(v, float)), flush=True)
-    finish(out, about, rows)
+# height, width, channels, of which the skip's: the published U-Net's largest and commonest at each level, and a map of the decoder
+TIMED = ((16, 64, 320, 0), (16, 64, 640, 320), (16, 64, 960, 320), (8, 32, 640, 0), (8, 32, 1280, 640), (4, 16, 1280, 0),
+         (4, 16, 2560, 1280), (2, 8, 1280, 0), (2, 8, 2560, 1280), (128, 512, 128, 0))
+
+
+def timed(b, device="cuda"):
+    """With SiLU; with the time embedding where the U-Net's have one."""
+    for h, w, c, s in TIMED:
+        if b * h * w * c >= 2 ** 31:
+            continue                                                            # no sampling decodes as many clips at once
+        given = _inputs(b, c, s, h, w, device, add=not s and h <= 16)
+        args = tuple(given[k] if k in given else 1e-5 for k in ("x", "weight", "bias", "groups", "eps", "silu", "add", "skip"))
+        leaves = [t.normal_() for t in args if torch.is_tensor(t)]
+        yield Site(f"group norm {c}@{h}x{w}" + f" skip {s}" * (s > 0), group_norm, group_norm_ref, args, 4 * b * c * h * w, 0, leaves, 2.5)
 
 
 if __name__ == "__main__":
-    main()
+    run("kernels.group_norm", __doc__, timed)

@@ -14,16 +14,16 @@ the mean comes first and the squares about it after. Statistics and all arithmet
 
 The plain-torch references run where an input requires grad while gradients are recorded, where the kernels do not run
 (`kernels.active`) or fail, for more than 4096 channels, and where y has not the shape and dtype of x. The launch sizes
-are reasoned from registers and load widths and compiled by `kernels.gate`; no GPU has timed them yet.
+are reasoned from registers and load widths and compiled by `kernels.gate`; docs/performance.md has what an H100 says
+of them.
 """
-import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels.benchmark import WAYS, begin, compiled, finish
+from kernels.benchmark import Site, run
 
 # channels up to: rows and warps of a program. A thread has 16 values of a row or fewer, two 16-byte loads in bfloat16;
 # short rows are one warp's, which sums without barriers, and several are a program's, so that there are fewer to start
@@ -175,22 +175,14 @@ def shipped():
                        constexprs=constants, num_warps=warps, num_stages=1, wide=True)
 
 
-def main(argv=None):
-    out, about, milliseconds = begin("kernels.transformer", __doc__, argv)
-    print(f"bfloat16; ms, and GB/s of ours\n{'':34}{'eager':>10}{'compiled':>10}{'ours':>10}{'GB/s':>9}")
-    rows, passes = [], dict(add_layer_norm=4, layer_norm=2, geglu=1.5)      # over memory of the first input's size
-    for (n, c), b, name in itertools.product(SITES, (2, 16, 128), passes):
-        given = [t if t is None else t.normal_() for t in inputs(b, n, c, "cuda")[name]]
-        ours, ref = (geglu, geglu_ref) if name == "geglu" else (add_layer_norm, add_layer_norm_ref)
-        row = dict(name=f"{name} b{b} {n}x{4 * c if name == 'geglu' else c}", b=b, tokens=n)
-        with torch.no_grad():
-            for way, f in zip(WAYS, (ref, compiled(ref), ours)):
-                row[way] = milliseconds(lambda: f(*given))
-        row["gb_s"] = passes[name] * given[0].nbytes / row["ours"] / 1e6
-        rows.append(row)
-        print(row["name"].ljust(34) + "".join(f"{row[way]:>10.4f}" for way in WAYS) + f"{row['gb_s']:>9.0f}", flush=True)
-    finish(out, about, rows)
+def timed(b, device="cuda"):
+    for n, c in SITES:
+        passes = dict(add_layer_norm=4, layer_norm=2, geglu=1.5)               # over memory of the first input's size
+        for name, given in inputs(b, n, c, device).items():
+            args = tuple(t if t is None else t.normal_() for t in given)
+            width, pair = (4 * c, (geglu, geglu_ref)) if name == "geglu" else (c, (add_layer_norm, add_layer_norm_ref))
+            yield Site(f"{name} {n}x{width}", *pair, args, int(passes[name] * args[0].nbytes))
 
 
 if __name__ == "__main__":
-    main()
+    run("kernels.transformer", __doc__, timed)

@@ -50,8 +50,14 @@ class Unprepared(ldm.Prepared):
         return self["context"]
 
 
+def prepare(self, context, times=None):
+    """What our networks compute once a clip is left to every call; here as well if a caller, as the classifier does, asks for it by name."""
+    return Unprepared(context=context)
+
+
 def down(self, x, t, context):
-    context, shifts, h, skips = Unprepared(context=context), self.shifts(t), x, []
+    context = context if isinstance(context, Unprepared) else self.prepare(context)
+    shifts, h, skips = self.shifts(t), x, []
     for i, block in enumerate(self.input_blocks):
         h = block(h, shifts, context)
         if i == 0 and self.config.aligned:
@@ -75,5 +81,5 @@ def plainly(model):
         if type(module) in FORWARD:
             module.forward = MethodType(FORWARD[type(module)], module)
         if isinstance(module, ldm.Backbone):
-            module.down = MethodType(down, module)
+            module.down, module.prepare = MethodType(down, module), MethodType(prepare, module)
     return model.to(memory_format=torch.contiguous_format)

@@ -3,7 +3,6 @@
 Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the interpreting one runs.
 """
 import collections
-import json
 import os
 import subprocess
 import sys
@@ -187,11 +186,33 @@ def test_nothing_is_packed_where_torch_is_chosen(fresh):
     assert not any(p.is_mkldnn for p in unet.parameters())
 
 
-def test_a_benchmark_writes_its_table_and_a_picture(tmp_path):
-    rows = [dict(name=f"row {k}", **{way + end: 0.1 * (k + 1) for way in benchmark.WAYS for end in ("", "_both")}) for k in range(3)]
-    benchmark.finish(tmp_path / "out", {"benchmark": "b", "device": "d"}, rows)
-    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("module", [attention, group_norm, transformer])
+def test_a_benchmark_times_ours_before_anything_is_compiled(module, backward, tmp_path, monkeypatch):
+    """All of it but the clock, which is a GPU's: the calls and their gradients run, compiled rows come last, one that fails costs no other."""
+    for name, small in (("UNET", ((2, 8, 16, 4),)), ("TIMED", ((4, 4, 64, 0), (4, 4, 64, 32))), ("SITES", ((16, 32),))):
+        if hasattr(module, name) and (name != "SITES" or module is transformer):
+            monkeypatch.setattr(module, name, small)
+    monkeypatch.setattr(benchmark, "graph_us", lambda function, calls=20: (function(), 2.0)[1])
+    monkeypatch.setattr(benchmark, "compiled", lambda reference, mode: reference if reference is not transformer.geglu_ref else None)
+    rows = list(benchmark.measure(lambda b: module.timed(b, "cpu"), [1, 2], backward, "mode"))
+    done = [row for row in rows if "ours_us" in row]
+    assert rows[:len(done)] == done and all(row["gb_s"] > 0 for row in done)
+    assert len(done) == {attention: 4, group_norm: 4, transformer: 0 if backward else 6}[module] and len(rows) == 2 * len(done)
+    assert sum("error" in row for row in rows) == (2 if done and module is transformer else 0)
+    benchmark.draw({"benchmark": "b", "device": "d"}, rows, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["attention", "group_norm", "transformer"])
+def test_times_need_a_gpu(name):
+    done = subprocess.run([sys.executable, "-m", f"kernels.{name}"], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 1 and "without an NVIDIA GPU" in done.stderr
+
+
+def test_flops_and_bytes_are_those_of_the_problem():
+    site = next(iter(attention.timed(2, "cpu")))                # 2 batches, 8 heads, 1024 queries of 40
+    assert site.flops == 4 * 2 * 8 * 1024 * 1024 * 40 and site.nbytes == 4 * 2 * 1024 * 8 * 40 * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

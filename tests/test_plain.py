@@ -51,3 +51,18 @@ def test_a_plain_reading_gives_the_networks_own_numbers(kind):
         y, z = (getattr(model, method)(*given) for model in (ours, theirs))
     assert y.dtype == z.dtype == torch.float64
     assert y.std() > 1e-3 and (y - z).abs().max() < 1e-9 * y.abs().max()
+
+
+@pytest.mark.parametrize("form", ["mini", "published"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_plain_classifier_has_the_same_gradient(form, prepared):
+    """Of raw features, as `guided_eps` gives it where nothing can be prepared, and of prepared ones."""
+    torch.manual_seed(0)
+    unet = tiny.UNET if form == "mini" else replace(tiny.UNET, aligned=0)
+    ours = ldm.Alignment(ldm.AlignmentConfig(**tiny.TIME, unet=unet)).requires_grad_(False)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+    theirs = plainly(copy.deepcopy(ours))
+    x, t, features = torch.randn(2, 4, 16, 64), torch.tensor([500.0, 3.0]), torch.randn(2, 128, tiny.TIME["feature_dim"])
+    y, z = (model.grad_log_prob(x, t, model.prepare(features) if prepared else features) for model in (ours, theirs))
+    assert y.abs().max() > 1e-6 and (y - z).abs().max() < 1e-4 * y.abs().max()

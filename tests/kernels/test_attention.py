@@ -240,9 +240,3 @@ def test_shipped_launches_are_whole_and_different():
     for launch in launches:
         assert set(launch["args"]) | set(launch["constexprs"]) == set(launch["fn"].arg_names)
         assert launch["constexprs"]["UNIT"] == 8
-
-
-def test_times_need_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="without an NVIDIA GPU"):
-        file.main([])
