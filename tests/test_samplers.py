@@ -240,7 +240,7 @@ def test_a_time_may_be_a_number(small):
 
 @pytest.mark.parametrize("frames", [127, 126, 64, 130])
 def test_a_condition_of_another_length_is_said(small, frames):
-    unet, x, t, context = small
+    unet, x, t, _ = small
     align = ldm.Alignment(ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL))
     wrong, features = rule.normal("wrong", 2, frames, 8), rule.normal("f", 2, frames, 16)
     calls = [lambda: unet(x, t, wrong), lambda: unet(x, t, unet.prepare(wrong)), lambda: align(x, t, features),
