@@ -87,6 +87,7 @@ class Replayed:
 
     def __init__(self, function):
         self.function, self.graph = function, None
+        self.times = getattr(function, "times", None)           # all that it may be asked for, if it says so
 
     def record(self, x, t):
         self.x, self.t = x.clone(), t.clone()
@@ -146,7 +147,21 @@ def guided_eps(unet, context, null_context, cfg, classifier=None, features=None,
             eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient()
         return eps
 
+    if times is not None and isinstance(context, dict):         # prepared for these alone
+        eps_fn.times = times
     return eps_fn
+
+
+def check_times(eps_fn, times):
+    """Before the first step of a sampler: is eps_fn prepared for all its times? On the CPU, where they come from, so that no step on
+    a GPU waits for the answer."""
+    prepared = getattr(eps_fn, "times", None)
+    if prepared is None:
+        return
+    missing = sorted(set(torch.as_tensor(times).float().tolist()) - set(prepared.float().tolist()))
+    if missing:
+        raise ValueError(f"{len(missing)} of the sampler's {len(times)} times, the first {missing[0]:g}, are not among the {len(prepared)} "
+                         "that eps was prepared for; give guided_eps the times of this sampler and its steps, or none")
 
 
 def dpm_table(steps):
@@ -167,7 +182,9 @@ def dpm_table(steps):
 def dpm_solver(eps_fn, x, steps, callback=None):
     """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2): `steps` calls of eps_fn.
     The end point, time 0.001, is not evaluated, and the result still carries the published sigma of 0.0292 there."""
-    times, rows = (v.to(x.device) for v in dpm_table(steps))
+    times, rows = dpm_table(steps)
+    check_times(eps_fn, times)
+    times, rows = times.to(x.device), rows.to(x.device)
     previous = torch.zeros_like(x)                              # the first step gives it no weight
     for i in range(steps):
         x, previous = multistep(x, eps_fn(x, times[i].expand(len(x))), previous, rows[i])
@@ -191,6 +208,7 @@ def ddim_step(x, eps, t, t_next):
 def ddim(eps_fn, x, steps, callback=None, times=None):
     """Deterministic DDIM, `steps` calls of eps_fn; `times` (rising integers) replaces the default ones."""
     times = list(reversed(times or ddim_times(steps)))
+    check_times(eps_fn, times)
     for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
         x = ddim_step(x, eps_fn(x, torch.full((len(x),), float(t), device=x.device)), t, t_next)
         if callback:
@@ -202,6 +220,7 @@ def plms(eps_fn, x, steps, callback=None, times=None):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's times, steps + 1 calls of eps_fn (the first step takes two: pseudo
     improved Euler), then Adams-Bashforth of order 2, 3 and 4."""
     times = list(reversed(times or ddim_times(steps)))
+    check_times(eps_fn, times if len(times) > 1 else [*times, 0])              # a single step looks ahead to the end
     history = []
     for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
         eps = eps_fn(x, torch.full((len(x),), float(t), device=x.device))

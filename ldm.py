@@ -309,6 +309,8 @@ class Backbone(nn.Module):
     def prepare(self, context, times=None):
         """(b, f, context_dim) -> keys and values of every cross-attention, and what is added to the latent columns. times (s,): all
         that a sampler will ask for; then no step computes its time embedding, and no other time may be asked for."""
+        if self.config.aligned and context.shape[1] % self.config.aligned:
+            self.check_frames(context.shape[1], LATENT_SHAPE[2])
         context = context.to(self.time_embed[0].weight.dtype)
         known = Prepared((block.attn2, block.attn2.keys_values(context)) for block in self.modules() if isinstance(block, TransformerBlock))
         if self.config.aligned:
@@ -320,10 +322,21 @@ class Backbone(nn.Module):
             known["table"] = torch.cat(list(table.values()), 1)                          # (s, of all blocks)
         return known
 
+    def check_frames(self, frames, columns):
+        wanted = self.config.aligned * columns
+        if frames != wanted:
+            raise ValueError(f"the condition has {frames} frames; {columns} latent columns want {wanted}, {self.config.aligned} each")
+
     def shifts(self, t, known=None):
         """(b,) -> {residual block: (b, c)}: what it adds for the time."""
         if known and "times" in known:
-            row = (known["times"] == t[:, None]).int().argmax(1)
+            times = known["times"]
+            # How many times come before the one asked for: all, where it is not there. On a GPU nothing waits to look at that: there
+            # index_select stops the program, in a recorded graph too; the samplers look before they begin (diffusion.check_times).
+            row = (times != t[:, None]).cumprod(1).sum(1)
+            if t.device.type == "cpu" and len(t) and row.max() == len(times):
+                raise ValueError(f"time {t[row.argmax()]:g}: not among the {len(times)} that this condition was prepared for; "
+                                 "prepare it with all times that the sampler asks for, or with none")
             widths = [block.emb_layers[1].out_features for block in known["blocks"]]
             return dict(zip(known["blocks"], known["table"].index_select(0, row).split(widths, 1)))
         emb = F.silu(self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)))
@@ -338,8 +351,15 @@ class Backbone(nn.Module):
         return self
 
     def down(self, x, t, context):
-        """(b, 4, 16, w), (b,), (b, f, context_dim) or Prepared -> middle map, the skips, what the time adds, Prepared."""
+        """(b, 4, 16, w), (b,) or a number, (b, f, context_dim) or Prepared -> middle map, the skips, what the time adds, Prepared."""
+        t = torch.as_tensor(t, device=x.device)
+        if t.numel() == 1:
+            t = t.reshape(1).expand(len(x))
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"times of shape {tuple(t.shape)} for {len(x)} latents; give one time, or one for each")
         context = context if isinstance(context, Prepared) else self.prepare(context)
+        if self.config.aligned:
+            self.check_frames(self.config.aligned * context[self.aligned].shape[3], x.shape[3])
         shifts = self.shifts(t, context)
         h, skips = x.to(self.time_embed[0].weight.dtype, memory_format=torch.channels_last), []
         for i, block in enumerate(self.input_blocks):
@@ -351,7 +371,8 @@ class Backbone(nn.Module):
 
 
 class UNet(Backbone):
-    """eps(x, t, context): x (b, 4, 16, w), t (b,) in [0, 999] and possibly fractional, context (b, f, context_dim) or `prepare`d."""
+    """eps(x, t, context): x (b, 4, 16, w), t (b,) or one number, in [0, 999] and possibly fractional, context (b, f, context_dim) or
+    `prepare`d."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -405,6 +426,11 @@ class Conditioner(nn.Module):
         nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
+        dim, positions = self.embedder[0].in_features, len(self.pos_emb.weight)
+        if features.ndim != 3 or features.shape[2] != dim:
+            raise ValueError(f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})")
+        if features.shape[1] > positions:
+            raise ValueError(f"features of {features.shape[1]} frames; this network was trained on at most {positions} at a time")
         return self.embedder(features.to(self.pos_emb.weight.dtype)) + self.pos_emb.weight[:features.shape[1]]
 
 

@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import signal
@@ -106,7 +107,10 @@ def parse_arguments(argv=None):
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis")
     g.add_argument("--profile", action="store_true", help="print seconds and peak memory of each stage")
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.steps == 1000 and args.sampler != "dpm":
+        p.error(f"argument --steps: --sampler {args.sampler} takes 999 at most")
+    return args
 
 
 def stop(signum, _frame):
@@ -196,7 +200,7 @@ def join_windows(mels, starts):
 def noise_field(seed, candidate, columns):
     """(4, 16, columns) of noise, the start of a whole clip's diffusion. Windows take slices of it, so what they share
     they start from alike; a longer clip begins with the noise of a shorter one."""
-    generator = torch.Generator().manual_seed((seed << 16) + candidate)
+    generator = torch.Generator().manual_seed((int(seed) << 16) + candidate)
     return torch.randn(columns, *LATENT_SHAPE[:2], generator=generator).permute(1, 2, 0)
 
 
@@ -266,24 +270,42 @@ def find_checkpoint(folder, *patterns):
     return None
 
 
-def load_models(weights="mini", device="cpu", dtype=None):
+def find_device(name):
+    """auto, cpu, cuda or cuda:1, also as a torch.device -> torch.device. auto: a GPU where torch finds one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {quoted(name)}: not one of auto, cpu, cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {quoted(name)}: torch finds no such GPU; give auto or cpu")
+    return device
+
+
+def load_models(weights="mini", device="auto", dtype=None):
     """The networks of `mini`, `official` (fetched once), or a folder with our three files or the published ones; ready to generate,
     no more. dtype None: bfloat16 where that is faster: on a GPU, and for networks of the published size on a CPU that computes in it."""
+    device = find_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype {quoted(dtype)}: not one of torch.float32, torch.bfloat16")
     if weights == "official":
         folder = fetch.official()
     else:
         folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
     if not folder.is_dir():
-        raise MediaError(f"{folder}: no such folder of weights; give --weights a folder that has them")
+        raise MediaError(f"{folder}: no such folder of weights; give mini, official, or a folder that has them")
     cavp, ldm = (find_checkpoint(folder, f"{name}.safetensors", f"{name}*.ckpt") for name in ("cavp", "ldm"))
     align = find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt")
     for name, path in (("cavp", cavp), ("ldm", ldm)):
         if path is None:
-            raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another --weights")
+            raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another folder of weights")
     try:
         if dtype is None:
             width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get("width", UNetConfig.width)
-            fast = device == "cuda" or width >= 128 and computes_bfloat16(device)
+            fast = device.type == "cuda" or width >= 128 and computes_bfloat16(device.type)
             dtype = torch.bfloat16 if fast else torch.float32
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
@@ -459,20 +481,50 @@ def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates
     return Result(wavs[0], wavs, [None] * candidates, 0, mel, [w * WINDOW for w in range(windows)], seconds, profile)
 
 
+def quoted(value):
+    return json.dumps(value) if isinstance(value, str) else str(value)
+
+
+def check_number(name, value, low, high=math.inf, whole=False):
+    """A number within [low, high], also one of numpy's; neither text nor a truth value."""
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value):
+        return
+    limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
+    raise ValueError(f"{name} {quoted(value)}: not a {'whole ' if whole else ''}number {limits}")
+
+
+def check_arguments(seed, steps, cfg, cg, sampler, candidates, start, duration, batch):
+    """What `generate` cannot be asked for, in a line: the limits of the command line."""
+    if sampler not in tuple(SAMPLERS):
+        raise ValueError(f"sampler {quoted(sampler)}: not one of {', '.join(SAMPLERS)}")
+    # DDIM and PLMS step between whole times of 1000, and from the last of them there is none left
+    check_number("steps", steps, 1, 1000 if sampler == "dpm" else 999, whole=True)
+    check_number("seed", seed, 0, 2**40, whole=True)
+    check_number("candidates", candidates, 1, 1000, whole=True)
+    check_number("start", start, 0)
+    for name, value, low in (("cfg", cfg, 0), ("cg", cg, 0), ("duration", duration, 1e-3)):
+        if value is not None:                               # then: the weights' own scales, and all of the film
+            check_number(name, value, low)
+    if batch is not None:
+        check_number("batch", batch, 1, 4096, whole=True)
+
+
 @torch.no_grad()
 def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="dpm", candidates=1, start=0.0,
              duration=None, batch=None, keep_all=False, progress=None, profile=None, as_official=False, keep_audio=None, mark=True):
     """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on, with the clip's own sound mixed
     in at `keep_audio` dB if given. All its sounds carry the watermark, but with mark=False or as_official, which is for its numbers.
     `progress(done, all)` is called after every step of the sampler."""
+    check_arguments(seed, steps, cfg, cg, sampler, candidates, start, duration, batch)
     profile = profile or Profile(models.device)
     if models.align is None and (cg != 0 or candidates > 1):
         raise MediaError(f"{models.name}: no alignment classifier among these weights; add align.safetensors or "
-                         "double_guidance_classifier.ckpt, or give --cg 0 and one candidate")
+                         "double_guidance_classifier.ckpt, or give cg 0 and one candidate")
     with profile("decode"):
         whole = data.probe(video_path).duration
     if start >= whole:
-        raise MediaError(f"{video_path}: --start {start:g} is past its end, {whole:.2f} s; start earlier")
+        raise MediaError(f"{video_path}: start {start:g} is past its end, {whole:.2f} s; start earlier")
     seconds = min(whole - start, duration or (official.SECONDS if as_official else math.inf))
     if as_official:
         result = generate_as_official(video_path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all,

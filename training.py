@@ -615,8 +615,11 @@ class Run:
         *numbers, asked = (numbers / world()).tolist()
         self.terms, self.interrupted = {}, asked > 0
         if not all(map(math.isfinite, numbers)):
-            again = f"go on from step {self.saved} with --resume" if self.saved else "nothing is saved yet; start again with"
-            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {again} and a lower --lr")
+            if self.saved:
+                remedy = f"go on from step {self.saved} with --resume and a lower --lr"
+            else:
+                remedy = "nothing is saved yet; start again with a lower --lr"
+            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {remedy}")
         for k, v in zip(values, numbers):
             self.totals.setdefault(k, []).append(v)
         if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps:
@@ -678,6 +681,10 @@ class Run:
 
     def restore(self):
         state = newest_state(self.args.out)
+        rank_then, rank_now = (int(lora) for lora in (state["flags"].get("lora", 0), getattr(self.args, "lora", 0)))
+        if rank_then != rank_now:
+            has = f"has --lora {rank_then}" if rank_then else "has no --lora"
+            raise TrainingError(f"--resume: the run in {self.args.out} {has}; give the same command again with --resume")
         with fitting(f"{self.args.out}/{STATES[0]}", type(self.model)):
             self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])

@@ -91,9 +91,10 @@ def holds(suffix, codec):
 
 def output_suffix(source):
     """The suffix under which `write_video` can copy the picture of `source`: its own if we write sound there, else
-    .mp4, .mkv or .mov; and .mp4 for what none of them holds, and for animated gif, which is then encoded anew."""
+    .mp4, .mkv or .mov; and .mp4 for what none of them holds, which is then encoded anew, as uncompressed pictures and
+    animated gif are."""
     codec, suffix = probe(source).codec, Path(source).suffix.lower()
-    if codec == "gif":  # QuickTime could hold it, and no player expects it there
+    if codec in ("gif", "rawvideo"):  # QuickTime and Matroska could hold them, and no player expects them there
         return ".mp4"
     own = (suffix,) if suffix in CONTAINERS else ()
     return next((s for s in (*own, ".mp4", ".mkv", ".mov") if holds(s, codec)), ".mp4")

@@ -128,7 +128,7 @@ def test_published_files_dub_a_clip(published, clip, tmp_path):
 @torch.no_grad()
 def test_published_files_give_the_official_numbers(published):
     golden = rule.recorded("sample")
-    models = sample.load_models(published, dtype=torch.float32)
+    models = sample.load_models(published, "cpu", dtype=torch.float32)
     features = models.cavp.encode_video(rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224))
     rule.close("features", features, rule.recorded("cavp")["video32.norm_nopool"])
     features, x = rule.normal("in.sample.feat", 1, 32, 512)[0], rule.normal("in.sample.x_T", 1, 4, 16, 64)

@@ -1,7 +1,12 @@
 """What only a GPU can show: the kernels as it runs them, recorded steps, the second stream.    python -m pytest -m gpu"""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import data
 import kernels
 import ldm
 from bounds import check_kernel, rms
@@ -91,3 +96,44 @@ def test_a_recorded_run_is_the_plain_one(sampler, dtype, bound):
     plain = ldm.SAMPLERS[sampler](ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, align, features, 15.0), x, 5)
     for run in ours:
         rule.close(f"{sampler} {dtype}", run.cpu(), plain.cpu(), bound)
+
+
+# what is recorded for the times 999 and 500 is asked for 250
+UNPREPARED = """
+import torch, ldm
+torch.set_grad_enabled(False)
+unet = ldm.UNet(ldm.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=32, groups=16)).cuda()
+known = unet.prepare(torch.zeros(1, 32, 32, device="cuda"), torch.tensor([999.0, 500.0]))
+eps = ldm.Replayed(lambda x, t: unet(x, t, known))
+x = torch.zeros(1, 4, 16, 64, device="cuda")
+eps(x, torch.tensor([500.0], device="cuda"))
+assert eps.graph
+torch.cuda.synchronize()
+print("recorded", flush=True)
+eps(x, torch.tensor([250.0], device="cuda"))
+torch.cuda.synchronize()
+print("went on")
+"""
+
+
+def test_a_time_that_was_not_prepared_stops_a_recorded_run():
+    """In a process of its own: an assertion on the device ends what runs on it."""
+    done = subprocess.run([sys.executable, "-c", UNPREPARED], cwd=Path(ldm.__file__).parent, capture_output=True, text=True)
+    assert done.returncode and "recorded" in done.stdout and "went on" not in done.stdout
+
+
+@torch.no_grad()
+def test_a_sampler_of_other_times_is_refused_before_it_begins():
+    unet = rule.fill(ldm.UNet(UNET), "model.diffusion_model.").cuda()
+    x, context = rule.normal("x", 1, 4, 16, 64).cuda(), rule.normal("c", 1, 32, 32).cuda()
+    recorded = ldm.Replayed(ldm.guided_eps(unet, context, None, 1.0, times=ldm.TIMES["dpm"](5)))
+    first = ldm.dpm_solver(recorded, x, 5)
+    with pytest.raises(ValueError, match="not among the 5 that eps was prepared for"):
+        ldm.dpm_solver(recorded, x, 7)
+    assert torch.equal(ldm.dpm_solver(recorded, x, 5), first)
+
+
+def test_vocoder():
+    mel = torch.rand(128, 700, generator=torch.Generator().manual_seed(0)) * 0.7
+    ours, theirs = data.vocode(mel.cuda(), iterations=4).cpu(), data.vocode(mel, iterations=4)
+    rule.close("vocoder", ours, theirs, 1e-4)

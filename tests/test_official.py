@@ -57,7 +57,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(weights):
-    return sample.load_models(weights)
+    return sample.load_models(weights, "cpu")
 
 
 @pytest.fixture(scope="module")

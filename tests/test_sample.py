@@ -266,7 +266,7 @@ def test_start_and_duration_cut_the_picture(models, clip):
     result = sample.generate(clip, models, steps=1, start=0.5, duration=1.0)
     assert len(result.wav) == SAMPLE_RATE
     assert len(sample.generate(clip, models, steps=1, start=1.5).wav) == SAMPLE_RATE // 2
-    with pytest.raises(MediaError, match="--start"):
+    with pytest.raises(MediaError, match="start 5 is past its end"):
         sample.generate(clip, models, start=5.0)
 
 
@@ -282,9 +282,51 @@ def test_guidance_scales_are_the_weights_own_unless_given(models, clip):
 
 def test_without_classifier_guidance_must_be_off(models, clip):
     without = sample.Models(models.cavp, models.ldm, None, name="tiny")
-    with pytest.raises(MediaError, match="--cg 0"):
+    with pytest.raises(MediaError, match="give cg 0"):
         sample.generate(clip, without, steps=1)
     assert sample.generate(clip, without, steps=1, cg=0.0).scores == [None]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(sampler="euler"), 'sampler "euler": not one of dpm, ddim, plms'),
+    (dict(sampler=None), "sampler None: not one of dpm, ddim, plms"),
+    (dict(steps=0), "steps 0: not a whole number from 1 to 1000"),
+    (dict(steps=2.5), "steps 2.5: not a whole number from 1 to 1000"),
+    (dict(steps=True), "steps True: not a whole number from 1 to 1000"),
+    (dict(steps=1000, sampler="ddim"), "steps 1000: not a whole number from 1 to 999"),
+    (dict(cfg="4.5"), 'cfg "4.5": not a number from 0 up'),
+    (dict(cfg=math.nan), "cfg nan: not a number from 0 up"),
+    (dict(cg=-1), "cg -1: not a number from 0 up"),
+    (dict(candidates=0), "candidates 0: not a whole number from 1 to 1000"),
+    (dict(seed=-1), "seed -1: not a whole number from 0 to "),
+    (dict(start=-0.5), "start -0.5: not a number from 0 up"),
+    (dict(start=None), "start None: not a number from 0 up"),
+    (dict(duration=0), "duration 0: not a number from 0.001 up"),
+    (dict(batch=0), "batch 0: not a whole number from 1 to 4096")])
+def test_wrong_arguments_are_one_line(models, clip, wrong, message):
+    with pytest.raises(ValueError) as error:
+        sample.generate(clip, models, **wrong)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(models, clip):
+    plain = sample.generate(clip, models, steps=2, seed=3, cfg=2.0)
+    assert torch.equal(sample.generate(clip, models, steps=np.int64(2), seed=np.int32(3), cfg=np.float32(2)).wav, plain.wav)
+
+
+def test_models_are_loaded_where_they_can_run(weights, monkeypatch):
+    assert sample.load_models(weights).device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert sample.find_device("cpu") == sample.find_device(torch.device("cpu")) == torch.device("cpu")
+    for name in ("gpu", "mps", None, 0.5):
+        with pytest.raises(ValueError, match=r"^device .*: not one of auto, cpu, cuda$"):
+            sample.load_models(weights, device=name)
+    with pytest.raises(ValueError, match='dtype "bfloat16": not one of torch.float32'):
+        sample.load_models(weights, dtype="bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert sample.find_device("auto") == sample.find_device("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match='device "cuda:1": torch finds no such GPU'):
+        sample.find_device("cuda:1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,14 +495,14 @@ def test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it(monkeypatch,
     model = LDM(LDMConfig(**TIME, unet=wide, vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)))
     save_model(tmp_path / "ldm.safetensors", model, asdict(model.config))
     monkeypatch.setattr(sample, "computes_bfloat16", lambda device: native)
-    loaded = sample.load_models(tmp_path)
+    loaded = sample.load_models(tmp_path, "cpu")
     for net in (loaded.cavp, loaded.ldm, loaded.align):
         assert {p.dtype for p in net.parameters()} == {getattr(torch, dtype)}
-    assert {p.dtype for p in sample.load_models(tmp_path, dtype=torch.float32).ldm.parameters()} == {torch.float32}
+    assert {p.dtype for p in sample.load_models(tmp_path, "cpu", dtype=torch.float32).ldm.parameters()} == {torch.float32}
 
 
 def test_bfloat16_makes_nearly_the_same_sound(clip, weights):
-    exact, rounded = (sample.generate(clip, sample.load_models(weights, dtype=dtype), steps=3) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (sample.generate(clip, sample.load_models(weights, "cpu", dtype), steps=3) for dtype in (torch.float32, torch.bfloat16))
     assert exact.mel.shape == rounded.mel.shape and exact.mel.dtype == rounded.mel.dtype == torch.float32
     difference = (exact.mel - rounded.mel).norm() / exact.mel.norm()
     assert 0 < difference < 0.1
@@ -473,7 +515,7 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
     shutil.copytree(weights, part)
     (part / "align.safetensors").unlink()
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path, "--steps", 1)
-    assert status == 1 and len(err) == 1 and "--cg 0" in err[0]
+    assert status == 1 and len(err) == 1 and "give cg 0" in err[0]
     shutil.copy(weights / "cavp.safetensors", part / "ldm.safetensors")
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
     assert status == 1 and len(err) == 1 and str(part) in err[0]
@@ -487,7 +529,7 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"],
-                                   ["--nonsense"], ["--sampler", "euler"], ["--duration", "0"],
+                                   ["--nonsense"], ["--sampler", "euler"], ["--sampler", "plms", "--steps", "1000"], ["--duration", "0"],
                                    ["--keep-audio", "loud"], []])
 def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
     status, lines, err = run(capsys, *(["clip.mp4"] if flags else []), *flags)
