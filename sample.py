@@ -97,11 +97,12 @@ def parse_arguments(argv=None):
                    "video")
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where "
-                   "that is faster, on a GPU and, for networks of the published size, on a CPU that computes in it")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 for "
+                   "networks of the published size, on a GPU and on a CPU that computes in it; else float32")
     g.add_argument("--kernels", choices=("auto", "triton", "torch"), default="auto", help="fused kernels for NVIDIA GPUs; auto: "
                    "where they can run")
-    g.add_argument("-v", "--verbose", action="store_true", help="say which kernels run, and what had to be done without")
+    g.add_argument("-v", "--verbose", action="store_true", help="say which kernels run, what had to be done without, and what else "
+                   "lies in a folder")
     g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
                    help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
     g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis")
@@ -287,7 +288,8 @@ def find_device(name):
 
 def load_models(weights="mini", device="auto", dtype=None):
     """The networks of `mini`, `official` (fetched once), or a folder with our three files or the published ones; ready to generate,
-    no more. dtype None: bfloat16 where that is faster: on a GPU, and for networks of the published size on a CPU that computes in it."""
+    no more. dtype None: bfloat16 for networks of the published size, on a GPU and on a CPU that computes in it; the mini model stays in
+    float32, as in bfloat16 its sounds are a little worse (96 clips on a GPU: level error 2.30 instead of 2.18 dB, Fréchet 7.40 and 7.05)."""
     device = find_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {quoted(dtype)}: not one of torch.float32, torch.bfloat16")
@@ -305,7 +307,7 @@ def load_models(weights="mini", device="auto", dtype=None):
     try:
         if dtype is None:
             width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get("width", UNetConfig.width)
-            fast = device.type == "cuda" or width >= 128 and computes_bfloat16(device.type)
+            fast = width >= 128 and (device.type == "cuda" or computes_bfloat16(device.type))
             dtype = torch.bfloat16 if fast else torch.float32
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
