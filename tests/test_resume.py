@@ -349,6 +349,15 @@ def test_adapters_change_matrices_by_a_low_rank_and_nothing_else(run, stage):
     assert adapted > 10
     with pytest.raises(SystemExit, match="--lora"):
         run(stage, "from nothing", lora=2)
+    with pytest.raises(SystemExit, match="the run in .*straight has --lora 2; give the same command again with --resume"):
+        run(stage, "straight", steps=6, init=begun, lr=0.01, resume=True)
+    with pytest.raises(SystemExit, match="the run in .*begun has no --lora; give the same command"):
+        run(stage, "begun", steps=6, init=begun, lora=2, resume=True)
+
+
+def test_a_run_that_diverges_says_what_to_do(run):
+    with pytest.raises(SystemExit, match="not finite; nothing is saved yet; start again with a lower --lr$"):
+        run("cavp", "wild", steps=8, lr=1e30, warmup=1)
 
 
 def test_the_average_shares_what_is_frozen():
