@@ -22,6 +22,7 @@ count as anchors, a third term contrasts whole windows (`contrast`), and a frame
 The published towers begin with networks that can name things, trained on Kinetics' and AudioSet's labels; with --labels
 ours learn what is struck from the labels of the procedural set, beside the contrast (`struck`).
 """
+
 import contextlib
 import copy
 import functools
@@ -44,37 +45,80 @@ from checkpoints import Checkpoint, fill, fitting
 @dataclass(frozen=True)
 class CAVPConfig:
     """The paper preset's sizes (official `cavp_modules.py`, `cavp_model.py`)."""
+
     fps: float = 4.0
-    size: int = 224                                     # of the square frames
+    size: int = 224  # of the square frames
     video_width: int = 64
     video_blocks: tuple = (3, 4, 6, 3)
-    temporal: tuple = (False, False, False, True, True) # stem and stages whose convolutions look one frame back and ahead
+    temporal: tuple = (
+        False,
+        False,
+        False,
+        True,
+        True,
+    )  # stem and stages whose convolutions look one frame back and ahead
     audio_widths: tuple = (64, 128, 256, 512, 1024, 2048)
     embed_dim: int = 512
-    frames: int = 16                                    # of one training clip
-    clips: int = 3                                      # of one video in a training step
-    video_pool: int = 16                                # frames, and 16-column audio steps, that make one contrasted feature
+    frames: int = 16  # of one training clip
+    clips: int = 3  # of one video in a training step
+    video_pool: int = 16  # frames, and 16-column audio steps, that make one contrasted feature
     audio_pool: int = 16
-    peak: bool = False                                  # beside the mean over a frame's map its maximum too: what is struck is small
+    peak: bool = (
+        False  # beside the mean over a frame's map its maximum too: what is struck is small
+    )
 
 
 PRESETS = {
     "paper": CAVPConfig(),
-    "mini": CAVPConfig(fps=15.625, size=64, video_width=16, video_blocks=(1, 1, 2, 1), temporal=(True,) * 5,
-                       audio_widths=(8, 16, 32, 64, 128, 256), frames=64, clips=1, video_pool=4, audio_pool=1, peak=True),
+    "mini": CAVPConfig(
+        fps=15.625,
+        size=64,
+        video_width=16,
+        video_blocks=(1, 1, 2, 1),
+        temporal=(True,) * 5,
+        audio_widths=(8, 16, 32, 64, 128, 256),
+        frames=64,
+        clips=1,
+        video_pool=4,
+        audio_pool=1,
+        peak=True,
+    ),
 }
 # paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
-RECIPES = {"mini": dict(steps=8000, batch=16, micro_batch=16, lr=6e-4, warmup=50, clip=1, by_loudness=1, whole=1.0, temporal=1),
-           "paper": dict(steps=710_000, batch=240, micro_batch=30, lr=8e-4, warmup=200, clip=0, by_loudness=0, whole=0.0, temporal=1)}
-NAMING = 2.0                                            # weight of the cross-entropies of naming, beside the contrast's terms
-FRAMES_AT_ONCE = 4                                      # of full size in memory
-AUDIO_STEP = 16                                         # mel columns a step of the audio tower
-POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))   # (time, mel) of its six blocks
+RECIPES = {
+    "mini": dict(
+        steps=8000,
+        batch=16,
+        micro_batch=16,
+        lr=6e-4,
+        warmup=50,
+        clip=1,
+        by_loudness=1,
+        whole=1.0,
+        temporal=1,
+    ),
+    "paper": dict(
+        steps=710_000,
+        batch=240,
+        micro_batch=30,
+        lr=8e-4,
+        warmup=200,
+        clip=0,
+        by_loudness=0,
+        whole=0.0,
+        temporal=1,
+    ),
+}
+NAMING = 2.0  # weight of the cross-entropies of naming, beside the contrast's terms
+FRAMES_AT_ONCE = 4  # of full size in memory
+AUDIO_STEP = 16  # mel columns a step of the audio tower
+POOLS = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (1, 1))  # (time, mel) of its six blocks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # video tower
+
 
 class ConvUnit(nn.Module):
     """Convolution over (frames, height, width) without bias, then BatchNorm. Parameters have the official 3-D shapes; the work
@@ -84,23 +128,33 @@ class ConvUnit(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1):
         super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, kernel, (1, stride, stride), [k // 2 for k in kernel], bias=False)
+        self.conv = nn.Conv3d(
+            c_in, c_out, kernel, (1, stride, stride), [k // 2 for k in kernel], bias=False
+        )
         self.bn = nn.BatchNorm2d(c_out)
 
-    def forward(self, x, frames):                               # (b*f, c, h, w)
-        weight, bias = self.conv.weight, self.conv.bias         # (c_out, c_in, k_f, k_h, k_w)
+    def forward(self, x, frames):  # (b*f, c, h, w)
+        weight, bias = self.conv.weight, self.conv.bias  # (c_out, c_in, k_f, k_h, k_w)
         h, w = x.shape[2:]
         if weight.shape[2] == 1 or weight.shape[3] > 1:
             if weight.shape[2] == 3:
-                clips = F.pad(x.view(-1, frames, *x.shape[1:]), (0, 0, 0, 0, 0, 0, 1, 1))            # (b, f + 2, c, h, w)
-                x = torch.cat([clips[:, :-2], clips[:, 1:-1], clips[:, 2:]], 2).flatten(0, 1)        # (b*f, 3c, h, w)
+                clips = F.pad(
+                    x.view(-1, frames, *x.shape[1:]), (0, 0, 0, 0, 0, 0, 1, 1)
+                )  # (b, f + 2, c, h, w)
+                x = torch.cat([clips[:, :-2], clips[:, 1:-1], clips[:, 2:]], 2).flatten(
+                    0, 1
+                )  # (b*f, 3c, h, w)
                 x = x.contiguous(memory_format=torch.channels_last)
-            weight = weight.transpose(1, 2).flatten(1, 2)       # (c_out, k_f * c_in, k_h, k_w)
+            weight = weight.transpose(1, 2).flatten(1, 2)  # (c_out, k_f * c_in, k_h, k_w)
             x = F.conv2d(x, weight, bias, self.conv.stride[1:], self.conv.padding[1:])
         else:
-            x = x.permute(0, 2, 3, 1).reshape(-1, frames, h * w, x.shape[1]).permute(0, 3, 1, 2)     # (b, c, f, h*w)
+            x = (
+                x.permute(0, 2, 3, 1).reshape(-1, frames, h * w, x.shape[1]).permute(0, 3, 1, 2)
+            )  # (b, c, f, h*w)
             x = F.conv2d(x, weight[..., 0], bias, padding=(1, 0))
-            x = x.permute(0, 2, 3, 1).reshape(-1, h, w, x.shape[1]).permute(0, 3, 1, 2)              # (b*f, c, h, w)
+            x = (
+                x.permute(0, 2, 3, 1).reshape(-1, h, w, x.shape[1]).permute(0, 3, 1, 2)
+            )  # (b*f, c, h, w)
         return self.bn(x)
 
     def fold(self):
@@ -120,8 +174,10 @@ class Bottleneck3d(nn.Module):
         if project:
             self.downsample = ConvUnit(c_in, 4 * width, (1, 1, 1), stride)
 
-    def forward(self, x, frames):                               # (b*f, c_in, h, w) -> (b*f, 4*width, h/stride, w/stride)
-        h = F.relu(self.conv1(x, frames), inplace=True)         # in place: half the memory, and a CPU waits for memory here
+    def forward(self, x, frames):  # (b*f, c_in, h, w) -> (b*f, 4*width, h/stride, w/stride)
+        h = F.relu(
+            self.conv1(x, frames), inplace=True
+        )  # in place: half the memory, and a CPU waits for memory here
         h = F.relu(self.conv2(h, frames), inplace=True)
         h = self.conv3(h, frames)
         return F.relu_(h.add_(self.downsample(x, frames) if hasattr(self, "downsample") else x))
@@ -135,36 +191,40 @@ class SlowOnly(nn.Module):
         self.conv1 = ConvUnit(3, cfg.video_width, (3 if cfg.temporal[0] else 1, 7, 7), 2)
         c = cfg.video_width
         for i, (blocks, temporal) in enumerate(zip(cfg.video_blocks, cfg.temporal[1:])):
-            width = cfg.video_width * 2 ** i
+            width = cfg.video_width * 2**i
             stage = nn.ModuleList()
             for j in range(blocks):
-                stage.append(Bottleneck3d(c, width, 2 if i > 0 and j == 0 else 1, temporal, project=j == 0))
+                stage.append(
+                    Bottleneck3d(c, width, 2 if i > 0 and j == 0 else 1, temporal, project=j == 0)
+                )
                 c = 4 * width
             setattr(self, f"layer{i + 1}", stage)
         self.peak, self.temporal = cfg.peak, cfg.temporal
         self.out_dim = c * (1 + cfg.peak)
 
-    def run(self, part, x, frames):                             # 0: the stem; 1 to 4: the stages
+    def run(self, part, x, frames):  # 0: the stem; 1 to 4: the stages
         if part == 0:
             return F.max_pool2d(F.relu(self.conv1(x, frames), inplace=True), 3, 2, 1)
         for block in getattr(self, f"layer{part}"):
             x = block(x, frames)
         return x
 
-    def forward(self, video):                                   # (b, f, 3, h, w) -> (b, f, out_dim)
+    def forward(self, video):  # (b, f, 3, h, w) -> (b, f, out_dim)
         b, frames = video.shape[:2]
-        x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)   # (b*f, 3, h, w)
+        x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*f, 3, h, w)
         # the parts that see one frame at a time have the largest maps; but a norm in training must see the whole batch
         alone = 0 if self.training else (*self.temporal, True).index(True)
         if alone:
             maps = None
             for i in range(0, len(x), FRAMES_AT_ONCE):
-                piece = x[i:i + FRAMES_AT_ONCE]
+                piece = x[i : i + FRAMES_AT_ONCE]
                 for part in range(alone):
                     piece = self.run(part, piece, len(piece))
                 if maps is None:
-                    maps = piece.new_empty(len(x), *piece.shape[1:]).to(memory_format=torch.channels_last)
-                maps[i:i + FRAMES_AT_ONCE] = piece
+                    maps = piece.new_empty(len(x), *piece.shape[1:]).to(
+                        memory_format=torch.channels_last
+                    )
+                maps[i : i + FRAMES_AT_ONCE] = piece
             x = maps
         for part in range(alone, 5):
             x = self.run(part, x, frames)
@@ -174,6 +234,7 @@ class SlowOnly(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # audio tower
 
+
 class ConvBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -182,7 +243,7 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
 
-    def forward(self, x, pool):                                 # (b, c, s, m), pool (time, mel)
+    def forward(self, x, pool):  # (b, c, s, m), pool (time, mel)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         return F.dropout(F.avg_pool2d(x, pool), 0.2, self.training)
@@ -200,20 +261,21 @@ class Cnn14(nn.Module):
         self.fc1 = nn.Linear(widths[-1], widths[-1])
         self.final_project = nn.Linear(widths[-1], cfg.embed_dim)
 
-    def forward(self, mel):                                     # (b, m, s) -> (b, s/16, embed_dim)
-        x = self.bn(mel[..., None])                             # (b, m, s, 1): one scale and shift a mel bin
-        x = x.permute(0, 3, 2, 1).contiguous(memory_format=torch.channels_last)     # (b, 1, s, m)
+    def forward(self, mel):  # (b, m, s) -> (b, s/16, embed_dim)
+        x = self.bn(mel[..., None])  # (b, m, s, 1): one scale and shift a mel bin
+        x = x.permute(0, 3, 2, 1).contiguous(memory_format=torch.channels_last)  # (b, 1, s, m)
         for i, pool in enumerate(POOLS):
             x = getattr(self, f"conv_block{i + 1}")(x, pool)
-        x = x.mean(3)                                           # (b, c, s/16)
+        x = x.mean(3)  # (b, c, s/16)
         x = F.max_pool1d(x, 3, 1, 1) + F.avg_pool1d(x, 3, 1, 1)
-        x = x.transpose(1, 2)                                   # (b, s/16, c)
-        x = F.relu(self.fc1(F.relu(self.fc1(x))))               # twice with the same weights, as published
+        x = x.transpose(1, 2)  # (b, s/16, c)
+        x = F.relu(self.fc1(F.relu(self.fc1(x))))  # twice with the same weights, as published
         return self.final_project(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
+
 
 class CAVP(nn.Module):
     def __init__(self, config=CAVPConfig()):
@@ -227,7 +289,11 @@ class CAVP(nn.Module):
     @property
     def context(self):
         """Frames on each side that a frame's feature depends on (9 in the paper preset)."""
-        return sum(n for n, temporal in zip((1, *self.config.video_blocks), self.config.temporal) if temporal)
+        return sum(
+            n
+            for n, temporal in zip((1, *self.config.video_blocks), self.config.temporal)
+            if temporal
+        )
 
     @torch.no_grad()
     def fold(self):
@@ -240,7 +306,11 @@ class CAVP(nn.Module):
     def encode_video(self, video, pool=False, normalize=True):
         """(b, f, 3, h, w) float in [0, 1], no mean or deviation removed -> unit features (b, f, 512);
         pool: the maximum over every `config.video_pool` frames, (b, f/pool, 512), or (b, 512) where that is one."""
-        return finish(self.video_project_head(self.video_encoder(video)), self.config.video_pool if pool else 1, normalize)
+        return finish(
+            self.video_project_head(self.video_encoder(video)),
+            self.config.video_pool if pool else 1,
+            normalize,
+        )
 
     def encode_audio(self, mel, pool=False, normalize=True):
         """(b, 128, s) in [0, 1] -> unit features (b, s/16, 512); pool as for video, over `config.audio_pool` steps."""
@@ -253,8 +323,13 @@ class CAVP(nn.Module):
         device, dtype, out = self.logit_scale.device, self.video_project_head.weight.dtype, []
         for i in range(0, len(frames), chunk):
             first = max(0, i - self.context)
-            video = frames[first:i + chunk + self.context].to(device).to(dtype, memory_format=torch.channels_last).div_(255)
-            out.append(self.encode_video(video[None])[0, i - first:i - first + chunk].float())
+            video = (
+                frames[first : i + chunk + self.context]
+                .to(device)
+                .to(dtype, memory_format=torch.channels_last)
+                .div_(255)
+            )
+            out.append(self.encode_video(video[None])[0, i - first : i - first + chunk].float())
         return torch.cat(out)
 
     @classmethod
@@ -262,15 +337,28 @@ class CAVP(nn.Module):
         """Ours, or the official cavp_epoch66.ckpt; strict. audio=False: without the audio tower, which generating does not need."""
         file = Checkpoint(path)
         with fitting(path, cls), torch.device("meta"):
-            model = cls(CAVPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (file.config or {}).items()}))
+            model = cls(
+                CAVPConfig(
+                    **{
+                        k: tuple(v) if isinstance(v, list) else v
+                        for k, v in (file.config or {}).items()
+                    }
+                )
+            )
         if not audio:
             del model.spec_encoder
-        return fill(model, file, {k: file[k] for k in file if audio or not k.startswith("spec_encoder.")}, device, dtype)
+        return fill(
+            model,
+            file,
+            {k: file[k] for k in file if audio or not k.startswith("spec_encoder.")},
+            device,
+            dtype,
+        )
 
 
-def finish(features, pool, normalize):                          # (b, n, d)
+def finish(features, pool, normalize):  # (b, n, d)
     if pool > 1:
-        features = F.max_pool1d(features.transpose(1, 2), pool).transpose(1, 2)      # (b, n/pool, d)
+        features = F.max_pool1d(features.transpose(1, 2), pool).transpose(1, 2)  # (b, n/pool, d)
         features = features.squeeze(1) if features.shape[1] == 1 else features
     return F.normalize(features, dim=-1) if normalize else features
 
@@ -290,26 +378,33 @@ def contrastive_loss(video, audio, scale, clips, weights=None, temporal=True):
     weights (n*clips,): how much each clip counts as an anchor; all count as negatives. None: all alike, as published.
     temporal: False for the semantic contrast alone, the paper's ablation: no clip is a negative of its own video's, L_intra is 0."""
     weights = torch.ones(len(video), device=video.device) if weights is None else weights
-    logits = scale * video @ audio.T                            # (n*clips, n*clips)
+    logits = scale * video @ audio.T  # (n*clips, n*clips)
     if not temporal:
         video_of = torch.arange(len(logits), device=logits.device) // clips
         others = (video_of[:, None] == video_of).fill_diagonal_(False)
-        return symmetric_cross_entropy(logits.masked_fill(others, -math.inf), weights), logits.new_zeros(())
+        return symmetric_cross_entropy(
+            logits.masked_fill(others, -math.inf), weights
+        ), logits.new_zeros(())
     n = len(logits) // clips
-    own = logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)      # (n, clips, clips)
-    return symmetric_cross_entropy(logits, weights), symmetric_cross_entropy(own, weights.view(n, clips))
+    own = (
+        logits.view(n, clips, n, clips).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )  # (n, clips, clips)
+    return symmetric_cross_entropy(logits, weights), symmetric_cross_entropy(
+        own, weights.view(n, clips)
+    )
 
 
 def loudness_rise(mel, segments):
     """mel (b, 128, s) -> (b, segments): how far each segment's loudest column stands above the clip's median column, plus a little.
     Two silent moments are not each other's negatives in any sense a network could learn, and most quarter seconds are silent."""
-    level = mel.mean(1)                                         # (b, s)
+    level = mel.mean(1)  # (b, s)
     loudest = level.unflatten(1, (segments, -1)).amax(2)
     return (loudest - level.median(1, keepdim=True).values).clamp(min=0) + 0.002
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
+
 
 def span(config):
     """Frames of a video that the clips of one training step lie in."""
@@ -334,9 +429,9 @@ def cut_clips(video, wav, config, starts):
     videos, wavs = [], []
     for v, a, row in zip(video, wav, starts.tolist()):
         for start in row:
-            videos.append(v[start:start + config.frames])
+            videos.append(v[start : start + config.frames])
             first = round(start / config.fps * data.SAMPLE_RATE)
-            piece = a[first:first + samples]
+            piece = a[first : first + samples]
             wavs.append(F.pad(piece, (0, samples - len(piece))))
     return torch.stack(videos), data.mel(torch.stack(wavs))
 
@@ -370,10 +465,15 @@ def embed(model, video, mel, mirrored, gain, named=None):
     audio = model.encode_audio(mel, pool=True, normalize=False)
     n, cut = len(mel) // model.config.clips, edge(model)
     video, audio = (F.normalize(x.float(), dim=-1).view(n, -1, x.shape[-1]) for x in (video, audio))
-    video, audio = (x[:, cut:x.shape[1] - cut] for x in (video, audio))
+    video, audio = (x[:, cut : x.shape[1] - cut] for x in (video, audio))
     if named is None:
         return video, audio, model.logit_scale.exp()
-    errors = [F.cross_entropy(names(model, x).flatten(0, 1), named.flatten(), ignore_index=-1, reduction="sum") for x in (video, audio)]
+    errors = [
+        F.cross_entropy(
+            names(model, x).flatten(0, 1), named.flatten(), ignore_index=-1, reduction="sum"
+        )
+        for x in (video, audio)
+    ]
     return video, audio, model.logit_scale.exp(), sum(errors)
 
 
@@ -384,7 +484,12 @@ def names(model, features):
 
 def moving(model):
     """The running statistics of all norms that are in training."""
-    return [s for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training for s in (m.running_mean, m.running_var)]
+    return [
+        s
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d) and m.training
+        for s in (m.running_mean, m.running_var)
+    ]
 
 
 def put_together(now, before, chunks):
@@ -392,8 +497,10 @@ def put_together(now, before, chunks):
     `before` by its own `chunks`, each chunk taking a tenth of the way."""
     if training.world() == 1 or not now:
         return
-    kept = 0.9 ** chunks
-    ours = torch.cat([(n - kept * b) for n, b in zip(now, before)]) * kept ** (training.world() - 1 - training.rank())
+    kept = 0.9**chunks
+    ours = torch.cat([(n - kept * b) for n, b in zip(now, before)]) * kept ** (
+        training.world() - 1 - training.rank()
+    )
     dist.all_reduce(ours)
     for n, b, moved in zip(now, before, ours.split([len(b) for b in before])):
         n.copy_(kept ** training.world() * b + moved)
@@ -407,6 +514,7 @@ def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
 
     chunks: what `embed` takes, of each; loss_of(video, audio, scale) -> loss, terms to report; share: of the loss, what each
     unit of a sum counts that `embed` gives beside the features. -> the terms"""
+
     def features(chunk, seed):
         torch.manual_seed(seed)
         with training.autocast(run.args):
@@ -416,7 +524,9 @@ def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
     with torch.set_grad_enabled(single):
         seen = [features(*pair) for pair in zip(chunks, seeds)]
     after = [b.clone() for b in model.buffers()]
-    video, audio = (training.gathered(torch.cat([x[i].detach() for x in seen])).requires_grad_() for i in (0, 1))
+    video, audio = (
+        training.gathered(torch.cat([x[i].detach() for x in seen])).requires_grad_() for i in (0, 1)
+    )
     scale = seen[0][2].detach().requires_grad_()
     loss, terms = loss_of(video, audio, scale)
     gradients = torch.autograd.grad(loss, (video, audio, scale))
@@ -440,14 +550,18 @@ def contrast(video, audio, scale, weights, whole, temporal=True):
     term, L_inter of the windows as wholes, each the maximum over its segments: those a quarter of a second long can be told apart by
     when they sound, whole ones only by what does. The published clips are whole windows already."""
     n, segments, _ = video.shape
-    v, a = video.flatten(0, 1), audio.flatten(0, 1)                                      # (n*segments, 512)
-    inter, intra = contrastive_loss(v, a, scale, segments, None if weights is None else weights.flatten(), temporal)
+    v, a = video.flatten(0, 1), audio.flatten(0, 1)  # (n*segments, 512)
+    inter, intra = contrastive_loss(
+        v, a, scale, segments, None if weights is None else weights.flatten(), temporal
+    )
     with torch.no_grad():
-        own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)                       # (n, segments)
+        own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)  # (n, segments)
         right = (own == torch.arange(segments, device=own.device)).float().mean()
     loss, terms = inter + intra, dict(inter=inter, intra=intra, right_moment=right)
     if whole:
-        terms["whole"] = contrastive_loss(*(F.normalize(x.amax(1), dim=-1) for x in (video, audio)), scale, 1)[0]
+        terms["whole"] = contrastive_loss(
+            *(F.normalize(x.amax(1), dim=-1) for x in (video, audio)), scale, 1
+        )[0]
         loss = loss + whole * terms["whole"]
     return loss, dict(loss=loss, **terms)
 
@@ -456,7 +570,9 @@ def retrieval(likeness):
     """(n, n), rows video and columns sound -> share of the true partner among the nearest one and five, both ways."""
     scores = {}
     for name, x in (("video_to_sound", likeness), ("sound_to_video", likeness.T)):
-        place = (x >= x.diagonal()[:, None]).sum(1) - 1         # how many others are as near; a tie is no find
+        place = (x >= x.diagonal()[:, None]).sum(
+            1
+        ) - 1  # how many others are as near; a tie is no find
         scores |= {f"val_{name}_r{k}": (place < k).float().mean().item() for k in (1, 5)}
     return scores
 
@@ -469,15 +585,19 @@ def validate(model, clips, device, labels=None, most=128, together=8):
         items = [clips[k] for k in range(i, min(i + together, most, len(clips)))]
         video, wav = (torch.stack([item[k] for item in items]) for k in ("video", "wav"))
         video, mel = cut_clips(video, wav, config, torch.zeros(len(items), 1, dtype=torch.long))
-        v = model.encode_video(video.to(device).float() / 255, pool=True).view(len(items), -1, config.embed_dim)
+        v = model.encode_video(video.to(device).float() / 255, pool=True).view(
+            len(items), -1, config.embed_dim
+        )
         a = model.encode_audio(mel.to(device), pool=True).view(len(items), -1, config.embed_dim)
         found.append((v.float(), a.float()))
         named += [labels(item["name"], item["start"]) for item in items if labels]
-    v, a = (torch.cat(x) for x in zip(*found))                                           # (n, segments, 512)
+    v, a = (torch.cat(x) for x in zip(*found))  # (n, segments, 512)
     numbers = retrieval(torch.einsum("isd,jsd->ij", v, a) / v.shape[1])
     if labels:
         named = torch.stack(named).to(v.device)
-        right = [(names(model, x).argmax(-1) == named)[named >= 0].float().mean().item() for x in (v, a)]
+        right = [
+            (names(model, x).argmax(-1) == named)[named >= 0].float().mean().item() for x in (v, a)
+        ]
         numbers |= {"val_named_by_sight": right[0], "val_named_by_ear": right[1]}
     return numbers, []
 
@@ -501,10 +621,14 @@ def train(args):
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
     config, labels, export = model.config, None, None
     if args.labels and not args.labels.is_dir():
-        raise training.TrainingError(f"{args.labels}: no such folder; --labels takes the clips' own, with their .json files")
+        raise training.TrainingError(
+            f"{args.labels}: no such folder; --labels takes the clips' own, with their .json files"
+        )
     if args.labels and config.clips > 1:
         raise training.TrainingError("--labels is for presets that train on one window of a clip")
-    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
+    root = training.once(
+        lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
+    )
     reader = functools.partial(data.Clips, root, config.fps, config.size, span(config), args.seed)
     clips, held_out = training.divided(reader, data.MediaError)
     if args.labels:
@@ -513,21 +637,38 @@ def train(args):
 
         def labels(name, start):
             return struck(onsets[name], classes, start, config)
+
     model = model.train().to(device)
     model.spec_encoder.to(memory_format=torch.channels_last)
     training.freeze(args, model)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]      # norms, biases, logit_scale: not decayed, as published
-    optimizer = training.adamw([{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args)
+    vectors = [
+        p for p in model.parameters() if p.ndim < 2
+    ]  # norms, biases, logit_scale: not decayed, as published
+    optimizer = training.adamw(
+        [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}], args
+    )
     ema = training.EMA(model)
     training.recompute(args, model, Bottleneck3d, ConvBlock)
-    run = training.Run(args, model, optimizer, asdict(config), ema, clips, held_out,
-                       functools.partial(validate, device=device, labels=labels), export)
+    run = training.Run(
+        args,
+        model,
+        optimizer,
+        asdict(config),
+        ema,
+        clips,
+        held_out,
+        functools.partial(validate, device=device, labels=labels),
+        export,
+    )
     network, cut, n = training.parallel(model, embed), edge(model), args.batch * config.clips
     for step in run:
         draw = training.generator(args, step)
         starts = clip_starts(args.batch, config, draw)
-        mirrored, gain = torch.rand(n, generator=draw) < 0.5, torch.empty(n).uniform_(0.9, 1.1, generator=draw)
+        mirrored, gain = (
+            torch.rand(n, generator=draw) < 0.5,
+            torch.empty(n).uniform_(0.9, 1.1, generator=draw),
+        )
         chunks, weights, seeds, count = [], [], [], 0
         for batch, rows in run.parts(network):
             video, mel = cut_clips(batch["video"], batch["wav"], config, starts[rows])
@@ -535,14 +676,24 @@ def train(args):
             chunks.append((video, mel, mirrored[many], gain[many]))
             segments = config.frames // config.video_pool
             if labels:
-                named = torch.stack([labels(*about) for about in zip(batch["name"], batch["start"].tolist())])[:, cut:segments - cut]
-                chunks[-1] += named,
+                named = torch.stack(
+                    [labels(*about) for about in zip(batch["name"], batch["start"].tolist())]
+                )[:, cut : segments - cut]
+                chunks[-1] += (named,)
                 count += (named >= 0).sum()
-            weights.append(loudness_rise(mel, segments)[:, cut:segments - cut].reshape(args.micro_batch, -1))
+            weights.append(
+                loudness_rise(mel, segments)[:, cut : segments - cut].reshape(args.micro_batch, -1)
+            )
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
         weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
-        share = NAMING / max(1, training.gathered(count[None].to(device)).sum().item()) if labels else 0.0
-        loss_of = functools.partial(contrast, weights=weights, whole=args.whole, temporal=bool(args.temporal))
+        share = (
+            NAMING / max(1, training.gathered(count[None].to(device)).sum().item())
+            if labels
+            else 0.0
+        )
+        loss_of = functools.partial(
+            contrast, weights=weights, whole=args.whole, temporal=bool(args.temporal)
+        )
         terms = backward(run, network, model, device, chunks, seeds, loss_of, share)
         norm = training.update(args, step, optimizer, ema, model)
         with torch.no_grad():
@@ -555,26 +706,56 @@ def extract(args):
     already are not computed again. Any number of processes shares the work; the first one writes, in the order of the clips."""
     device = training.settle(args, RECIPES, "cavp", trains=False)
     if not args.init:
-        raise training.TrainingError("--extract needs the trained network: add --init runs/cavp/last.safetensors")
+        raise training.TrainingError(
+            "--extract needs the trained network: add --init runs/cavp/last.safetensors"
+        )
     model = CAVP.load(args.init, device)
-    config, mark = model.config, hashlib.sha256(model.video_project_head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
-    root = training.once(lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared"))
+    config, mark = (
+        model.config,
+        hashlib.sha256(
+            model.video_project_head.weight.detach().float().cpu().numpy().tobytes()
+        ).hexdigest()[:16],
+    )
+    root = training.once(
+        lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
+    )
     clips = data.Clips(root, config.fps, config.size)
-    about = {"columns": ["features", "sound"], "fps": config.fps, "width": config.embed_dim, "network": mark}
+    about = {
+        "columns": ["features", "sound"],
+        "fps": config.fps,
+        "width": config.embed_dim,
+        "network": mark,
+    }
 
     def columns(i):
         clip = clips[i]
         with training.autocast(args):
             features = model.encode_clip(clip["video"], chunk=128)
         sound = (clip["wav"] * 32767).round().to(torch.int16)
-        return {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()}
+        return {
+            "features": features.half().cpu().numpy().tobytes(),
+            "sound": sound.numpy().tobytes(),
+        }
+
     first, world = training.rank() == 0, training.world()
     with data.Writer(args.extract, about) if first else contextlib.nullcontext() as writer:
-        todo = training.collected([i for i in range(len(clips)) if clips.about(i)[0] not in writer.names] if first else None)[0]
-        with tqdm(total=len(clips), initial=len(clips) - len(todo), desc="extract", unit="clip", disable=not first) as bar:
+        todo = training.collected(
+            [i for i in range(len(clips)) if clips.about(i)[0] not in writer.names]
+            if first
+            else None
+        )[0]
+        with tqdm(
+            total=len(clips),
+            initial=len(clips) - len(todo),
+            desc="extract",
+            unit="clip",
+            disable=not first,
+        ) as bar:
             for k in range(0, len(todo), world):
                 mine = todo[k + training.rank()] if k + training.rank() < len(todo) else None
-                for i, made in zip(todo[k:k + world], training.collected(None if mine is None else columns(mine))):
+                for i, made in zip(
+                    todo[k : k + world], training.collected(None if mine is None else columns(mine))
+                ):
                     if first:
                         writer.add(*clips.about(i), made)
                         bar.update()
@@ -584,13 +765,37 @@ def extract(args):
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
-    p.add_argument("--by-loudness", type=int, choices=(0, 1), help="1: moments count as anchors by how far their sound rises "
-                   "above the clip's median; 0: all alike, as published; the preset's by default")
-    p.add_argument("--whole", type=float, help="weight of the contrast between whole windows; the preset's by default")
-    p.add_argument("--temporal", type=int, choices=(0, 1), help="0: the semantic contrast alone, for the paper's ablation")
-    p.add_argument("--labels", type=Path, metavar="DIR", help="folder of the clips' .json files, as foley.py writes them: both towers "
-                   "also learn to name what is struck")
-    p.add_argument("--extract", type=Path, metavar="DIR", help="write the features of --data there instead of training")
+    p.add_argument(
+        "--by-loudness",
+        type=int,
+        choices=(0, 1),
+        help="1: moments count as anchors by how far their sound rises "
+        "above the clip's median; 0: all alike, as published; the preset's by default",
+    )
+    p.add_argument(
+        "--whole",
+        type=float,
+        help="weight of the contrast between whole windows; the preset's by default",
+    )
+    p.add_argument(
+        "--temporal",
+        type=int,
+        choices=(0, 1),
+        help="0: the semantic contrast alone, for the paper's ablation",
+    )
+    p.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="folder of the clips' .json files, as foley.py writes them: both towers "
+        "also learn to name what is struck",
+    )
+    p.add_argument(
+        "--extract",
+        type=Path,
+        metavar="DIR",
+        help="write the features of --data there instead of training",
+    )
     args = p.parse_args(argv)
     with training.command("cavp.py", data.MediaError):
         (extract if args.extract else train)(args)

@@ -8,6 +8,7 @@ A pickle is a program. Here it runs on a machine that can build nothing but dict
 whatever class it names becomes one inert stand-in, so classes of foreign packages need not be importable and run nothing. A name that no
 checkpoint has a use for and every attack needs (the standard library's and torch's functions) refuses the file.
 """
+
 import contextlib
 import json
 import mmap
@@ -33,6 +34,7 @@ class CheckpointError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # unpickling without running anything
+
 
 class Inert:
     """Stands for an object of any class; whatever the pickle does with it, nothing happens."""
@@ -60,7 +62,12 @@ class Storage:
     """Name of a file's stretch of bytes and the type of its elements."""
 
     def __init__(self, dtype, key, numel, shift=0):
-        self.dtype, self.key, self.numel, self.shift = dtype, key, numel, shift     # shift: elements into the stretch
+        self.dtype, self.key, self.numel, self.shift = (
+            dtype,
+            key,
+            numel,
+            shift,
+        )  # shift: elements into the stretch
 
 
 class Described:
@@ -72,9 +79,16 @@ class Described:
     def __init__(self, storage, *rest):
         if isinstance(storage, Storage):
             offset, size, stride = rest[:3]
-            if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+            if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) or len(
+                size
+            ) != len(stride):
                 raise pickle.UnpicklingError("a tensor of impossible shape")
-            self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
+            self.storage, self.offset, self.size, self.stride = (
+                storage,
+                offset,
+                tuple(size),
+                tuple(stride),
+            )
         elif not isinstance(storage, Described):
             raise pickle.UnpicklingError("a tensor without a storage")
 
@@ -82,19 +96,47 @@ class Described:
         pass
 
 
-DTYPES = {f"{name}Storage": dtype for name, dtype in dict(
-    Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
-    Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
-REBUILD = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"}
+DTYPES = {
+    f"{name}Storage": dtype
+    for name, dtype in dict(
+        Double=torch.float64,
+        Float=torch.float32,
+        Half=torch.float16,
+        BFloat16=torch.bfloat16,
+        Long=torch.int64,
+        Int=torch.int32,
+        Short=torch.int16,
+        Char=torch.int8,
+        Byte=torch.uint8,
+        Bool=torch.bool,
+    ).items()
+}
+REBUILD = {
+    "_rebuild_tensor",
+    "_rebuild_tensor_v2",
+    "_rebuild_parameter",
+    "_rebuild_parameter_with_state",
+}
 # names of the standard library, numpy and torch that hyper-parameters, callbacks and optimizers hold as plain data
 DATA_NAMES = {
     "builtins": "object set frozenset list dict tuple int float complex bool str bytes bytearray slice range",
-    "collections": "defaultdict deque Counter", "copyreg": "_reconstructor", "_codecs": "encode", "argparse": "Namespace",
-    "types": "SimpleNamespace", "functools": "partial", "datetime": "datetime date time timedelta timezone", "decimal": "Decimal",
-    "fractions": "Fraction", "uuid": "UUID", "enum": "Enum IntEnum", "typing": "Any Union Optional Dict List Tuple",
+    "collections": "defaultdict deque Counter",
+    "copyreg": "_reconstructor",
+    "_codecs": "encode",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "functools": "partial",
+    "datetime": "datetime date time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "uuid": "UUID",
+    "enum": "Enum IntEnum",
+    "typing": "Any Union Optional Dict List Tuple",
     "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
-    "numpy": "dtype ndarray float64 float32 int64 int32 bool_", "numpy.core.multiarray": "scalar _reconstruct",
-    "numpy._core.multiarray": "scalar _reconstruct", "torch": "Size device dtype float16 float32 float64 bfloat16 int64 Tensor Generator",
+    "numpy": "dtype ndarray float64 float32 int64 int32 bool_",
+    "numpy.core.multiarray": "scalar _reconstruct",
+    "numpy._core.multiarray": "scalar _reconstruct",
+    "torch": "Size device dtype float16 float32 float64 bfloat16 int64 Tensor Generator",
 }
 
 
@@ -116,7 +158,9 @@ class Unpickler(pickle.Unpickler):
             return type(name, (Inert,), {"dtype": DTYPES[name]})
         package = module.split(".")[0]
         if package in sys.stdlib_module_names or package in ("torch", "numpy"):
-            part = module.startswith(("torch.optim.", "torch.nn.modules."))     # an optimizer or a layer among the hyper-parameters
+            part = module.startswith(
+                ("torch.optim.", "torch.nn.modules.")
+            )  # an optimizer or a layer among the hyper-parameters
             if not part and name not in DATA_NAMES.get(module, "").split():
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
         return Inert
@@ -133,25 +177,48 @@ class Unpickler(pickle.Unpickler):
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
-MAGIC = 0x1950A86A20F9469CFC6C          # opens a torch.save file of before zip archives
-SAFE_DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
-                   I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before zip archives
+SAFE_DTYPES = dict(
+    F64=torch.float64,
+    F32=torch.float32,
+    F16=torch.float16,
+    BF16=torch.bfloat16,
+    I64=torch.int64,
+    I32=torch.int32,
+    I16=torch.int16,
+    I8=torch.int8,
+    U8=torch.uint8,
+    BOOL=torch.bool,
+)
 
 
 def read_zip(path):
     """-> the unpickled object, {storage key: (first byte, bytes)}."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-        entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}     # below the archive's one folder
-        if "data.pkl" not in entries or "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise pickle.UnpicklingError("a zip archive that is not torch.save's, or a big-endian machine's")
+        entries = {
+            e.filename.partition("/")[2]: e for e in archive.infolist()
+        }  # below the archive's one folder
+        if (
+            "data.pkl" not in entries
+            or "byteorder" in entries
+            and archive.read(entries["byteorder"]) != b"little"
+        ):
+            raise pickle.UnpicklingError(
+                "a zip archive that is not torch.save's, or a big-endian machine's"
+            )
         with archive.open(entries["data.pkl"]) as f:
             content = Unpickler(f).load()
         where = {}
         for name, entry in entries.items():
             if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
-                raw.seek(entry.header_offset + 26)              # how long its name is, and the padding behind it
+                raw.seek(
+                    entry.header_offset + 26
+                )  # how long its name is, and the padding behind it
                 name_length, extra_length = struct.unpack("<HH", raw.read(4))
-                where[name.removeprefix("data/")] = entry.header_offset + 30 + name_length + extra_length, entry.file_size
+                where[name.removeprefix("data/")] = (
+                    entry.header_offset + 30 + name_length + extra_length,
+                    entry.file_size,
+                )
     return content, where
 
 
@@ -160,7 +227,7 @@ def read_older(path):
     with open(path, "rb") as f:
         if Unpickler(f).load() != MAGIC:
             raise pickle.UnpicklingError("it has none of torch.save's marks")
-        Unpickler(f).load(), Unpickler(f).load()                # versions
+        Unpickler(f).load(), Unpickler(f).load()  # versions
         unpickler = Unpickler(f)
         content, where = unpickler.load(), {}
         for key in Unpickler(f).load():
@@ -182,35 +249,57 @@ class Checkpoint(Mapping):
         try:
             with open(path, "rb") as f:
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.config, self.entries = self.read_safetensors() if self.path.suffix == ".safetensors" else (None, self.read_pickled())
+            self.config, self.entries = (
+                self.read_safetensors()
+                if self.path.suffix == ".safetensors"
+                else (None, self.read_pickled())
+            )
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file") from None
-        except Exception as e:      # a damaged or hostile pickle can raise anything; none of it has run more than this file's code
+            raise CheckpointError(
+                f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file"
+            ) from None
+        except Exception as e:  # a damaged or hostile pickle can raise anything; none of it has run more than this file's code
             reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
-            raise CheckpointError(f"{path}: not opened as a checkpoint: {reason}; fetch or train it again") from None
+            raise CheckpointError(
+                f"{path}: not opened as a checkpoint: {reason}; fetch or train it again"
+            ) from None
 
     def read_safetensors(self):
-        with safe_open(self.path, "pt") as f:                   # checks the header
+        with safe_open(self.path, "pt") as f:  # checks the header
             config = json.loads((f.metadata() or {}).get("config", "null"))
         length = int.from_bytes(self.map[:8], "little")
-        header = json.loads(self.map[8:8 + length])
+        header = json.loads(self.map[8 : 8 + length])
         header.pop("__metadata__", None)
-        return config, {k: (SAFE_DTYPES[e["dtype"]], 8 + length + e["data_offsets"][0], tuple(e["shape"]), None)
-                        for k, e in header.items()}
+        return config, {
+            k: (SAFE_DTYPES[e["dtype"]], 8 + length + e["data_offsets"][0], tuple(e["shape"]), None)
+            for k, e in header.items()
+        }
 
     def read_pickled(self):
         content, where = (read_zip if self.map[:4] == b"PK\3\4" else read_older)(self.path)
-        state = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
+        state = next(
+            (content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)),
+            content,
+        )
         entries = {}
         for name, tensor in state.items():
             if isinstance(tensor, Described):
                 first, length = where[tensor.storage.key]
                 dtype = tensor.storage.dtype
                 start = (tensor.storage.shift + tensor.offset) * dtype.itemsize
-                extent = 1 + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride)) if all(tensor.size) else 0
+                extent = (
+                    1 + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride))
+                    if all(tensor.size)
+                    else 0
+                )
                 if start + extent * dtype.itemsize > length or first + length > len(self.map):
                     raise pickle.UnpicklingError(f"{name} lies outside the file")
-                entries[name.removeprefix("module.")] = dtype, first + start, tensor.size, tensor.stride
+                entries[name.removeprefix("module.")] = (
+                    dtype,
+                    first + start,
+                    tensor.size,
+                    tensor.stride,
+                )
         if not entries:
             raise pickle.UnpicklingError("it holds no state dict")
         return entries
@@ -221,7 +310,9 @@ class Checkpoint(Mapping):
             return torch.empty(size, dtype=dtype)
         stride = torch.empty(size, device="meta").stride() if stride is None else stride
         count = 1 + sum((n - 1) * s for n, s in zip(size, stride))
-        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=first).as_strided(size, stride)
+        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=first).as_strided(
+            size, stride
+        )
 
     def __iter__(self):
         return iter(self.entries)
@@ -242,7 +333,9 @@ def fitting(path, cls):
         yield
     except (RuntimeError, KeyError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
-        raise CheckpointError(f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network") from None
+        raise CheckpointError(
+            f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network"
+        ) from None
 
 
 def fill(model, file, tensors=None, device="cpu", dtype=torch.float32):
@@ -251,7 +344,13 @@ def fill(model, file, tensors=None, device="cpu", dtype=torch.float32):
     with fitting(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for tensor in (*model.parameters(), *model.buffers()):
-        to = dtype if isinstance(tensor, nn.Parameter) else torch.float32 if tensor.is_floating_point() else tensor.dtype
+        to = (
+            dtype
+            if isinstance(tensor, nn.Parameter)
+            else torch.float32
+            if tensor.is_floating_point()
+            else tensor.dtype
+        )
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         tensor.data = tensor.data.to(device, to, copy=True, memory_format=layout)
         file.release()
@@ -261,11 +360,14 @@ def fill(model, file, tensors=None, device="cpu", dtype=torch.float32):
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
 
+
 def make_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be made ({e.strerror}); give another folder") from None
+        raise CheckpointError(
+            f"{path}: cannot be made ({e.strerror}); give another folder"
+        ) from None
     return path
 
 
@@ -277,11 +379,13 @@ def writing(path):
     try:
         yield part
         with open(part, "rb+") as f:
-            os.fsync(f.fileno())                                # else a power cut can leave the new name with nothing behind it
+            os.fsync(f.fileno())  # else a power cut can leave the new name with nothing behind it
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise CheckpointError(f"{path}: cannot be written ({reason}); free some space or give another folder") from None
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); free some space or give another folder"
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -294,10 +398,13 @@ def write_whole(path, data):
 def save_tensors(path, tensors, dtype=None, **about):
     """{name: tensor} -> one safetensors file, `about` as JSON in its header. dtype: of matrices and convolutions; norms, biases and
     schedules keep their own, for they weigh nothing."""
-    tensors = {k: v.detach().to("cpu", dtype if v.ndim >= 2 else None).contiguous() for k, v in tensors.items()}
+    tensors = {
+        k: v.detach().to("cpu", dtype if v.ndim >= 2 else None).contiguous()
+        for k, v in tensors.items()
+    }
     with writing(path) as part:
         part.touch()
-        mode = part.stat().st_mode                              # that of any new file; safetensors makes it the owner's alone
+        mode = part.stat().st_mode  # that of any new file; safetensors makes it the owner's alone
         save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()})
         part.chmod(mode)
 
@@ -307,7 +414,11 @@ def save_model(path, model, config, half=False, **about):
     save_tensors(path, model.state_dict(), torch.float16 if half else None, config=config, **about)
 
 
-PUBLISHED = {"cavp_epoch66": "cavp", "ldm_epoch240": "ldm", "double_guidance_classifier": "align"}      # as `sample.py` calls them
+PUBLISHED = {
+    "cavp_epoch66": "cavp",
+    "ldm_epoch240": "ldm",
+    "double_guidance_classifier": "align",
+}  # as `sample.py` calls them
 
 
 def convert(source, target, dtype):
@@ -316,7 +427,9 @@ def convert(source, target, dtype):
     source, target = Path(source), Path(target)
     files = sorted(p for p in source.glob("*") if p.suffix in (".ckpt", ".safetensors"))
     if not files:
-        raise CheckpointError(f"{source}: no .ckpt or .safetensors there; give the folder that holds them")
+        raise CheckpointError(
+            f"{source}: no .ckpt or .safetensors there; give the folder that holds them"
+        )
     pairs = [(p, target / f"{PUBLISHED.get(p.stem, p.stem)}.safetensors") for p in files]
     for path, out in pairs:
         if out.exists():

@@ -14,6 +14,7 @@ Sondergaard 2013.
 Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there: the inverse is at 22,050 Hz,
 and tones fall).
 """
+
 import argparse
 import csv
 import hashlib
@@ -42,10 +43,28 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from common import ffmpeg
-from common.media import (CONTAINERS, SAMPLE_RATE, TEXT_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, atomic_write, find_videos, output_suffix,     # noqa: F401
-                          probe, read_audio, read_frames, read_tags, search, write_video, write_wav)
+from common.media import (
+    CONTAINERS,
+    SAMPLE_RATE,
+    TEXT_SUFFIXES,
+    VIDEO_SUFFIXES,
+    MediaError,
+    MediaInfo,
+    atomic_write,
+    find_videos,
+    output_suffix,  # noqa: F401
+    probe,
+    read_audio,
+    read_frames,
+    read_tags,
+    search,
+    write_video,
+    write_wav,
+)
 
-with suppress(ImportError):     # Windows has none: there nothing keeps two processes from preparing one set
+with suppress(
+    ImportError
+):  # Windows has none: there nothing keeps two processes from preparing one set
     import fcntl
 
 N_FFT = 1024
@@ -53,33 +72,39 @@ HOP = 256
 N_MELS = 128
 FMIN = 125.0
 FMAX = 7600.0
-WINDOW = 131072                 # samples of one model window: 512 mel columns, 8.192 s
-COLUMN = HOP / SAMPLE_RATE      # seconds a mel column
-LAG = 2                         # columns over which a level has to rise
-QUIET = 0.3                     # mel level below which nothing counts: the room's tone, and residue of coding
-RISE = 0.03                     # mean rise over the bins that makes an onset
-ABOVE = 1.5                     # and by how many times the median rise around it, so that steady noise makes none
-AROUND, APART = 20, 3           # columns each side: of that median; where only the strongest rise is an onset
-SHORTEST = 0.5                  # seconds: what is shorter is no clip
-SILENT = 0.001                  # of full scale, -60 dB: sound that never rises above it is none
-CHUNK = 256                     # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
-HELD_OUT = 0.05                 # share of the clips in each of "val" and "test"
+WINDOW = 131072  # samples of one model window: 512 mel columns, 8.192 s
+COLUMN = HOP / SAMPLE_RATE  # seconds a mel column
+LAG = 2  # columns over which a level has to rise
+QUIET = 0.3  # mel level below which nothing counts: the room's tone, and residue of coding
+RISE = 0.03  # mean rise over the bins that makes an onset
+ABOVE = 1.5  # and by how many times the median rise around it, so that steady noise makes none
+AROUND, APART = (
+    20,
+    3,
+)  # columns each side: of that median; where only the strongest rise is an onset
+SHORTEST = 0.5  # seconds: what is shorter is no clip
+SILENT = 0.001  # of full scale, -60 dB: sound that never rises above it is none
+CHUNK = 256  # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
+HELD_OUT = 0.05  # share of the clips in each of "val" and "test"
 SPLITS = ("train", "val", "test")
-COMPANIONS = {".json", ".csv", ".txt"}      # files that lie beside clips and are not missed in a set
-JPEG_QUANTIZER = "2"            # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
-FORMAT = 3                      # of prepared sets
-BLOCK = 2**14                   # bytes that share a checksum
-SHARD = 2**30                   # bytes after which a set goes on in a new file
-COMMIT = 2.0                    # seconds of work that a kill can cost
-OPEN = 64                       # shards that a process holds open
+COMPANIONS = {".json", ".csv", ".txt"}  # files that lie beside clips and are not missed in a set
+JPEG_QUANTIZER = (
+    "2"  # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
+)
+FORMAT = 3  # of prepared sets
+BLOCK = 2**14  # bytes that share a checksum
+SHARD = 2**30  # bytes after which a set goes on in a new file
+COMMIT = 2.0  # seconds of work that a kill can cost
+OPEN = 64  # shards that a process holds open
 
 
 # ---- mel spectrogram and its inverse -------------------------------------------------------------------------------
 
+
 @lru_cache
 def filterbank(rate, bands, low, high):
     """Slaney's mel filterbank, librosa's: linear below 1 kHz and logarithmic above, triangles of unit area in Hz. (bands, 513) float64"""
-    step = math.log(6.4) / 27                    # 27 steps from 1 kHz to 6.4 kHz, by definition of the scale
+    step = math.log(6.4) / 27  # 27 steps from 1 kHz to 6.4 kHz, by definition of the scale
 
     def to_mel(hz):
         return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
@@ -102,17 +127,27 @@ def stft(wav):
     """(b, n) -> complex (b, 513, ceil(n/256)). The last sample is dropped, as the published preprocessing does: a
     centred transform of n-1 samples has 1 + (n-1)//256 = ceil(n/256) columns, so 131,072 samples make exactly 512."""
     window = torch.hann_window(N_FFT, device=wav.device)
-    return torch.stft(wav[..., :-1], N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+    return torch.stft(
+        wav[..., :-1],
+        N_FFT,
+        HOP,
+        window=window,
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
+    )
 
 
 def mel(wav):
     """Sound (..., n) to mel (..., 128, ceil(n/256)): clip(0.2 log10(magnitude) + 0.8, 0, 1), reflected at the ends."""
     shape, n = wav.shape[:-1], wav.shape[-1]
-    short = max(0, N_FFT // 2 + 2 - n)           # reflection needs more than half a window of sound: append silence
+    short = max(
+        0, N_FFT // 2 + 2 - n
+    )  # reflection needs more than half a window of sound: append silence
     wav = torch.nn.functional.pad(wav.float().reshape(-1, n), (0, short))
-    power = mel_basis().to(wav.device) @ stft(wav).abs()                             # (b, m, s)
+    power = mel_basis().to(wav.device) @ stft(wav).abs()  # (b, m, s)
     level = (0.2 * power.clamp_min(1e-5).log10() + 0.8).clamp(0, 1)
-    return level[..., :-(-n // HOP)].reshape(*shape, N_MELS, -(-n // HOP))
+    return level[..., : -(-n // HOP)].reshape(*shape, N_MELS, -(-n // HOP))
 
 
 def chunks(rows, device):
@@ -143,16 +178,18 @@ def mel_to_magnitude(level, iterations=32):
     divergence (Lee and Seung 2001): they are scale-free, so quiet columns are met as exactly as loud ones. A level of
     0 stands for "at most 1e-4" (-82 dB) and gives exact silence; resynthesised, that floor would be a steady hiss."""
     b, _, s = level.shape
-    level = level.transpose(1, 2).reshape(b * s, -1)                                 # (b*s, m): every column for itself
+    level = level.transpose(1, 2).reshape(b * s, -1)  # (b*s, m): every column for itself
     target = torch.where(level > 0, 10 ** (5 * level - 4), 0.0)
-    basis = mel_basis().to(level.device)                                             # (m, 513)
+    basis = mel_basis().to(level.device)  # (m, 513)
     weight = basis.sum(0).clamp_min(1e-9)
-    magnitude = (target / basis.sum(1)) @ basis / weight                             # (b*s, 513)
-    blocks = [(bins, bands, block.to(level.device).T, block.to(level.device) / weight[bins])
-              for bins, bands, block in filterbank_blocks()]
+    magnitude = (target / basis.sum(1)) @ basis / weight  # (b*s, 513)
+    blocks = [
+        (bins, bands, block.to(level.device).T, block.to(level.device) / weight[bins])
+        for bins, bands, block in filterbank_blocks()
+    ]
     for rows in chunks(b * s, level.device):
         for _ in range(iterations):
-            ratio = torch.full_like(target[rows], 1e-12)                             # the mel as it is, then wanted / is
+            ratio = torch.full_like(target[rows], 1e-12)  # the mel as it is, then wanted / is
             for bins, bands, to_mel, _ in blocks:
                 ratio[:, bands].addmm_(magnitude[rows, bins], to_mel)
             torch.div(target[rows], ratio, out=ratio)
@@ -164,19 +201,19 @@ def mel_to_magnitude(level, iterations=32):
 def overlap_add(sound, spectrum, window, first):
     """Inverse transform of the columns (b, n, 513) from `first` on, added to `sound` (b, s + 3, 256): rows of one hop, of which a
     frame covers four."""
-    frames = torch.fft.irfft(spectrum, N_FFT).mul_(window).unflatten(2, (-1, HOP))   # (b, n, 4, 256)
+    frames = torch.fft.irfft(spectrum, N_FFT).mul_(window).unflatten(2, (-1, HOP))  # (b, n, 4, 256)
     n = frames.shape[1]
     for k in range(frames.shape[2]):
-        sound[:, first + k:first + k + n] += frames[:, :, k]
+        sound[:, first + k : first + k + n] += frames[:, :, k]
 
 
 def reflect_ends(padded, samples):
     """In place, what `stft` reads beyond a sound of `samples` that lies in `padded` (b, n) from N_FFT // 2 on."""
     start = N_FFT // 2
-    last = start + samples - 2                                                       # stft drops the sample after this one
+    last = start + samples - 2  # stft drops the sample after this one
     beyond = padded.shape[1] - 1 - last
-    padded[:, :start] = padded[:, start + 1:2 * start + 1].flip(1)
-    padded[:, last + 1:] = padded[:, last - beyond:last].flip(1)
+    padded[:, :start] = padded[:, start + 1 : 2 * start + 1].flip(1)
+    padded[:, last + 1 :] = padded[:, last - beyond : last].flip(1)
 
 
 @torch.no_grad()
@@ -192,13 +229,15 @@ def griffin_lim(magnitude, iterations=32, seed=0):
     b, bins, s = magnitude.shape
     samples, device = s * HOP, magnitude.device
     window = torch.hann_window(N_FFT, dtype=magnitude.dtype, device=device)
-    magnitude = magnitude.transpose(1, 2).contiguous()                               # (b, s, 513): FFTs want their bins side by side
+    magnitude = magnitude.transpose(
+        1, 2
+    ).contiguous()  # (b, s, 513): FFTs want their bins side by side
 
     # the sum of the squared windows over every sample, which overlap-add is divided by
     envelope = magnitude.new_zeros(s + N_FFT // HOP - 1, HOP)
     for k, part in enumerate(window.square().view(-1, HOP)):
-        envelope[k:k + s] += part
-    envelope.clamp_min_(1e-11)                                                       # 0 at the very first sample
+        envelope[k : k + s] += part
+    envelope.clamp_min_(1e-11)  # 0 at the very first sample
 
     generator = torch.Generator().manual_seed(seed)
     turn = (torch.rand((bins, s), generator=generator) * (2 * math.pi)).T
@@ -207,11 +246,13 @@ def griffin_lim(magnitude, iterations=32, seed=0):
         phase = torch.polar(torch.ones_like(turn[at]), turn[at]).to(device)
         overlap_add(sound, magnitude[:, at] * phase, window, at.start)
 
-    previous = torch.zeros_like(magnitude, dtype=magnitude.dtype.to_complex())       # the last iteration's consistent spectrum
+    previous = torch.zeros_like(
+        magnitude, dtype=magnitude.dtype.to_complex()
+    )  # the last iteration's consistent spectrum
     for _ in range(iterations):
         padded = (sound / envelope).flatten(1)
         reflect_ends(padded, samples)
-        frames = padded.unfold(1, N_FFT, HOP)                                        # (b, s, 1024), a view
+        frames = padded.unfold(1, N_FFT, HOP)  # (b, s, 1024), a view
         sound.zero_()
         for at in chunks(s, device):
             consistent = torch.fft.rfft(frames[:, at] * window)
@@ -219,29 +260,30 @@ def griffin_lim(magnitude, iterations=32, seed=0):
             ahead = torch.sub(consistent, previous[:, at], alpha=0.99 / 1.99)
             previous[:, at] = consistent
             overlap_add(sound, ahead.sgn_().mul_(magnitude[:, at]), window, at.start)
-    return (sound / envelope).flatten(1)[:, N_FFT // 2:N_FFT // 2 + samples]
+    return (sound / envelope).flatten(1)[:, N_FFT // 2 : N_FFT // 2 + samples]
 
 
 def vocode(level, iterations=32, seed=0, length=None):
     """Mel (..., 128, s) to sound (..., s*256), or `length` samples: the filterbank's inverse, then Griffin-Lim."""
     shape, columns = level.shape[:-2], level.shape[-1]
-    if columns < 3:                              # too short to reflect: vocode with silence appended, then cut
+    if columns < 3:  # too short to reflect: vocode with silence appended, then cut
         level = torch.nn.functional.pad(level, (0, 3 - columns))
-    magnitude = mel_to_magnitude(level.float().reshape(-1, *level.shape[-2:]))       # (b, 513, s)
-    wav = griffin_lim(magnitude, iterations, seed)[:, :columns * HOP]
+    magnitude = mel_to_magnitude(level.float().reshape(-1, *level.shape[-2:]))  # (b, 513, s)
+    wav = griffin_lim(magnitude, iterations, seed)[:, : columns * HOP]
     length = columns * HOP if length is None else length
     return torch.nn.functional.pad(wav, (0, length - wav.shape[-1])).reshape(*shape, length)
 
 
 # ---- onsets --------------------------------------------------------------------------------------------------------
 
+
 def onset_strength(level):
     """How much louder each column of a mel (128, s) is than LAG columns before, rises only, mean over the bins -> (s,).
     Each bin is held against its neighbours too, so that a gliding tone is no onset (Boeck and Widmer 2013)."""
-    level = np.maximum(np.asarray(level, np.float32) - QUIET, 0) / (1 - QUIET)                      # (m, s)
+    level = np.maximum(np.asarray(level, np.float32) - QUIET, 0) / (1 - QUIET)  # (m, s)
     padded = np.pad(level, ((1, 1), (LAG, 0)))
-    before = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])[:, :level.shape[1]]
-    before[:, :LAG] = level[:, :LAG]                # what sounds as the clip begins has not begun in it
+    before = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])[:, : level.shape[1]]
+    before[:, :LAG] = level[:, :LAG]  # what sounds as the clip begins has not begun in it
     return np.maximum(level - before, 0).mean(0)
 
 
@@ -249,9 +291,9 @@ def detect_onsets(level):
     """Mel (128, s) -> onset times in seconds, ascending. A column's time is its centre."""
     strength, times = onset_strength(level), []
     for k in range(len(strength)):
-        near = strength[max(k - APART, 0):k + APART + 1]
-        around = strength[max(k - AROUND, 0):k + AROUND + 1]
-        first = k == 0 or strength[k] > strength[k - 1]             # of equal columns the first
+        near = strength[max(k - APART, 0) : k + APART + 1]
+        around = strength[max(k - AROUND, 0) : k + AROUND + 1]
+        first = k == 0 or strength[k] > strength[k - 1]  # of equal columns the first
         if first and strength[k] >= near.max() and strength[k] > RISE + ABOVE * np.median(around):
             times.append(k * COLUMN)
     return np.array(times)
@@ -278,17 +320,33 @@ def f1(pairs, found, labelled):
 
 # ---- frames as JPEG ------------------------------------------------------------------------------------------------
 
+
 def encode_jpegs(images, size):
     """uint8 (size, size, 3) images -> bytes of each. Full chroma: without it small things lose 2 to 6 dB, for a fifth of the
     bytes."""
-    context, scaler, last, jpeg = av.CodecContext.create("mjpeg", "w"), VideoReformatter(), None, None
-    context.width, context.height, context.pix_fmt, context.time_base = size, size, "yuvj444p", Fraction(1, 25)
-    context.thread_count, context.qscale, context.options = 1, True, {"qmin": JPEG_QUANTIZER}    # for every frame alike
+    context, scaler, last, jpeg = (
+        av.CodecContext.create("mjpeg", "w"),
+        VideoReformatter(),
+        None,
+        None,
+    )
+    context.width, context.height, context.pix_fmt, context.time_base = (
+        size,
+        size,
+        "yuvj444p",
+        Fraction(1, 25),
+    )
+    context.thread_count, context.qscale, context.options = (
+        1,
+        True,
+        {"qmin": JPEG_QUANTIZER},
+    )  # for every frame alike
     for number, image in enumerate(images):
-        if image is not last:                    # what is shown for longer than one frame is encoded once
+        if image is not last:  # what is shown for longer than one frame is encoded once
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-            frame = scaler.reformat(frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG",
-                                    threads=1)
+            frame = scaler.reformat(
+                frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG", threads=1
+            )
             frame.pts = number
             (jpeg,), last = map(bytes, context.encode(frame)), image
         yield jpeg
@@ -307,15 +365,17 @@ def decode_jpegs(jpegs, size):
     context, scaler = jpeg_decoder(os.getpid())
     out = np.empty((len(jpegs), 3, size, size), np.uint8)
     for image, jpeg in zip(out, jpegs):
-        frame, = context.decode(av.Packet(jpeg))
-        for channel, plane in zip((1, 2, 0), scaler.reformat(frame, format="gbrp", threads=1).planes):
+        (frame,) = context.decode(av.Packet(jpeg))
+        for channel, plane in zip(
+            (1, 2, 0), scaler.reformat(frame, format="gbrp", threads=1).planes
+        ):
             image[channel] = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)[:, :size]
     return out
 
 
 # ---- sets of clips on disk -----------------------------------------------------------------------------------------
 
-AS_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}            # a file's name need not be text
+AS_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name need not be text
 AGAIN = "delete the set and prepare it again"
 
 
@@ -326,7 +386,7 @@ def entry(columns):
 
 
 def checksums(content):
-    return [zlib.crc32(memoryview(content)[k:k + BLOCK]) for k in range(0, len(content), BLOCK)]
+    return [zlib.crc32(memoryview(content)[k : k + BLOCK]) for k in range(0, len(content), BLOCK)]
 
 
 def read_about(root):
@@ -337,9 +397,13 @@ def read_about(root):
             raise ValueError(f"format {about['format']} instead of {FORMAT}")
         return about
     except FileNotFoundError:
-        raise MediaError(f"{root}: not a prepared set; make one with python data.py prepare VIDEOS {root}") from None
+        raise MediaError(
+            f"{root}: not a prepared set; make one with python data.py prepare VIDEOS {root}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{root / 'set.json'}: cannot be read ({error}); prepare the set in another folder") from None
+        raise MediaError(
+            f"{root / 'set.json'}: cannot be read ({error}); prepare the set in another folder"
+        ) from None
 
 
 class Set:
@@ -358,22 +422,30 @@ class Set:
     Files only grow, an entry follows what it describes, and "clips" follows the entries: nobody sees half a clip."""
 
     def __init__(self, root):
-        self.root, self.files, self.process = Path(root), {}, None       # open files, and the process that opened them
+        self.root, self.files, self.process = (
+            Path(root),
+            {},
+            None,
+        )  # open files, and the process that opened them
         self.about = read_about(self.root)
         if self.about["clips"] is None:
-            raise MediaError(f"{root}: an unfinished set; run the command that makes it again, it goes on from there")
+            raise MediaError(
+                f"{root}: an unfinished set; run the command that makes it again, it goes on from there"
+            )
         path = self.root / "index.bin"
         try:
-            self.index = np.memmap(path, entry(self.about["columns"]), "r", shape=(self.about["clips"],))
+            self.index = np.memmap(
+                path, entry(self.about["columns"]), "r", shape=(self.about["clips"],)
+            )
         except (OSError, ValueError) as error:
             raise MediaError(f"{path}: missing or cut off ({error}); {AGAIN}") from None
 
     def __reduce__(self):
-        return type(self), (self.root,)          # to another process goes the name, not the map
+        return type(self), (self.root,)  # to another process goes the name, not the map
 
     def stretch(self, name, start, count):
         """`count` bytes of one of the set's files."""
-        if self.process != os.getpid():          # a file's position is shared with the process that forked
+        if self.process != os.getpid():  # a file's position is shared with the process that forked
             self.files, self.process = {}, os.getpid()
         try:
             if name not in self.files:
@@ -383,7 +455,9 @@ class Set:
             self.files[name].seek(start)
             found = self.files[name].read(count)
         except OSError as error:
-            raise MediaError(f"{self.root / name}: cannot be read ({error.strerror}); {AGAIN}") from None
+            raise MediaError(
+                f"{self.root / name}: cannot be read ({error.strerror}); {AGAIN}"
+            ) from None
         if len(found) < count:
             raise MediaError(f"{self.root / name}: cut off at byte {start + len(found)}; {AGAIN}")
         return found
@@ -400,25 +474,34 @@ class Set:
         size = size - start if count is None else min(count * step, size - start)
         if not size:
             return np.empty(0, dtype)
-        begin, end = int(where[self.about["columns"][0]][0]), int(where["checks"][0])        # of the clip in its shard
+        begin, end = (
+            int(where[self.about["columns"][0]][0]),
+            int(where["checks"][0]),
+        )  # of the clip in its shard
         at, shard = first + start - begin, f"shard-{where['shard']:05d}.bin"
-        a, b = at // BLOCK, -(-(at + size) // BLOCK)                                          # blocks that hold it
+        a, b = at // BLOCK, -(-(at + size) // BLOCK)  # blocks that hold it
         blocks = self.stretch(shard, begin + a * BLOCK, min(b * BLOCK, end - begin) - a * BLOCK)
-        if np.frombuffer(self.stretch(shard, end + 4 * a, 4 * (b - a)), "<u4").tolist() != checksums(blocks):
-            raise MediaError(f"{self.root / shard}: {self.text(clip, 'name')} is damaged in it; {AGAIN}")
+        if np.frombuffer(
+            self.stretch(shard, end + 4 * a, 4 * (b - a)), "<u4"
+        ).tolist() != checksums(blocks):
+            raise MediaError(
+                f"{self.root / shard}: {self.text(clip, 'name')} is damaged in it; {AGAIN}"
+            )
         return np.frombuffer(blocks, dtype, size // step, at - a * BLOCK)
 
     def frames(self, clip, start=0, count=None):
         """Pictures of a clip, as many of `count` as there are: uint8 (f, 3, size, size)."""
         bounds = self.column(clip, "bounds", "<u4", start, None if count is None else count + 1)
-        blob = self.column(clip, "frames", np.uint8, int(bounds[0]), int(bounds[-1] - bounds[0])).tobytes()
+        blob = self.column(
+            clip, "frames", np.uint8, int(bounds[0]), int(bounds[-1] - bounds[0])
+        ).tobytes()
         at = (bounds - bounds[0]).tolist()
         return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
 
     def left_out(self):
         """[(name, reason)] of the files that are not in the set."""
         path = self.root / "left_out.csv"
-        if not path.exists():                    # features: whatever was left out, was so before
+        if not path.exists():  # features: whatever was left out, was so before
             return []
         with open(path, newline="", **AS_NAMES) as file:
             return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
@@ -438,29 +521,41 @@ class Writer:
     give the same bytes as without it. A context: what was added is on disk when it ends, however it ends."""
 
     def __init__(self, root, about):
-        self.root, self.about, self.dtype = Path(root), {"format": FORMAT, **about, "clips": None}, entry(about["columns"])
+        self.root, self.about, self.dtype = (
+            Path(root),
+            {"format": FORMAT, **about, "clips": None},
+            entry(about["columns"]),
+        )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.root / ".lock", "wb")
             if "fcntl" in globals():
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise MediaError(f"{root}: another process is preparing it; wait for that, or give another folder") from None
+            raise MediaError(
+                f"{root}: another process is preparing it; wait for that, or give another folder"
+            ) from None
         except OSError as error:
             raise self.unwritable(error) from None
         if (self.root / "set.json").exists():
             made = read_about(self.root)
-            differ = [f"{k} {made.get(k)} instead of {v}" for k, v in about.items() if made.get(k) != v]
+            differ = [
+                f"{k} {made.get(k)} instead of {v}" for k, v in about.items() if made.get(k) != v
+            ]
             if differ:
-                raise MediaError(f"{root}: a set with {', '.join(differ)} is there; give another folder")
+                raise MediaError(
+                    f"{root}: a set with {', '.join(differ)} is there; give another folder"
+                )
             self.about["clips"] = made["clips"]
         else:
             self.write_about(None)
         self.open()
 
     def unwritable(self, error):
-        return MediaError(f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and "
-                          "run the same command again: it goes on where it stopped")
+        return MediaError(
+            f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and "
+            "run the same command again: it goes on where it stopped"
+        )
 
     def write_about(self, clips):
         self.about["clips"] = clips
@@ -472,21 +567,31 @@ class Writer:
 
     def open(self):
         """Back to the last clip that is wholly there; what a kill left behind it is cut off."""
-        self.index_file, self.names_file = (open(self.root / name, "a+b") for name in ("index.bin", "names.bin"))
+        self.index_file, self.names_file = (
+            open(self.root / name, "a+b") for name in ("index.bin", "names.bin")
+        )
         self.index_file.seek(0)
         self.names_file.seek(0)
         content, text = self.index_file.read(), self.names_file.read()
         index = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
         shards = range(int(index["shard"].max(initial=0)) + 1)
-        sizes = np.array([path.stat().st_size if path.exists() else 0 for path in map(self.path, shards)])
-        there = (index["checks"].sum(1) <= sizes[index["shard"]]) & (index["label"].sum(1) <= len(text))
-        index = index[:len(index) if there.all() else int(there.argmin())]
+        sizes = np.array(
+            [path.stat().st_size if path.exists() else 0 for path in map(self.path, shards)]
+        )
+        there = (index["checks"].sum(1) <= sizes[index["shard"]]) & (
+            index["label"].sum(1) <= len(text)
+        )
+        index = index[: len(index) if there.all() else int(there.argmin())]
         if len(index) < (self.about["clips"] or 0):
-            raise MediaError(f"{self.root}: damaged, {len(index)} of its first {self.about['clips']} clips are there; {AGAIN}")
+            raise MediaError(
+                f"{self.root}: damaged, {len(index)} of its first {self.about['clips']} clips are there; {AGAIN}"
+            )
         self.shard = self.end = self.names_end = 0
         if len(index):
             final = index[-1]
-            self.shard, self.end, self.names_end = map(int, (final["shard"], final["checks"].sum(), final["label"].sum()))
+            self.shard, self.end, self.names_end = map(
+                int, (final["shard"], final["checks"].sum(), final["label"].sum())
+            )
         self.index_file.truncate(len(index) * self.dtype.itemsize)
         self.names_file.truncate(self.names_end)
         for path in self.root.glob("shard-*.bin"):
@@ -495,7 +600,7 @@ class Writer:
         self.shard_file = open(self.path(self.shard), "ab")
         self.shard_file.truncate(self.end)
         self.index, self.pending, self.clock = index.copy(), [], time.monotonic()
-        self.names = {os.fsdecode(text[a:a + n]) for a, n in index["name"].tolist()}
+        self.names = {os.fsdecode(text[a : a + n]) for a, n in index["name"].tolist()}
 
     def __enter__(self):
         return self
@@ -554,9 +659,13 @@ class Writer:
         text = self.root.joinpath("names.bin").read_bytes()
         for k in map(SPLITS.index, needed if len(self.index) >= 3 else ()):
             if not (self.index["split"] == k).any():
-                rich = np.flatnonzero(self.index["split"] == np.bincount(self.index["split"]).argmax())
-                names = [text[a:a + n] for a, n in self.index["name"][rich].tolist()]
-                self.index["split"][rich[min(range(len(rich)), key=lambda i: hashlib.sha256(names[i]).digest())]] = k
+                rich = np.flatnonzero(
+                    self.index["split"] == np.bincount(self.index["split"]).argmax()
+                )
+                names = [text[a : a + n] for a, n in self.index["name"][rich].tolist()]
+                self.index["split"][
+                    rich[min(range(len(rich)), key=lambda i: hashlib.sha256(names[i]).digest())]
+                ] = k
                 with open(self.root / "index.bin", "r+b") as file:
                     file.write(self.index.tobytes())
         if self.about["clips"] != len(self.index):
@@ -565,9 +674,11 @@ class Writer:
 
 # ---- from videos to a set ------------------------------------------------------------------------------------------
 
-Job = namedtuple("Job", "name path start seconds label split")          # a clip to be: a stretch of a file
-Report = namedtuple("Report", "clips new left_out missing")             # left_out [(name, reason, what was found)],
-                                                                        # missing rows of the CSV that have no file
+Job = namedtuple("Job", "name path start seconds label split")  # a clip to be: a stretch of a file
+Report = namedtuple(
+    "Report", "clips new left_out missing"
+)  # left_out [(name, reason, what was found)],
+# missing rows of the CSV that have no file
 
 
 def read_csv(path):
@@ -578,11 +689,15 @@ def read_csv(path):
             for number, row in enumerate(csv.reader(file), 1):
                 if row:
                     youtube, start, label, split = row
-                    rows.append((youtube, int(float(start)), label, SPLITS[SPLITS.index(split.strip())]))
+                    rows.append(
+                        (youtube, int(float(start)), label, SPLITS[SPLITS.index(split.strip())])
+                    )
     except (OSError, UnicodeDecodeError) as error:
         raise MediaError(f"--csv {path}: cannot be read ({error}); give a text file") from None
     except (ValueError, csv.Error):
-        raise MediaError(f"--csv {path}: line {number} is not `id,start,label,train|val|test`; correct it") from None
+        raise MediaError(
+            f"--csv {path}: line {number} is not `id,start,label,train|val|test`; correct it"
+        ) from None
     return rows
 
 
@@ -595,23 +710,48 @@ def find_jobs(raw, table=None):
     names = {path: path.relative_to(root).as_posix() for path in videos}
     others = search(raw)[1] if raw.is_dir() else []
     others = [path for path in others if path.suffix.lower() not in TEXT_SUFFIXES]
-    spare = [(path.relative_to(root).as_posix(), "not a video", "FFmpeg finds no moving picture in it") for path in others]
+    spare = [
+        (path.relative_to(root).as_posix(), "not a video", "FFmpeg finds no moving picture in it")
+        for path in others
+    ]
     if table is None:
-        return [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()], spare, 0
+        return (
+            [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()],
+            spare,
+            0,
+        )
     files, jobs, used, missing = {}, [], set(), 0
-    for path in reversed(videos):                # of two of one name the first
+    for path in reversed(videos):  # of two of one name the first
         files[path.stem] = path
     for youtube, start, label, said in read_csv(table):
         stem = f"{youtube}_{start:06d}"
         cut, full = files.get(stem), files.get(youtube)
         if cut or full:
             path = cut or full
-            name = names[path] if cut else (Path(names[path]).parent / f"{stem}{path.suffix}").as_posix()
-            jobs.append(Job(name, path, *((0.0, None) if cut else (float(start), 10.0)), label, split_of(stem, said)))
+            name = (
+                names[path]
+                if cut
+                else (Path(names[path]).parent / f"{stem}{path.suffix}").as_posix()
+            )
+            jobs.append(
+                Job(
+                    name,
+                    path,
+                    *((0.0, None) if cut else (float(start), 10.0)),
+                    label,
+                    split_of(stem, said),
+                )
+            )
             used.add(path)
         missing += not (cut or full)
-    jobs = sorted({job.name: job for job in reversed(jobs)}.values())      # of two rows for one clip the first
-    spare += [(names[path], "not in the CSV", "no row of it asks for this file") for path in videos if path not in used]
+    jobs = sorted(
+        {job.name: job for job in reversed(jobs)}.values()
+    )  # of two rows for one clip the first
+    spare += [
+        (names[path], "not in the CSV", "no row of it asks for this file")
+        for path in videos
+        if path not in used
+    ]
     return jobs, spare, missing
 
 
@@ -626,31 +766,43 @@ def encode_clip(job, fps, size):
             if not info.has_audio:
                 return "no sound track", "only a picture"
             if seconds < SHORTEST:
-                return "too short", f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed"
+                return (
+                    "too short",
+                    f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed",
+                )
             wav = ffmpeg.read_audio(job.path, job.start, seconds)
             peak = float(max(wav.max(), -wav.min()))
             if not peak > SILENT:
-                return "silent", f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS"
-            wav *= 32767                         # in place, as of a film all this is large
+                return (
+                    "silent",
+                    f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS",
+                )
+            wav *= 32767  # in place, as of a film all this is large
             sound, bounds, frames = wav.round(out=wav).astype("<i2").tobytes(), [0], bytearray()
             del wav
-            for jpeg in encode_jpegs(ffmpeg.pictures(job.path, fps, size, job.start, seconds), size):
+            for jpeg in encode_jpegs(
+                ffmpeg.pictures(job.path, fps, size, job.start, seconds), size
+            ):
                 frames += jpeg
                 bounds.append(len(frames))
         except MediaError as error:
             return "undecodable", str(error).removeprefix(f"{job.path}: ")
-        except Exception as error:               # nothing that a damaged file makes a library raise may stop the others
+        except (
+            Exception
+        ) as error:  # nothing that a damaged file makes a library raise may stop the others
             return "undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if len(frames) >= 2**32:
         return "too long", f"{len(frames) / 1e9:.1f} GB of frames; cut it"
     columns = {"bounds": np.array(bounds, "<u4").tobytes(), "frames": frames, "sound": sound}
-    return columns, [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
+    return columns, [
+        str(warning.message) for warning in said if issubclass(warning.category, UserWarning)
+    ]
 
 
 def settle_worker():
     """One thread; Ctrl-C is the parent's to answer; and when that has died, nobody waits for us."""
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"          # FFmpeg's decoders go by it, too
+    os.environ["OMP_NUM_THREADS"] = "1"  # FFmpeg's decoders go by it, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -673,7 +825,10 @@ def encoded(jobs, fps, size, workers):
                 jobs.extendleft(job for job, _ in reversed(ahead))
                 ahead = deque([(jobs.popleft(), None)])
                 job, result = ahead[0][0], ("undecodable", "the decoder died of it")
-                with ProcessPoolExecutor(1, initializer=settle_worker) as alone, suppress(BrokenProcessPool):
+                with (
+                    ProcessPoolExecutor(1, initializer=settle_worker) as alone,
+                    suppress(BrokenProcessPool),
+                ):
                     result = alone.submit(encode_clip, job, fps, size).result()
             ahead.popleft()
             yield job, result
@@ -686,11 +841,22 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
     """Folder of videos to a set in OUT, the same bytes for any number of workers; what is there already stays, files that
     were left out are tried again. -> Report"""
     jobs, left_out, missing = find_jobs(raw, table)
-    about = {"columns": ["bounds", "frames", "sound"], "fps": fps, "size": size, "labels": table is not None}
+    about = {
+        "columns": ["bounds", "frames", "sound"],
+        "fps": fps,
+        "size": size,
+        "labels": table is not None,
+    }
     with Writer(out, about) as writer:
         todo = [job for job in jobs if job.name not in writer.names]
         before = len(writer.names)
-        with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="prepare", unit="clip", disable=not todo) as bar:
+        with tqdm(
+            total=len(jobs),
+            initial=len(jobs) - len(todo),
+            desc="prepare",
+            unit="clip",
+            disable=not todo,
+        ) as bar:
             for job, result in encoded(todo, fps, size, workers):
                 columns, found = result
                 if isinstance(columns, dict):
@@ -700,7 +866,10 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
                 else:
                     left_out.append((job.name, columns, found))
                 bar.update()
-        with atomic_write(writer.root / "left_out.csv") as part, open(part, "w", newline="", **AS_NAMES) as file:
+        with (
+            atomic_write(writer.root / "left_out.csv") as part,
+            open(part, "w", newline="", **AS_NAMES) as file,
+        ):
             csv.writer(file).writerows([("name", "reason", "found"), *sorted(left_out)])
         if not writer.names:
             raise MediaError(f"{raw}: no usable clip: {counted(left_out, out)}")
@@ -711,8 +880,11 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
 def counted(left_out, out):
     """One line about what was left out."""
     reasons = Counter(reason for _, reason, _ in left_out)
-    return (f"left out {len(left_out)} files (" + ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) +
-            f"), each with its reason in {Path(out) / 'left_out.csv'}")
+    return (
+        f"left out {len(left_out)} files ("
+        + ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        + f"), each with its reason in {Path(out) / 'left_out.csv'}"
+    )
 
 
 def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
@@ -724,8 +896,14 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
     if not root.is_dir():
         raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
     place = root.resolve()
-    out = Path(cache) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{fps:g}fps-{size}px"
-    print(f"{root}: videos; kept ready to read, at {fps:g} frames a second and {size} pixels, in {out}", file=sys.stderr)
+    out = (
+        Path(cache)
+        / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{fps:g}fps-{size}px"
+    )
+    print(
+        f"{root}: videos; kept ready to read, at {fps:g} frames a second and {size} pixels, in {out}",
+        file=sys.stderr,
+    )
     report = prepare(root, out, fps, size, os.cpu_count())
     if report.left_out:
         print(f"{root}: {counted(report.left_out, out)}", file=sys.stderr)
@@ -736,13 +914,18 @@ def read_onsets(video):
     """[{"time", "material", ...}] by time: the labels beside a clip, as foley.py writes them."""
     labels = Path(video).with_suffix(".json")
     try:
-        return sorted(json.loads(labels.read_text())["onsets"], key=lambda onset: float(onset["time"]))
+        return sorted(
+            json.loads(labels.read_text())["onsets"], key=lambda onset: float(onset["time"])
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "not the labels of foley.py" if labels.is_file() else "no such file"
-        raise MediaError(f"{labels}: {reason}; make clips and their labels with foley.py") from error
+        raise MediaError(
+            f"{labels}: {reason}; make clips and their labels with foley.py"
+        ) from error
 
 
 # ---- what training draws -------------------------------------------------------------------------------------------
+
 
 class Windows(torch.utils.data.Dataset):
     """What the readers share: a set, and which of its clips they draw from, as an array of numbers.
@@ -753,32 +936,54 @@ class Windows(torch.utils.data.Dataset):
 
     def __init__(self, root, seed, split, column, least, seconds):
         """Of the split's clips, those whose `column` has at least `least` bytes; to a person, that is so many `seconds`."""
-        self.set, self.seed, self.split, self.needs = Set(root), seed, split, f"shorter than {seconds:.2f} s"
+        self.set, self.seed, self.split, self.needs = (
+            Set(root),
+            seed,
+            split,
+            f"shorter than {seconds:.2f} s",
+        )
         if column not in self.set.about["columns"]:
             made = " and ".join(self.set.about["columns"])
-            give = "what python cavp.py --extract wrote" if column == "features" else "a prepared set or a folder of videos"
+            give = (
+                "what python cavp.py --extract wrote"
+                if column == "features"
+                else "a prepared set or a folder of videos"
+            )
             raise MediaError(f"{root}: holds {made}, not {column}; give {give}")
         index = self.set.index
-        inside = np.ones(len(index), bool) if split is None else index["split"] == SPLITS.index(split)
+        inside = (
+            np.ones(len(index), bool) if split is None else index["split"] == SPLITS.index(split)
+        )
         long = index[column][:, 1] >= least
         self.clips, self.short = (np.flatnonzero(inside & choice) for choice in (long, ~long))
         if not inside.any():
-            raise MediaError(f"{root}: no clip of its {len(index)} is for {split}; give three or more, and each split has one")
+            raise MediaError(
+                f"{root}: no clip of its {len(index)} is for {split}; give three or more, and each split has one"
+            )
         if not len(self.clips):
             of = f" for {split}" if split else ""
             raise MediaError(f"{root}: no clip of at least {seconds:.2f} s{of}; give longer clips")
         if len(self.short):
-            warnings.warn(f"{root}: {len(self.short)} of {inside.sum()} clips are {self.needs} and left out", stacklevel=3)
+            warnings.warn(
+                f"{root}: {len(self.short)} of {inside.sum()} clips are {self.needs} and left out",
+                stacklevel=3,
+            )
 
     @property
     def left_out(self):
         """[(name, reason)] of the files that the set could not take and of the clips that are too short here."""
-        return self.set.left_out() + [(self.set.text(clip, "name"), self.needs) for clip in self.short]
+        return self.set.left_out() + [
+            (self.set.text(clip, "name"), self.needs) for clip in self.short
+        ]
 
     def about(self, index):
         """Name, label and split of an item's clip."""
         clip = self.clips[index % len(self.clips)]
-        return self.set.text(clip, "name"), self.set.text(clip, "label"), SPLITS[self.set.index[clip]["split"]]
+        return (
+            self.set.text(clip, "name"),
+            self.set.text(clip, "label"),
+            SPLITS[self.set.index[clip]["split"]],
+        )
 
     def __len__(self):
         return len(self.clips)
@@ -788,7 +993,11 @@ def padded(array, n, repeat=False):
     """The first axis filled up to n: with silence, or with its last entry again."""
     array = torch.from_numpy(array)
     rest = array[-1:] if repeat else array.new_zeros(1)
-    return torch.cat([array, rest.expand(n - len(array), *array.shape[1:])]) if len(array) < n else array
+    return (
+        torch.cat([array, rest.expand(n - len(array), *array.shape[1:])])
+        if len(array) < n
+        else array
+    )
 
 
 class Clips(Windows):
@@ -805,8 +1014,10 @@ class Clips(Windows):
         super().__init__(root, seed, split, "bounds", 4 * (least + 1), least / fps)
         made = self.set.about
         if (made["fps"], made["size"]) != (fps, size):
-            raise MediaError(f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with "
-                             f"python data.py prepare VIDEOS OUT --fps {fps:g} --size {size}")
+            raise MediaError(
+                f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with "
+                f"python data.py prepare VIDEOS OUT --fps {fps:g} --size {size}"
+            )
 
     def __getitem__(self, index):
         clip = self.clips[index % len(self.clips)]
@@ -816,9 +1027,14 @@ class Clips(Windows):
             first = int(np.random.default_rng([self.seed, index]).integers(there - frames + 1))
         start, n = first / self.fps, round(frames / self.fps * SAMPLE_RATE)
         sound = self.set.column(clip, "sound", "<i2", round(start * SAMPLE_RATE), n)
-        item = {"video": padded(self.set.frames(clip, first, frames), frames, repeat=True),          # (f, 3, h, w)
-                "wav": padded(sound.astype(np.float32) / 32767, n),                                  # (n,)
-                "name": self.set.text(clip, "name"), "start": start}
+        item = {
+            "video": padded(
+                self.set.frames(clip, first, frames), frames, repeat=True
+            ),  # (f, 3, h, w)
+            "wav": padded(sound.astype(np.float32) / 32767, n),  # (n,)
+            "name": self.set.text(clip, "name"),
+            "start": start,
+        }
         return {**item, "label": self.set.text(clip, "label")} if self.set.about["labels"] else item
 
 
@@ -851,18 +1067,26 @@ class Pairs(Windows):
         self.fps, self.frames, self.merge, self.roll = fps, frames, merge, roll
         super().__init__(root, seed, split, "features", 1, 1 / fps)
         if self.set.about["fps"] != fps:
-            raise MediaError(f"{root}: features at {self.set.about['fps']:g} a second, the model needs {fps:g}; "
-                             "extract them with a CAVP of the same preset")
+            raise MediaError(
+                f"{root}: features at {self.set.about['fps']:g} a second, the model needs {fps:g}; "
+                "extract them with a CAVP of the same preset"
+            )
 
     def cut(self, clip, draw, frames, samples):
         """`frames` features and `samples` of sound from a random place of a clip."""
         width = self.set.about["width"]
         there = int(self.set.index[clip]["features"][1]) // (2 * width)
         first = int(draw.integers(max(0, there - frames) + 1))
-        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(-1, width)   # (f, 512)
-        sound = self.set.column(clip, "sound", "<i2", round(first / self.fps * SAMPLE_RATE), samples)
-        return (padded(features.astype(np.float32), frames, repeat=True),
-                padded(sound.astype(np.float32) / 32767, samples))
+        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(
+            -1, width
+        )  # (f, 512)
+        sound = self.set.column(
+            clip, "sound", "<i2", round(first / self.fps * SAMPLE_RATE), samples
+        )
+        return (
+            padded(features.astype(np.float32), frames, repeat=True),
+            padded(sound.astype(np.float32) / 32767, samples),
+        )
 
     def __getitem__(self, index):
         draw = np.random.default_rng([self.seed, index])
@@ -882,15 +1106,31 @@ class Pairs(Windows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="prepare")
-    p = commands.add_parser("prepare", help="folder of videos to a compact training set",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = commands.add_parser(
+        "prepare",
+        help="folder of videos to a compact training set",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     p.add_argument("raw", type=Path, help="folder of videos")
     p.add_argument("out", type=Path, help="folder of the set; one that is there is gone on with")
-    p.add_argument("--csv", type=Path, help="rows `id,start,label,train|test`, as VGGSound's: clips, labels and splits")
-    p.add_argument("--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)")
-    p.add_argument("--size", type=int, default=64, help="side of the square frames in pixels (mini: 64, paper: 224)")
+    p.add_argument(
+        "--csv",
+        type=Path,
+        help="rows `id,start,label,train|test`, as VGGSound's: clips, labels and splits",
+    )
+    p.add_argument(
+        "--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)"
+    )
+    p.add_argument(
+        "--size",
+        type=int,
+        default=64,
+        help="side of the square frames in pixels (mini: 64, paper: 224)",
+    )
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     args = parser.parse_args()
     if not (0 < args.fps <= 240 and 1 <= args.size <= 4096 and args.workers >= 1):
@@ -900,9 +1140,17 @@ def main():
     except MediaError as error:
         sys.exit(print(error, file=sys.stderr) or 1)
     except KeyboardInterrupt:
-        sys.exit(print(f"{args.out}: interrupted; the same command goes on where it stopped", file=sys.stderr) or 130)
-    print(f"{args.out}: {report.clips} clips, {report.new} of them new" +
-          (f"; {report.missing} rows of {args.csv} have no file" if report.missing else ""))
+        sys.exit(
+            print(
+                f"{args.out}: interrupted; the same command goes on where it stopped",
+                file=sys.stderr,
+            )
+            or 130
+        )
+    print(
+        f"{args.out}: {report.clips} clips, {report.new} of them new"
+        + (f"; {report.missing} rows of {args.csv} have no file" if report.missing else "")
+    )
     if report.left_out:
         print(counted(report.left_out, args.out), file=sys.stderr)
     sys.exit(1 if report.left_out else 0)

@@ -10,6 +10,7 @@ Until size and sum are right a file is NAME.part, and an interrupted one goes on
 from a server without sums the first one seen is kept, and any later download must have it. What is complete is used
 without asking the network, and so is a file put there by hand.
 """
+
 import argparse
 import email.utils
 import errno
@@ -29,15 +30,18 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:                 # Windows; there, run one at a time
+except ImportError:  # Windows; there, run one at a time
     fcntl = None
 
 HUB = "https://huggingface.co/SimianLuo/Diff-Foley/resolve/main/diff_foley_ckpt"
 OFFICIAL = ("cavp_epoch66.ckpt", "ldm_epoch240.ckpt", "double_guidance_classifier.ckpt")
 BY_HAND = "or put the files into a folder yourself and give --weights DIR"
-TRIES = 6                           # requests in a row that bring nothing new, then we give up
-BACKOFF, LONGEST = 1.0, 300         # seconds before the second of them, doubling; seconds that a server may ask for
-TIMEOUT = 30.0                      # seconds of silence that make a lost connection
+TRIES = 6  # requests in a row that bring nothing new, then we give up
+BACKOFF, LONGEST = (
+    1.0,
+    300,
+)  # seconds before the second of them, doubling; seconds that a server may ask for
+TIMEOUT = 30.0  # seconds of silence that make a lost connection
 
 
 class FetchError(Exception):
@@ -53,16 +57,19 @@ class Again(Exception):
 
 
 def say(line):
-    tqdm.write(line, file=sys.stderr)                       # above the bar, not through it
+    tqdm.write(line, file=sys.stderr)  # above the bar, not through it
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Never out of https; keeps the headers, for the hub describes a file only where it redirects to its store."""
+
     headers = ()
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not re.match("https:" if req.type == "https" else "https?:", newurl):
-            raise FetchError(f"{req.full_url}: redirects to unsafe {newurl}; try another network, {BY_HAND}")
+            raise FetchError(
+                f"{req.full_url}: redirects to unsafe {newurl}; try another network, {BY_HAND}"
+            )
         self.headers += (headers,)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -70,7 +77,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 def retry_after(value):
     """The header, which is seconds or a date -> seconds from now; 0 where it is neither."""
     try:
-        return int(value) if value.isdecimal() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return (
+            int(value)
+            if value.isdecimal()
+            else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (AttributeError, ValueError):
         return 0
 
@@ -91,10 +102,16 @@ def ask(url, at, told):
         if e.code == 416:
             raise Again(f"the server has no more than {at} bytes", fresh=True) from None
         if e.code in (408, 429) or e.code >= 500:
-            raise Again(f"the server answers {e.code}", retry_after(e.headers["Retry-After"])) from None
-        raise FetchError(f"{url}: the server answers {e.code}; see that the address is right, {BY_HAND}") from None
+            raise Again(
+                f"the server answers {e.code}", retry_after(e.headers["Retry-After"])
+            ) from None
+        raise FetchError(
+            f"{url}: the server answers {e.code}; see that the address is right, {BY_HAND}"
+        ) from None
     except (ValueError, http.client.InvalidURL) as e:
-        raise FetchError(f"{url}: {e}; give DIFF_FOLEY_URL an address that begins with https://") from None
+        raise FetchError(
+            f"{url}: {e}; give DIFF_FOLEY_URL an address that begins with https://"
+        ) from None
     except (OSError, http.client.HTTPException) as e:
         raise Again(f"no connection ({getattr(e, 'reason', e)})") from None
     return response, (*redirects.headers, response.headers)
@@ -103,7 +120,9 @@ def ask(url, at, told):
 def describe(url, response, answers):
     """-> the first byte that it holds, {size, etag, sha256} of the whole file"""
     # The hub's own tag is a SHA-256. The store's ETag may look like one and is not; a weak one proves too little.
-    size, tag = (next((h[key] for h in answers if h[key]), "") for key in ("X-Linked-Size", "X-Linked-ETag"))
+    size, tag = (
+        next((h[key] for h in answers if h[key]), "") for key in ("X-Linked-Size", "X-Linked-ETag")
+    )
     sha256 = re.fullmatch('"?([0-9a-f]{64})"?', tag.lower())
     first, length, etag = 0, response.headers["Content-Length"], response.headers["ETag"]
     if response.status == 206:
@@ -113,7 +132,9 @@ def describe(url, response, answers):
         first, length = int(found[1]), found[2]
     size = size or length or ""
     if not size.isdecimal() or response.headers.get_content_type() == "text/html":
-        raise FetchError(f"{url}: the server sends a page, not a file; try another network, {BY_HAND}")
+        raise FetchError(
+            f"{url}: the server sends a page, not a file; try another network, {BY_HAND}"
+        )
     if length not in (None, size):
         raise Again(f"the hub has {size} bytes and the server sends {length}", fresh=True)
     etag = None if etag and etag.startswith("W/") else etag
@@ -130,7 +151,7 @@ def read_note(path):
 
 def write_note(path, **note):
     Path(f"{path}.json.new").write_text(json.dumps(note) + "\n")
-    os.replace(f"{path}.json.new", f"{path}.json")          # never half of one
+    os.replace(f"{path}.json.new", f"{path}.json")  # never half of one
 
 
 class Part:
@@ -149,8 +170,10 @@ class Part:
 
     def transfer(self, url, bar):
         """One request: for what is missing, or for all where the server cannot, or must not, go on."""
-        if self.at > self.told.get("size", 0) or not (self.told.get("etag") or self.told.get("sha256")):
-            self.restart()                                  # nothing would show that the rest belongs to this
+        if self.at > self.told.get("size", 0) or not (
+            self.told.get("etag") or self.told.get("sha256")
+        ):
+            self.restart()  # nothing would show that the rest belongs to this
         response, answers = ask(url, self.at, self.told)
         with response:
             first, told = describe(url, response, answers)
@@ -160,11 +183,13 @@ class Part:
                 raise Again("the file has changed", fresh=True)
             missing, free = told["size"] - self.at, shutil.disk_usage(self.path.parent).free
             if missing > free:
-                raise OSError(errno.ENOSPC, f"{missing / 1e9:.2f} GB to come and {free / 1e9:.2f} GB free")
+                raise OSError(
+                    errno.ENOSPC, f"{missing / 1e9:.2f} GB to come and {free / 1e9:.2f} GB free"
+                )
             bar.reset(told["size"])
             bar.initial = bar.n = self.at
             while self.at < told["size"]:
-                try:                                        # read1: what is there, so that a stall loses nothing
+                try:  # read1: what is there, so that a stall loses nothing
                     block = response.read1(min(1 << 20, told["size"] - self.at))
                 except (OSError, http.client.HTTPException) as e:
                     raise Again(f"connection lost ({e})") from None
@@ -209,21 +234,30 @@ def obtain(url, target, progress):
         say(f"{target}: not of the size that is on record; fetching it anew")
     part = Part(target.with_name(f"{target.name}.part"))
     try:
-        with part.file, tqdm(desc=target.name, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        with (
+            part.file,
+            tqdm(
+                desc=target.name, unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar,
+        ):
             sha256 = part.complete(url, bar)
             if sha256 != known.get("sha256", sha256):
                 part.restart()
-                raise FetchError(f"{url}: has SHA-256 {sha256}, and the one fetched before {known['sha256']}; "
-                                 f"if that is meant to be, delete {target}.json")
+                raise FetchError(
+                    f"{url}: has SHA-256 {sha256}, and the one fetched before {known['sha256']}; "
+                    f"if that is meant to be, delete {target}.json"
+                )
             part.file.flush()
             os.fsync(part.file.fileno())
         if not (part.told.get("sha256") or known):
             say(f"{target}: the server publishes no sum; this SHA-256 is now on record: {sha256}")
-        write_note(target, size=part.at, sha256=sha256)     # first: without it the file would pass as put there by hand
+        write_note(
+            target, size=part.at, sha256=sha256
+        )  # first: without it the file would pass as put there by hand
         os.replace(part.path, target)
         part.at = 0
     finally:
-        if part.at == 0:                                    # nothing to go on from
+        if part.at == 0:  # nothing to go on from
             part.path.unlink(missing_ok=True)
             Path(f"{part.path}.json").unlink(missing_ok=True)
 
@@ -245,18 +279,22 @@ def fetch(name, folder=None, url=None, progress=True):
         if is_whole(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_name(".fetch.lock"), "a") as lock:        # stays: all must lock the same one
+        with open(
+            target.with_name(".fetch.lock"), "a"
+        ) as lock:  # stays: all must lock the same one
             if fcntl:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     say(f"{target.parent}: waiting for another process that fetches")
                     fcntl.flock(lock, fcntl.LOCK_EX)
-            if not is_whole(target):                        # the other one may have left nothing to do
+            if not is_whole(target):  # the other one may have left nothing to do
                 obtain(url, target, progress)
-    except OSError as e:                                    # of the disk; those of the network have become Again
-        raise FetchError(f"{e.filename or target}: {e.strerror or e}; free some space, or name another folder in "
-                         "DIFF_FOLEY_CACHE") from None
+    except OSError as e:  # of the disk; those of the network have become Again
+        raise FetchError(
+            f"{e.filename or target}: {e.strerror or e}; free some space, or name another folder in "
+            "DIFF_FOLEY_CACHE"
+        ) from None
     return target
 
 
@@ -268,9 +306,15 @@ def official(names=OFFICIAL, folder=None, url=None, progress=True):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser("fetch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--eval", action="store_true", help="eval_classifier.ckpt too, which only scoring needs")
-    p.add_argument("--out", type=Path, metavar="DIR", help="put them there; then give --weights DIR")
+    p = argparse.ArgumentParser(
+        "fetch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--eval", action="store_true", help="eval_classifier.ckpt too, which only scoring needs"
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="put them there; then give --weights DIR"
+    )
     args = p.parse_args(argv)
     names = OFFICIAL + ("eval_classifier.ckpt",) * args.eval
     try:

@@ -9,6 +9,7 @@ out  OUT/last.safetensors; for a moment of a mel the probability of each materia
 Plays the part of the paper's Melception (Sec. 5.1; SpecVQGAN), which knows VGGSound's sounds, for the procedural set: no network
 that draws sounds, guides or ranks them is trained with it.
 """
+
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ import training
 from cavp import CAVPConfig, Cnn14
 from checkpoints import Checkpoint, fill, fitting
 
-SPAN, BEFORE = 32, 4                # mel columns of a moment (0.51 s), and how many of them come before the hit
-JITTER = 2                          # columns by which a hit may lie beside its place
-CLEAR = 0.25                        # seconds after a hit in which no other material may be struck, or the moment is left out
-NOTHING = "nothing"                 # the class of moments in which nothing is struck
-STRIDE = 16                         # columns between the moments that stand for a whole clip
+SPAN, BEFORE = 32, 4  # mel columns of a moment (0.51 s), and how many of them come before the hit
+JITTER = 2  # columns by which a hit may lie beside its place
+CLEAR = (
+    0.25  # seconds after a hit in which no other material may be struck, or the moment is left out
+)
+NOTHING = "nothing"  # the class of moments in which nothing is struck
+STRIDE = 16  # columns between the moments that stand for a whole clip
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,21 @@ class Judge(nn.Module):
         self.tower = Cnn14(CAVPConfig(audio_widths=config.widths, embed_dim=config.features))
         self.head = nn.Linear(config.features, len(config.classes))
 
-    def features(self, moments):                                # (b, 128, SPAN) -> (b, d)
+    def features(self, moments):  # (b, 128, SPAN) -> (b, d)
         return F.relu(self.tower(moments)).mean(1)
 
-    def forward(self, moments):                                 # -> logits (b, classes)
+    def forward(self, moments):  # -> logits (b, classes)
         return self.head(self.features(moments))
 
     @torch.no_grad()
     def clip(self, level):
         """Mel (128, s) of a whole clip -> mean features (d,) and mean probabilities (classes,) of its moments, float64."""
         level = F.pad(level, (0, max(0, SPAN - level.shape[1])))
-        moments = level.unfold(1, SPAN, STRIDE).transpose(0, 1)                          # (n, 128, SPAN)
+        moments = level.unfold(1, SPAN, STRIDE).transpose(0, 1)  # (n, 128, SPAN)
         features = self.features(moments)
-        return features.double().mean(0).numpy(), self.head(features).double().softmax(1).mean(0).numpy()
+        return features.double().mean(0).numpy(), self.head(features).double().softmax(1).mean(
+            0
+        ).numpy()
 
     @torch.no_grad()
     def hear(self, level, columns):
@@ -70,24 +75,38 @@ class Judge(nn.Module):
         """Strict."""
         file = Checkpoint(path)
         with fitting(path, cls), torch.device("meta"):
-            model = cls(JudgeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in (file.config or {}).items()}))
+            model = cls(
+                JudgeConfig(
+                    **{
+                        k: tuple(v) if isinstance(v, list) else v
+                        for k, v in (file.config or {}).items()
+                    }
+                )
+            )
         return fill(model, file, {k: file[k] for k in file}, device, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # moments
 
+
 def moment(level, column, spare=0):
     """The SPAN columns around a hit at `column` of a mel (128, s), and `spare` more on both sides; silence outside the clip."""
     first, width = column - BEFORE - spare, SPAN + 2 * spare
     level = F.pad(level, (max(0, -first), max(0, first + width - level.shape[1])))
-    return level[:, max(0, first):max(0, first) + width]
+    return level[:, max(0, first) : max(0, first) + width]
 
 
 def clear_hits(onsets):
     """[{"time", "material"}] -> [(column, material)] of the hits that no other material follows or precedes too soon to be told apart."""
-    return [(round(a["time"] / data.COLUMN), a["material"]) for a in onsets
-            if all(b["material"] == a["material"] or not -0.1 < b["time"] - a["time"] < CLEAR for b in onsets)]
+    return [
+        (round(a["time"] / data.COLUMN), a["material"])
+        for a in onsets
+        if all(
+            b["material"] == a["material"] or not -0.1 < b["time"] - a["time"] < CLEAR
+            for b in onsets
+        )
+    ]
 
 
 def quiet(onsets, columns, draw, count):
@@ -95,7 +114,7 @@ def quiet(onsets, columns, draw, count):
     busy = np.zeros(columns + SPAN, bool)
     for onset in onsets:
         at = round(onset["time"] / data.COLUMN)
-        busy[max(0, at - SPAN):at + 2 * BEFORE] = True
+        busy[max(0, at - SPAN) : at + 2 * BEFORE] = True
     free = np.flatnonzero(~busy[:columns])
     return draw.choice(free, min(count, len(free)), replace=False).tolist()
 
@@ -103,6 +122,7 @@ def quiet(onsets, columns, draw, count):
 class Moments(torch.utils.data.Dataset):
     """Every hit of a folder of labelled clips, and about as many moments without one: {"mel": (128, SPAN), "class": number}. Where a hit
     lies in its moment changes by up to JITTER columns with every epoch, as onsets drawn by a model do."""
+
     left_out = ()
 
     def __init__(self, root, seed=0, split=None, classes=None):
@@ -111,12 +131,18 @@ class Moments(torch.utils.data.Dataset):
             if split and data.split_of(video.name) != split:
                 continue
             onsets, level = data.read_onsets(video), data.mel(data.read_audio(video))
-            idle = quiet(onsets, level.shape[1], np.random.default_rng([seed, number]), max(1, len(onsets)))
+            idle = quiet(
+                onsets, level.shape[1], np.random.default_rng([seed, number]), max(1, len(onsets))
+            )
             for column, name in (*clear_hits(onsets), *((c, NOTHING) for c in idle)):
                 self.items.append(moment(level, column, JITTER).half())
                 names.append(name)
         if not self.items:
-            raise data.MediaError(f"{root}: no labelled clip" + f" in its {split} split" * bool(split) + "; make more with foley.py")
+            raise data.MediaError(
+                f"{root}: no labelled clip"
+                + f" in its {split} split" * bool(split)
+                + "; make more with foley.py"
+            )
         self.classes = classes or (NOTHING, *sorted({*names} - {NOTHING}))
         self.numbers = [self.classes.index(name) for name in names]
 
@@ -126,11 +152,15 @@ class Moments(torch.utils.data.Dataset):
     def __getitem__(self, index):
         first = int(np.random.default_rng([self.seed, index]).integers(2 * JITTER + 1))
         item = index % len(self.items)
-        return {"mel": self.items[item][:, first:first + SPAN].float(), "class": self.numbers[item]}
+        return {
+            "mel": self.items[item][:, first : first + SPAN].float(),
+            "class": self.numbers[item],
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of clips; features (n, d) and probabilities (n, k) in float64
+
 
 def frechet(a, b):
     """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances; the trace of the root is the sum of the roots of the
@@ -158,13 +188,24 @@ RECIPES = {"mini": dict(steps=1500, batch=128, lr=1e-3, warmup=50, micro_batch=1
 
 
 def validate(model, moments, device, most=2048):
-    logits = torch.cat([model(torch.stack([moments[i]["mel"] for i in range(k, min(k + 128, most, len(moments)))]).to(device))
-                        for k in range(0, min(most, len(moments)), 128)]).cpu()
-    numbers = torch.tensor(moments.numbers[:len(logits)])
+    logits = torch.cat(
+        [
+            model(
+                torch.stack(
+                    [moments[i]["mel"] for i in range(k, min(k + 128, most, len(moments)))]
+                ).to(device)
+            )
+            for k in range(0, min(most, len(moments)), 128)
+        ]
+    ).cpu()
+    numbers = torch.tensor(moments.numbers[: len(logits)])
     right = logits.argmax(1) == numbers
     hit = numbers != moments.classes.index(NOTHING)
-    return {"val_loss": F.cross_entropy(logits, numbers).item(), "val_accuracy": right.float().mean().item(),
-            "val_material": right[hit].float().mean().item()}, []
+    return {
+        "val_loss": F.cross_entropy(logits, numbers).item(),
+        "val_accuracy": right.float().mean().item(),
+        "val_material": right[hit].float().mean().item(),
+    }, []
 
 
 def train(args):
@@ -178,7 +219,16 @@ def train(args):
     model = model.train().to(device)
     optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)
     ema = training.EMA(model)
-    run = training.Run(args, model, optimizer, asdict(model.config), ema, clips, held_out, functools.partial(validate, device=device))
+    run = training.Run(
+        args,
+        model,
+        optimizer,
+        asdict(model.config),
+        ema,
+        clips,
+        held_out,
+        functools.partial(validate, device=device),
+    )
     network = training.parallel(model, lambda judge, mel: judge(mel))
     for step in run:
         for batch, _rows in run.parts(network):

@@ -13,6 +13,7 @@ Differs from the official code: the unconditional branch is the conditioner of z
 the classifier sees its own projection of exactly the window's features; log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame starts. The mini preset adds the condition to the
 latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
 """
+
 import argparse
 import functools
 import itertools
@@ -28,38 +29,70 @@ import data
 import stable_diffusion
 import training
 from checkpoints import Checkpoint, convert, fill, fitting
-from diffusion import (ALPHAS_CUMPROD, SAMPLERS, TIMES, Replayed, ddim, ddim_times, dpm_solver, guided_eps, log_alpha, make_schedule,  # noqa: F401
-                       plms, q_sample, sigma)                  # handed on: whoever has an LDM samples with it
+from diffusion import (
+    ALPHAS_CUMPROD,
+    SAMPLERS,
+    TIMES,
+    Replayed,
+    ddim,
+    ddim_times,
+    dpm_solver,
+    guided_eps,
+    log_alpha,
+    make_schedule,  # noqa: F401
+    plms,
+    q_sample,
+    sigma,
+)  # handed on: whoever has an LDM samples with it
 from kernels.attention import attention
 from kernels.packed import add_product
 from kernels.transformer import add_layer_norm, geglu
 from vae import PRESETS as VAE_PRESETS
-from vae import LATENT_SCALE, AutoencoderKL, GroupNorm, VAEConfig, onset_agreement, sample_posterior, tuples
+from vae import (
+    LATENT_SCALE,
+    AutoencoderKL,
+    GroupNorm,
+    VAEConfig,
+    onset_agreement,
+    sample_posterior,
+    tuples,
+)
 
 # latents are scaled by LATENT_SCALE in this file and nowhere else
-LATENT_SHAPE = (4, 16, 64)          # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
+LATENT_SHAPE = (
+    4,
+    16,
+    64,
+)  # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The paper preset's sizes: Stable Diffusion 1.x's, official `diffusionmodules/openai_unetmodel.py`."""
+
     width: int = 320
     multipliers: tuple = (1, 2, 4, 4)
-    blocks: int = 2                 # residual blocks a level on the way down, one more on the way up
-    attention: tuple = (1, 2, 4)    # downsampling factors at which a transformer follows each residual block
+    blocks: int = 2  # residual blocks a level on the way down, one more on the way up
+    attention: tuple = (
+        1,
+        2,
+        4,
+    )  # downsampling factors at which a transformer follows each residual block
     heads: int = 8
     context_dim: int = 768
     groups: int = 32
-    aligned: int = 0                # condition tokens added to each latent column; 0: cross-attention alone, as published
+    aligned: int = (
+        0  # condition tokens added to each latent column; 0: cross-attention alone, as published
+    )
 
 
 @dataclass(frozen=True)
 class LDMConfig:
-    fps: float = 4.0                # of the features; must be the CAVP's
-    frames: int = 32                # condition tokens of one window
-    positions: int = 40             # rows of the position table
+    fps: float = 4.0  # of the features; must be the CAVP's
+    frames: int = 32  # condition tokens of one window
+    positions: int = 40  # rows of the position table
     feature_dim: int = 512
-    guidance: float = 4.5           # the classifier-free scale that suits it
+    guidance: float = 4.5  # the classifier-free scale that suits it
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
 
@@ -67,34 +100,97 @@ class LDMConfig:
 @dataclass(frozen=True)
 class AlignmentConfig:
     """The official double-guidance classifier's sizes (`double_guidance/alignment_backbone.py`)."""
+
     fps: float = 4.0
     frames: int = 32
     positions: int = 40
     feature_dim: int = 512
-    guidance: float = 50.0          # the scale of its gradient that suits it in double guidance
-    unet: UNetConfig = field(default_factory=lambda: UNetConfig(
-        width=128, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), context_dim=512))
+    guidance: float = 50.0  # the scale of its gradient that suits it in double guidance
+    unet: UNetConfig = field(
+        default_factory=lambda: UNetConfig(
+            width=128, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), context_dim=512
+        )
+    )
 
 
 MINI = dict(fps=15.625, frames=128, positions=128)
 PRESETS = {
     "paper": (LDMConfig(), AlignmentConfig()),
-    "mini": (LDMConfig(**MINI, guidance=2.5, vae=VAE_PRESETS["mini"],
-                       unet=UNetConfig(width=48, multipliers=(1, 2, 3), blocks=1, attention=(2, 4), heads=3,
-                                       context_dim=128, groups=16, aligned=2)),
-             AlignmentConfig(**MINI, guidance=15.0, unet=UNetConfig(
-                 width=32, multipliers=(1, 2, 4), blocks=1, attention=(2, 4), heads=4, context_dim=128, groups=16, aligned=2))),
+    "mini": (
+        LDMConfig(
+            **MINI,
+            guidance=2.5,
+            vae=VAE_PRESETS["mini"],
+            unet=UNetConfig(
+                width=48,
+                multipliers=(1, 2, 3),
+                blocks=1,
+                attention=(2, 4),
+                heads=3,
+                context_dim=128,
+                groups=16,
+                aligned=2,
+            ),
+        ),
+        AlignmentConfig(
+            **MINI,
+            guidance=15.0,
+            unet=UNetConfig(
+                width=32,
+                multipliers=(1, 2, 4),
+                blocks=1,
+                attention=(2, 4),
+                heads=4,
+                context_dim=128,
+                groups=16,
+                aligned=2,
+            ),
+        ),
+    ),
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
-RECIPES = {"ldm": {"mini": dict(steps=5000, batch=8, lr=5e-4, warmup=100, clip=1, merge=0.5, roll=0, repeats=4, v_loss=1, by_energy=1, shift=3),
-                   "paper": dict(steps=28_400, batch=1760, lr=1e-4, warmup=1000, clip=0, merge=0.5, roll=0, repeats=1, v_loss=0, by_energy=0, shift=1)},
-           "align": {"mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
-                     "paper": dict(steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1)}}
+RECIPES = {
+    "ldm": {
+        "mini": dict(
+            steps=5000,
+            batch=8,
+            lr=5e-4,
+            warmup=100,
+            clip=1,
+            merge=0.5,
+            roll=0,
+            repeats=4,
+            v_loss=1,
+            by_energy=1,
+            shift=3,
+        ),
+        "paper": dict(
+            steps=28_400,
+            batch=1760,
+            lr=1e-4,
+            warmup=1000,
+            clip=0,
+            merge=0.5,
+            roll=0,
+            repeats=1,
+            v_loss=0,
+            by_energy=0,
+            shift=1,
+        ),
+    },
+    "align": {
+        "mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
+        "paper": dict(
+            steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1
+        ),
+    },
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # U-Net blocks; attribute names are those of the official keys
+
 
 @functools.cache
 def embedding_frequencies(half, device):
@@ -123,9 +219,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.sources = (c_in - c_skip, c_skip) if c_skip else (c_in,)
         # the official keys' places, with holes where a SiLU or a dropout stands
-        self.in_layers = nn.ModuleDict({"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)})
+        self.in_layers = nn.ModuleDict(
+            {"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)}
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.ModuleDict({"0": GroupNorm(groups, c_out), "3": nn.Conv2d(c_out, c_out, 3, padding=1)})
+        self.out_layers = nn.ModuleDict(
+            {"0": GroupNorm(groups, c_out), "3": nn.Conv2d(c_out, c_out, 3, padding=1)}
+        )
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.out_layers["3"].weight)
         nn.init.zeros_(self.out_layers["3"].bias)
@@ -134,9 +234,13 @@ class ResBlock(nn.Module):
         """The 1x1 convolution as a product for each source, which adds to what is there; nothing is joined in memory any more."""
         if isinstance(self.skip_connection, nn.Conv2d):
             self.out_layers["3"].bias += self.skip_connection.bias
-            self.skip_connection = nn.ModuleList(map(product, self.skip_connection.weight.flatten(1).split(self.sources, 1)))
+            self.skip_connection = nn.ModuleList(
+                map(product, self.skip_connection.weight.flatten(1).split(self.sources, 1))
+            )
 
-    def forward(self, x, shifts, skip=None):                    # (b, c, h, w), {block: (b, c_out)}, (b, c_skip, h, w) -> (b, c_out, h, w)
+    def forward(
+        self, x, shifts, skip=None
+    ):  # (b, c, h, w), {block: (b, c_out)}, (b, c_skip, h, w) -> (b, c_out, h, w)
         fused = isinstance(self.skip_connection, nn.ModuleList)
         if skip is not None and not fused:
             x, skip = torch.cat([x, skip], 1), None
@@ -159,19 +263,21 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def keys_values(self, context):                             # (b, m, context_dim) -> two of (b, m, heads, d)
-        return tuple(y.unflatten(2, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context)))
+    def keys_values(self, context):  # (b, m, context_dim) -> two of (b, m, heads, d)
+        return tuple(
+            y.unflatten(2, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context))
+        )
 
     def fuse(self):
         """Of self-attention: one product instead of three."""
         self.to_qkv = product(torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
         del self.to_q, self.to_k, self.to_v
 
-    def forward(self, x, keys_values=None):                     # (b, n, dim); None: of x itself
+    def forward(self, x, keys_values=None):  # (b, n, dim); None: of x itself
         if hasattr(self, "to_qkv"):
             q, *keys_values = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         else:
-            q = self.to_q(x).unflatten(2, (self.heads, -1))                              # (b, n, heads, d)
+            q = self.to_q(x).unflatten(2, (self.heads, -1))  # (b, n, heads, d)
         return self.to_out(attention(q, *(keys_values or self.keys_values(x))).flatten(2))
 
 
@@ -181,7 +287,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x):
-        return geglu(self.proj(x))                              # value * gelu(gate)
+        return geglu(self.proj(x))  # value * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -189,7 +295,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, h):                                    # -> x + what it makes of h
+    def forward(self, x, h):  # -> x + what it makes of h
         *first, last = self.net
         for layer in first:
             h = layer(h)
@@ -203,9 +309,11 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x, context):                              # (b, n, dim), Prepared
+    def forward(self, x, context):  # (b, n, dim), Prepared
         x, h = add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2.weight, self.norm2.bias)
-        x, h = add_layer_norm(x, self.attn2(h, context[self.attn2]), self.norm3.weight, self.norm3.bias)
+        x, h = add_layer_norm(
+            x, self.attn2(h, context[self.attn2]), self.norm3.weight, self.norm3.bias
+        )
         return self.ff(x, h)
 
 
@@ -227,9 +335,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out.bias += self.proj_out.weight.flatten(1) @ last.bias
         last.bias = None
 
-    def forward(self, x, context):                              # (b, c, h, w)
+    def forward(self, x, context):  # (b, c, h, w)
         b, c, h, w = x.shape
-        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)          # time fastest
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)  # time fastest
         for block in self.transformer_blocks:
             y = block(y, context)
         return x + self.proj_out(y.view(b, h, w, c).permute(0, 3, 1, 2))
@@ -270,6 +378,7 @@ class Blocks(nn.Sequential):
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
 
+
 class Prepared(dict):
     """{part of a network: what it makes of the condition alone}, and with `times`, what the time adds at each of them: a clip has one,
     and all its sampling steps share it."""
@@ -283,7 +392,9 @@ class Backbone(nn.Module):
         self.config = cfg
         emb = 4 * cfg.width
         self.time_embed = nn.Sequential(nn.Linear(cfg.width, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d(LATENT_SHAPE[0], cfg.width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList(
+            [Blocks(nn.Conv2d(LATENT_SHAPE[0], cfg.width, 3, padding=1))]
+        )
         if cfg.aligned:
             self.aligned = nn.Linear(cfg.aligned * cfg.context_dim, cfg.width)
         c, self.skip_widths = cfg.width, [cfg.width]
@@ -295,14 +406,17 @@ class Backbone(nn.Module):
                 self.input_blocks.append(self.stage(c, cfg.width * multiplier, level))
                 c = cfg.width * multiplier
                 self.skip_widths.append(c)
-        self.middle_block = Blocks(ResBlock(c, c, emb, cfg.groups), SpatialTransformer(c, cfg.context_dim, cfg.heads, cfg.groups),
-                                   ResBlock(c, c, emb, cfg.groups))
+        self.middle_block = Blocks(
+            ResBlock(c, c, emb, cfg.groups),
+            SpatialTransformer(c, cfg.context_dim, cfg.heads, cfg.groups),
+            ResBlock(c, c, emb, cfg.groups),
+        )
         self.out_width = c
 
     def stage(self, c_in, c_out, level, c_skip=0):
         cfg = self.config
         layers = [ResBlock(c_in + c_skip, c_out, 4 * cfg.width, cfg.groups, c_skip)]
-        if 2 ** level in cfg.attention:
+        if 2**level in cfg.attention:
             layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
         return Blocks(*layers)
 
@@ -312,20 +426,28 @@ class Backbone(nn.Module):
         if self.config.aligned and context.shape[1] % self.config.aligned:
             self.check_frames(context.shape[1], LATENT_SHAPE[2])
         context = context.to(self.time_embed[0].weight.dtype)
-        known = Prepared((block.attn2, block.attn2.keys_values(context)) for block in self.modules() if isinstance(block, TransformerBlock))
+        known = Prepared(
+            (block.attn2, block.attn2.keys_values(context))
+            for block in self.modules()
+            if isinstance(block, TransformerBlock)
+        )
         if self.config.aligned:
-            columns = self.aligned(context.unflatten(1, (-1, self.config.aligned)).flatten(2))       # (b, w, c), f = aligned * w
-            known[self.aligned] = columns.transpose(1, 2)[:, :, None]                    # (b, c, 1, w)
+            columns = self.aligned(
+                context.unflatten(1, (-1, self.config.aligned)).flatten(2)
+            )  # (b, w, c), f = aligned * w
+            known[self.aligned] = columns.transpose(1, 2)[:, :, None]  # (b, c, 1, w)
         if times is not None:
             table = self.shifts(times.to(context.device))
             known["times"], known["blocks"] = times.to(context.device), list(table)
-            known["table"] = torch.cat(list(table.values()), 1)                          # (s, of all blocks)
+            known["table"] = torch.cat(list(table.values()), 1)  # (s, of all blocks)
         return known
 
     def check_frames(self, frames, columns):
         wanted = self.config.aligned * columns
         if frames != wanted:
-            raise ValueError(f"the condition has {frames} frames; {columns} latent columns want {wanted}, {self.config.aligned} each")
+            raise ValueError(
+                f"the condition has {frames} frames; {columns} latent columns want {wanted}, {self.config.aligned} each"
+            )
 
     def shifts(self, t, known=None):
         """(b,) -> {residual block: (b, c)}: what it adds for the time."""
@@ -335,12 +457,22 @@ class Backbone(nn.Module):
             # index_select stops the program, in a recorded graph too; the samplers look before they begin (diffusion.check_times).
             row = (times != t[:, None]).cumprod(1).sum(1)
             if t.device.type == "cpu" and len(t) and row.max() == len(times):
-                raise ValueError(f"time {t[row.argmax()]:g}: not among the {len(times)} that this condition was prepared for; "
-                                 "prepare it with all times that the sampler asks for, or with none")
+                raise ValueError(
+                    f"time {t[row.argmax()]:g}: not among the {len(times)} that this condition was prepared for; "
+                    "prepare it with all times that the sampler asks for, or with none"
+                )
             widths = [block.emb_layers[1].out_features for block in known["blocks"]]
             return dict(zip(known["blocks"], known["table"].index_select(0, row).split(widths, 1)))
-        emb = F.silu(self.time_embed(timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)))
-        return {block: block.emb_layers[1](emb) for block in self.modules() if isinstance(block, ResBlock)}
+        emb = F.silu(
+            self.time_embed(
+                timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)
+            )
+        )
+        return {
+            block: block.emb_layers[1](emb)
+            for block in self.modules()
+            if isinstance(block, ResBlock)
+        }
 
     @torch.no_grad()
     def fuse(self):
@@ -356,7 +488,9 @@ class Backbone(nn.Module):
         if t.numel() == 1:
             t = t.reshape(1).expand(len(x))
         if t.shape != x.shape[:1]:
-            raise ValueError(f"times of shape {tuple(t.shape)} for {len(x)} latents; give one time, or one for each")
+            raise ValueError(
+                f"times of shape {tuple(t.shape)} for {len(x)} latents; give one time, or one for each"
+            )
         context = context if isinstance(context, Prepared) else self.prepare(context)
         if self.config.aligned:
             self.check_frames(self.config.aligned * context[self.aligned].shape[3], x.shape[3])
@@ -365,7 +499,7 @@ class Backbone(nn.Module):
         for i, block in enumerate(self.input_blocks):
             h = block(h, shifts, context)
             if i == 0 and self.config.aligned:
-                h = h + context[self.aligned]                                            # (b, c, 16, w)
+                h = h + context[self.aligned]  # (b, c, 16, w)
             skips.append(h)
         return self.middle_block(h, shifts, context), skips, shifts, context
 
@@ -385,7 +519,9 @@ class UNet(Backbone):
                 if level and i == cfg.blocks:
                     block.append(Upsample(c))
                 self.output_blocks.append(block)
-        self.out = nn.ModuleDict({"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1)})
+        self.out = nn.ModuleDict(
+            {"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1)}
+        )
         nn.init.zeros_(self.out["2"].weight)
         nn.init.zeros_(self.out["2"].bias)
 
@@ -401,7 +537,12 @@ class Classifier(Backbone):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.out = nn.ModuleDict({"0": GroupNorm(cfg.groups, self.out_width), "2": nn.Conv2d(self.out_width, cfg.width, 3, padding=1)})
+        self.out = nn.ModuleDict(
+            {
+                "0": GroupNorm(cfg.groups, self.out_width),
+                "2": nn.Conv2d(self.out_width, cfg.width, 3, padding=1),
+            }
+        )
         self.classifier = nn.Linear(cfg.width, 1)
 
     def forward(self, x, t, context):
@@ -415,8 +556,12 @@ class Conditioner(nn.Module):
     def __init__(self, feature_dim, context_dim, positions):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
-        self.pos_emb = nn.Embedding.from_pretrained(torch.empty(positions, context_dim), freeze=False)
-        if not self.pos_emb.weight.is_meta:                     # where normal numbers take a second and 150 MB of imports to not draw
+        self.pos_emb = nn.Embedding.from_pretrained(
+            torch.empty(positions, context_dim), freeze=False
+        )
+        if (
+            not self.pos_emb.weight.is_meta
+        ):  # where normal numbers take a second and 150 MB of imports to not draw
             self.reset()
 
     def reset(self):
@@ -428,10 +573,17 @@ class Conditioner(nn.Module):
     def forward(self, features):
         dim, positions = self.embedder[0].in_features, len(self.pos_emb.weight)
         if features.ndim != 3 or features.shape[2] != dim:
-            raise ValueError(f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})")
+            raise ValueError(
+                f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})"
+            )
         if features.shape[1] > positions:
-            raise ValueError(f"features of {features.shape[1]} frames; this network was trained on at most {positions} at a time")
-        return self.embedder(features.to(self.pos_emb.weight.dtype)) + self.pos_emb.weight[:features.shape[1]]
+            raise ValueError(
+                f"features of {features.shape[1]} frames; this network was trained on at most {positions} at a time"
+            )
+        return (
+            self.embedder(features.to(self.pos_emb.weight.dtype))
+            + self.pos_emb.weight[: features.shape[1]]
+        )
 
 
 def add_schedule(module):
@@ -446,9 +598,13 @@ class LDM(nn.Module):
         super().__init__()
         self.config = config
         add_schedule(self)
-        self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})      # the official key's two names
+        self.model = nn.ModuleDict(
+            {"diffusion_model": UNet(config.unet)}
+        )  # the official key's two names
         self.first_stage_model = AutoencoderKL(config.vae)
-        self.cond_stage_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
+        self.cond_stage_model = Conditioner(
+            config.feature_dim, config.unet.context_dim, config.positions
+        )
 
     @property
     def unet(self):
@@ -464,7 +620,9 @@ class LDM(nn.Module):
 
     def null_context(self, frames):
         """The unconditional branch as trained: the conditioner of zero features, (1, f, context_dim)."""
-        return self.conditioner(self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim))
+        return self.conditioner(
+            self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
+        )
 
     @torch.no_grad()
     def encode(self, mel):
@@ -474,7 +632,11 @@ class LDM(nn.Module):
     @torch.no_grad()
     def decode(self, z):
         """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w) in [0, 1]: the first channel, clamped."""
-        return self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0].float().clamp(0, 1)
+        return (
+            self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0]
+            .float()
+            .clamp(0, 1)
+        )
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, encoder=True):
@@ -507,7 +669,9 @@ class Alignment(nn.Module):
 
     def logit(self, x, t, features, project=True):
         """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) or `prepare`d -> (b, 1)."""
-        return self.model(x, t, features if isinstance(features, Prepared) else self.prepare(features, project))
+        return self.model(
+            x, t, features if isinstance(features, Prepared) else self.prepare(features, project)
+        )
 
     def forward(self, x, t, features, project=True):
         return self.logit(x, t, features, project).sigmoid()
@@ -527,7 +691,11 @@ class Alignment(nn.Module):
         """Ours, or the official double_guidance_classifier.ckpt; strict. An autoencoder that a file carries beside it is left out."""
         file = Checkpoint(path)
         with fitting(path, cls), torch.device("meta"):
-            model = cls(AlignmentConfig() if file.config is None else read_config(AlignmentConfig, file.config))
+            model = cls(
+                AlignmentConfig()
+                if file.config is None
+                else read_config(AlignmentConfig, file.config)
+            )
         tensors = {k: file[k] for k in file if not k.startswith("first_stage_model.")}
         return fill(model, file, tensors, device, dtype).requires_grad_(False)
 
@@ -543,25 +711,43 @@ def read_config(cls, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
+
 def start(args, model, validate):
     """-> run, optimizer and average of a `model` that is on the device already."""
     cfg = model.config
     if args.lora < 0 or args.lora and not args.init:
-        raise training.TrainingError("--lora RANK: adapts trained weights; give a rank of 1 or more, and the weights with --init")
+        raise training.TrainingError(
+            "--lora RANK: adapts trained weights; give a rank of 1 or more, and the weights with --init"
+        )
     if args.lora:
-        training.add_lora(model.unet if isinstance(model, LDM) else model.model, args.lora, SpatialTransformer)
+        training.add_lora(
+            model.unet if isinstance(model, LDM) else model.model, args.lora, SpatialTransformer
+        )
     training.freeze(args, model)
-    optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)       # torch's default decay, as published
-    ema = training.EMA(model)                       # the published run has none; it costs nothing at sampling time
+    optimizer = training.adamw(
+        [{"params": model.parameters()}], args, weight_decay=0.01
+    )  # torch's default decay, as published
+    ema = training.EMA(model)  # the published run has none; it costs nothing at sampling time
     training.recompute(args, model, ResBlock, SpatialTransformer)
     if args.data.is_dir() and not (args.data / "set.json").is_file():
-        raise training.TrainingError(f"{args.data}: no features here; write some with python cavp.py --data CLIPS --init CAVP --extract FEATURES")
+        raise training.TrainingError(
+            f"{args.data}: no features here; write some with python cavp.py --data CLIPS --init CAVP --extract FEATURES"
+        )
 
-    def reader(split):                              # nothing is joined or rotated where it only serves to measure
+    def reader(split):  # nothing is joined or rotated where it only serves to measure
         merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
         return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
-    run = training.Run(args, model, optimizer, asdict(cfg), ema, *training.divided(reader, data.MediaError), validate,
-                       training.merge_lora if args.lora else None)
+
+    run = training.Run(
+        args,
+        model,
+        optimizer,
+        asdict(cfg),
+        ema,
+        *training.divided(reader, data.MediaError),
+        validate,
+        training.merge_lora if args.lora else None,
+    )
     return run, optimizer, ema
 
 
@@ -584,8 +770,12 @@ def denoising_loss(model, z, t, noise, features, v_loss=False, by_energy=False):
     if v_loss:
         error = error / alphas
     if by_energy:
-        expected = (noisy - (1 - alphas).sqrt() * eps.detach()) / alphas.sqrt()          # the clean latents that eps implies
-        error = error * expected.square().mean((1, 2), keepdim=True).clamp(0.1, 8)       # (b, 1, 1, w); 1 on average over the mini set
+        expected = (
+            noisy - (1 - alphas).sqrt() * eps.detach()
+        ) / alphas.sqrt()  # the clean latents that eps implies
+        error = error * expected.square().mean((1, 2), keepdim=True).clamp(
+            0.1, 8
+        )  # (b, 1, 1, w); 1 on average over the mini set
     return error.mean()
 
 
@@ -606,11 +796,20 @@ def validate_ldm(model, pairs, device, most=16, drawn=4, **weights):
     for i in range(min(most, len(pairs))):
         item = pairs[i]
         mel, features = data.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
-        z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(len(t), -1, -1, -1)
+        z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(
+            len(t), -1, -1, -1
+        )
         noise = torch.randn(z.shape, generator=g).to(device)
-        losses.append(denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), **weights).item())
+        losses.append(
+            denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), **weights).item()
+        )
         if i < drawn:
-            eps = guided_eps(model.unet, model.conditioner(features), model.null_context(frames), model.config.guidance)
+            eps = guided_eps(
+                model.unet,
+                model.conditioner(features),
+                model.null_context(frames),
+                model.config.guidance,
+            )
             made = dpm_solver(eps, torch.randn(shape, generator=g).to(device), 25)
             mels.append((mel[0], model.decode(made)[0]))
     return {"val_loss": sum(losses) / len(losses), "val_onset_f1": onset_agreement(mels)}, mels
@@ -620,12 +819,21 @@ def initial(args):
     """The network that training starts from: --init one of ours or the official one; --init Stable Diffusion v1 (CompVis' or diffusers'
     names, or diffusers' folder) as the published run did, with a new conditioner; or a new one. --vae takes any autoencoder."""
     if args.init and args.init.is_dir():
-        found = [next(iter(sorted((args.init / part).glob("diffusion_pytorch_model.*"))), None) for part in ("unet", "vae")]
+        found = [
+            next(iter(sorted((args.init / part).glob("diffusion_pytorch_model.*"))), None)
+            for part in ("unet", "vae")
+        ]
         if None in found:
-            raise training.TrainingError(f"--init {args.init}: no unet/ and vae/ with a diffusion_pytorch_model; give a file, or such a folder")
+            raise training.TrainingError(
+                f"--init {args.init}: no unet/ and vae/ with a diffusion_pytorch_model; give a file, or such a folder"
+            )
         args.init, args.vae = found[0], args.vae or found[1]
     file = Checkpoint(args.init) if args.init else {}
-    unet = None if "cond_stage_model.pos_emb.weight" in file else stable_diffusion.parts(file).get("unet")
+    unet = (
+        None
+        if "cond_stage_model.pos_emb.weight" in file
+        else stable_diffusion.parts(file).get("unet")
+    )
     if args.init and unet is None:
         model = LDM.load(args.init)
         if args.new_conditioner:
@@ -634,9 +842,13 @@ def initial(args):
             with fitting(args.vae, AutoencoderKL):
                 model.first_stage_model.load_state_dict(AutoencoderKL.load(args.vae).state_dict())
         return model
-    source = args.vae or (args.init if any(k.startswith("first_stage_model.") for k in file) else None)
+    source = args.vae or (
+        args.init if any(k.startswith("first_stage_model.") for k in file) else None
+    )
     if not source:
-        raise training.TrainingError("stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
+        raise training.TrainingError(
+            "stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
+        )
     first_stage = AutoencoderKL.load(source)
     model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
     model.first_stage_model.load_state_dict(first_stage.state_dict())
@@ -656,12 +868,21 @@ def train_ldm(args, device):
     (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
     half as much as the small U-Net's training."""
     model = initial(args).to(device, memory_format=torch.channels_last).train()
-    model.unet.requires_grad_(True), model.conditioner.requires_grad_(True), model.vae.requires_grad_(False)
+    (
+        model.unet.requires_grad_(True),
+        model.conditioner.requires_grad_(True),
+        model.vae.requires_grad_(False),
+    )
     if args.shift < 1:
         raise training.TrainingError("--shift must be at least 1")
     weights = dict(v_loss=bool(args.v_loss), by_energy=bool(args.by_energy))
-    run, optimizer, ema = start(args, model, functools.partial(validate_ldm, device=device, **weights))
-    network, n = training.parallel(model, functools.partial(denoising_loss, **weights)), args.repeats
+    run, optimizer, ema = start(
+        args, model, functools.partial(validate_ldm, device=device, **weights)
+    )
+    network, n = (
+        training.parallel(model, functools.partial(denoising_loss, **weights)),
+        args.repeats,
+    )
     for step in run:
         draw = training.generator(args, step)
         posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
@@ -670,10 +891,14 @@ def train_ldm(args, device):
         kept = torch.rand(args.batch * n, 1, 1, generator=draw) >= 0.2
         for batch, rows in run.parts(network):
             many = slice(n * rows.start, n * rows.stop)
-            mel = data.mel(batch["wav"].to(device, non_blocking=True))                   # (b, 128, 512)
-            features = batch["features"].to(device, non_blocking=True).repeat_interleave(n, 0) * kept[many].to(device)   # (b*n, f, 512)
+            mel = data.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
+            features = batch["features"].to(device, non_blocking=True).repeat_interleave(
+                n, 0
+            ) * kept[many].to(device)  # (b*n, f, 512)
             with training.autocast(args):
-                z = latents(model.vae, mel, posterior[rows].to(device)).repeat_interleave(n, 0)      # (b*n, 4, 16, 64)
+                z = latents(model.vae, mel, posterior[rows].to(device)).repeat_interleave(
+                    n, 0
+                )  # (b*n, 4, 16, 64)
                 loss = network(z, t[many].to(device), noise[many].to(device), features)
             (loss / run.count).backward()
             run.add(loss=loss)
@@ -688,8 +913,8 @@ def pairings(features, generator=None):
     kind = torch.rand(b, generator=generator)
     least = max(1, f // 40)
     shift = torch.randint(least, f // 2 + 1, (b,), generator=generator)
-    shift *= torch.randint(0, 2, (b,), generator=generator) * 2 - 1                      # either way
-    moved = (torch.arange(f) - shift[:, None]) % f                                       # (b, f)
+    shift *= torch.randint(0, 2, (b,), generator=generator) * 2 - 1  # either way
+    moved = (torch.arange(f) - shift[:, None]) % f  # (b, f)
     row = torch.arange(b)
     out = features.clone()
     is_moved, is_other = (kind >= 0.5) & (kind < 0.75), kind >= 0.75
@@ -704,36 +929,68 @@ def classify(model, z, t, noise, features):
 
 def noising(count, generator, clean=False):
     """Times (count,) and noise for as many latents; clean: 0 and none."""
-    t, noise = torch.randint(0, 1000, (count,), generator=generator), torch.randn(count, *LATENT_SHAPE, generator=generator)
+    t, noise = (
+        torch.randint(0, 1000, (count,), generator=generator),
+        torch.randn(count, *LATENT_SHAPE, generator=generator),
+    )
     return (torch.zeros_like(t), torch.zeros_like(noise)) if clean else (t, noise)
 
 
 def validate_align(model, pairs, device, first_stage, clean=False, most=32, repeats=4):
     """Loss and share of right answers over pairings and noise levels of at most `most` clips, the same ones every time."""
     g, items = torch.Generator().manual_seed(0), [pairs[i] for i in range(min(most, len(pairs)))]
-    features, label = pairings(torch.stack([item["features"] for item in items]).repeat_interleave(repeats, 0), g)
+    features, label = pairings(
+        torch.stack([item["features"] for item in items]).repeat_interleave(repeats, 0), g
+    )
     logits = []
     for i, item in enumerate(items):
         rows = slice(repeats * i, repeats * (i + 1))
-        z = latents(first_stage, data.mel(item["wav"].to(device))[None], torch.randn(1, *LATENT_SHAPE, generator=g).to(device))
+        z = latents(
+            first_stage,
+            data.mel(item["wav"].to(device))[None],
+            torch.randn(1, *LATENT_SHAPE, generator=g).to(device),
+        )
         t, noise = noising(repeats, g, clean)
-        logits.append(classify(model, z.expand(repeats, -1, -1, -1), t.to(device), noise.to(device), features[rows].to(device)).cpu())
+        logits.append(
+            classify(
+                model,
+                z.expand(repeats, -1, -1, -1),
+                t.to(device),
+                noise.to(device),
+                features[rows].to(device),
+            ).cpu()
+        )
     logits = torch.cat(logits)
     loss = F.binary_cross_entropy_with_logits(logits, label).item()
-    return {"val_loss": loss, "val_accuracy": ((logits > 0) == (label > 0.5)).float().mean().item()}, []
+    return {
+        "val_loss": loss,
+        "val_accuracy": ((logits > 0) == (label > 0.5)).float().mean().item(),
+    }, []
 
 
 def train_align(args, device):
     """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232). --clean: without noise, at
     t = 0, as the paper trains the classifier that judges (official `alignment_classifier_metric.py` 248)."""
     if args.batch < 2:
-        raise training.TrainingError("--batch 1 has no other clip to make a wrong pair with; give at least 2")
+        raise training.TrainingError(
+            "--batch 1 has no other clip to make a wrong pair with; give at least 2"
+        )
     if not args.vae:
-        raise training.TrainingError("the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors")
-    model = (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1])).requires_grad_(True).train()
+        raise training.TrainingError(
+            "the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
+        )
+    model = (
+        (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1]))
+        .requires_grad_(True)
+        .train()
+    )
     model = model.to(device, memory_format=torch.channels_last)
     first_stage = AutoencoderKL.load(args.vae, device).requires_grad_(False)
-    run, optimizer, ema = start(args, model, functools.partial(validate_align, device=device, first_stage=first_stage, clean=args.clean))
+    run, optimizer, ema = start(
+        args,
+        model,
+        functools.partial(validate_align, device=device, first_stage=first_stage, clean=args.clean),
+    )
     network, n = training.parallel(model, classify), args.repeats
     for step in run:
         draw = training.generator(args, step)
@@ -745,7 +1002,10 @@ def train_align(args, device):
         features, label = pairings(features.repeat_interleave(n, 0), draw)
         for batch, rows in run.parts(network, loaded):
             many = slice(n * rows.start, n * rows.stop)
-            mel, right = data.mel(batch["wav"].to(device, non_blocking=True)), label[many].to(device)
+            mel, right = (
+                data.mel(batch["wav"].to(device, non_blocking=True)),
+                label[many].to(device),
+            )
             with training.autocast(args):
                 z = latents(first_stage, mel, posterior[rows].to(device)).repeat_interleave(n, 0)
                 logit = network(z, t[many].to(device), noise[many].to(device), features[many])
@@ -756,9 +1016,16 @@ def train_align(args, device):
 
 
 def main_convert(argv):
-    p = argparse.ArgumentParser(description="Published or other checkpoints as safetensors, half the size in bfloat16.")
+    p = argparse.ArgumentParser(
+        description="Published or other checkpoints as safetensors, half the size in bfloat16."
+    )
     p.add_argument("--convert", type=Path, nargs=2, metavar=("DIR", "OUT"), required=True)
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help="of matrices and convolutions")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="bfloat16",
+        help="of matrices and convolutions",
+    )
     args = p.parse_args(argv)
     for path, out in convert(*args.convert, getattr(torch, args.dtype)):
         print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
@@ -769,24 +1036,74 @@ def main(argv=None):
     stage.add_argument("--model", choices=list(RECIPES), default="ldm")
     stage.add_argument("--convert", action="store_true")
     first = stage.parse_known_args(argv)[0]
-    model = first.model                                            # the two trainings differ in their defaults
+    model = first.model  # the two trainings differ in their defaults
     p = training.arguments(__doc__, RECIPES[model])
-    p.add_argument("--model", choices=list(RECIPES), default="ldm",
-                   help="ldm: the U-Net and its conditioner; align: the classifier of double guidance")
-    p.add_argument("--convert", metavar="DIR OUT", help="instead of training: a folder's checkpoints as safetensors; see --convert --help")
-    p.add_argument("--vae", type=Path, help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)")
-    p.add_argument("--new-conditioner", action="store_true", help="with --init: keep U-Net and autoencoder, start the conditioner anew "
-                   "(new features, as the published run did from Stable Diffusion)")
-    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="train the conditioner and adapters of this rank on the matrices "
-                   "of the transformer blocks, which are part of the saved weights; 0: train everything")
-    p.add_argument("--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step")
-    p.add_argument("--merge", type=float, help="share of samples joined from two clips (split-and-merge augmentation)")
-    p.add_argument("--roll", type=float, help="share of samples whose sound and picture are rotated in time together")
-    p.add_argument("--v-loss", type=int, choices=(0, 1), help="of --model ldm: 1 counts every noise level alike, 0 as published")
-    p.add_argument("--by-energy", type=int, choices=(0, 1), help="of --model ldm: 1 counts a moment by the energy that is expected "
-                   "there, 0 all alike, as published")
-    p.add_argument("--shift", type=float, help="of --model ldm: above 1, high noise levels are seen more often; 1: all alike, as published")
-    p.add_argument("--clean", action="store_true", help="of --model align: see no noise; for the judge of evaluate.py, not for guidance")
+    p.add_argument(
+        "--model",
+        choices=list(RECIPES),
+        default="ldm",
+        help="ldm: the U-Net and its conditioner; align: the classifier of double guidance",
+    )
+    p.add_argument(
+        "--convert",
+        metavar="DIR OUT",
+        help="instead of training: a folder's checkpoints as safetensors; see --convert --help",
+    )
+    p.add_argument(
+        "--vae",
+        type=Path,
+        help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)",
+    )
+    p.add_argument(
+        "--new-conditioner",
+        action="store_true",
+        help="with --init: keep U-Net and autoencoder, start the conditioner anew "
+        "(new features, as the published run did from Stable Diffusion)",
+    )
+    p.add_argument(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="train the conditioner and adapters of this rank on the matrices "
+        "of the transformer blocks, which are part of the saved weights; 0: train everything",
+    )
+    p.add_argument(
+        "--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step"
+    )
+    p.add_argument(
+        "--merge",
+        type=float,
+        help="share of samples joined from two clips (split-and-merge augmentation)",
+    )
+    p.add_argument(
+        "--roll",
+        type=float,
+        help="share of samples whose sound and picture are rotated in time together",
+    )
+    p.add_argument(
+        "--v-loss",
+        type=int,
+        choices=(0, 1),
+        help="of --model ldm: 1 counts every noise level alike, 0 as published",
+    )
+    p.add_argument(
+        "--by-energy",
+        type=int,
+        choices=(0, 1),
+        help="of --model ldm: 1 counts a moment by the energy that is expected "
+        "there, 0 all alike, as published",
+    )
+    p.add_argument(
+        "--shift",
+        type=float,
+        help="of --model ldm: above 1, high noise levels are seen more often; 1: all alike, as published",
+    )
+    p.add_argument(
+        "--clean",
+        action="store_true",
+        help="of --model align: see no noise; for the judge of evaluate.py, not for guidance",
+    )
     with training.command("ldm.py", data.MediaError):
         if first.convert:
             return main_convert(argv)

@@ -7,6 +7,7 @@ Each function names what it follows in the official repository, under `inference
 demo draws them on a GPU), and the gradient that turns to NaN where the classifier is sure of a mismatch. PLMS is refused:
 there the demo falls through to an unguided sampler of other latents (`diff_foley/models/diffusion/ddpm.py` 1352).
 """
+
 import functools
 
 import torch
@@ -16,14 +17,16 @@ from common.media import in_child
 from diffusion import SAMPLERS, ddim, guided_eps
 from ldm import LATENT_SCALE, LATENT_SHAPE
 
-SECONDS = 8.2           # of every video, from --start on (notebook: truncate_second)
-CHUNK = 40              # frames encoded at once, with zeros before and after (`demo_util.py` 158)
-INVERSE_RATE = 22050    # that mels made at 16000 are inverted with (`demo_util.py` 197)
+SECONDS = 8.2  # of every video, from --start on (notebook: truncate_second)
+CHUNK = 40  # frames encoded at once, with zeros before and after (`demo_util.py` 158)
+INVERSE_RATE = 22050  # that mels made at 16000 are inverted with (`demo_util.py` 197)
 
 
 def read_frames(path, fps, size, start, seconds):
     """uint8 (f, 3, size, size): the frames of an H.264 copy of the video at `fps` (`compat.demo_frames`)."""
-    return torch.from_numpy(in_child(path, "compat.demo_frames", "read_frames", path, float(fps), size, start, seconds))
+    return torch.from_numpy(
+        in_child(path, "compat.demo_frames", "read_frames", path, float(fps), size, start, seconds)
+    )
 
 
 def encode(cavp, frames):
@@ -52,9 +55,18 @@ def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progre
     whole = features.expand(len(noise), -1, -1)
     mels = []
     for w in range(len(features) // frames):
-        context = ldm.conditioner(whole[:, w * frames:(w + 1) * frames])
-        eps = guided_eps(ldm.unet, context, torch.zeros_like(context), cfg, models.align, whole, cg, project=False)
-        z = sampler(name, steps)(eps, noise[..., w * width:(w + 1) * width], steps, progress)
+        context = ldm.conditioner(whole[:, w * frames : (w + 1) * frames])
+        eps = guided_eps(
+            ldm.unet,
+            context,
+            torch.zeros_like(context),
+            cfg,
+            models.align,
+            whole,
+            cg,
+            project=False,
+        )
+        z = sampler(name, steps)(eps, noise[..., w * width : (w + 1) * width], steps, progress)
         mels.append(ldm.vae.decode((z / LATENT_SCALE).to(context.dtype))[:, 0].float())
     return torch.stack(mels, 1)
 
@@ -69,4 +81,4 @@ def mel_to_magnitude(level):
 def vocode(mels):
     """(w, 128, 512) -> (w * 130816,): each window by itself, one after the other (notebook 351)."""
     wavs = data.griffin_lim(mel_to_magnitude(mels))
-    return wavs[:, :(mels.shape[-1] - 1) * data.HOP].flatten()
+    return wavs[:, : (mels.shape[-1] - 1) * data.HOP].flatten()

@@ -16,6 +16,7 @@ watermark.py) nothing else touches its level.
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops tails, crashes under 8
 s, shows its classifier the frames of the whole clip, and inverts the mel at another rate than it was made with.
 """
+
 import argparse
 import itertools
 import json
@@ -34,15 +35,16 @@ from pathlib import Path
 
 from common import isolation
 
-STARTED = time.perf_counter()       # before the slow imports: the profile counts them
+STARTED = time.perf_counter()  # before the slow imports: the profile counts them
 VERSION = "0.1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line; it stands before the imports of torch (2 s), so that --help and wrong usage answer at once
 
+
 class Parser(argparse.ArgumentParser):
-    def error(self, message):       # argparse would print the whole usage first
+    def error(self, message):  # argparse would print the whole usage first
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
@@ -55,6 +57,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def number(kind, low, high=math.inf):
     """An argparse type: a finite number within [low, high]."""
+
     def parse(text):
         try:
             value = kind(text)
@@ -62,51 +65,133 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
             limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number {limits}"
+            )
         return value
+
     return parse
 
 
 def parse_arguments(argv=None):
     p = Parser("sample.py", description=__doc__, formatter_class=Formatter)
-    p.add_argument("inputs", nargs="+", metavar="INPUT", help="videos or folders; after -- names may begin with a dash")
-    p.add_argument("--verify", action="store_true", help="make nothing, but say of each INPUT (wav too) whether its sound is ours; "
-                   "exit status 3 where one is not")
-    p.add_argument("--out", type=Path, metavar="DIR", help="write there; default: beside each input")
-    p.add_argument("--weights", default="mini", metavar="mini|official|DIR", help="the model shipped here; the published one "
-                   "(4.3 GB, fetched once); or a folder with the checkpoints cavp, ldm and align: ours or the published ones")
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="videos or folders; after -- names may begin with a dash",
+    )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="make nothing, but say of each INPUT (wav too) whether its sound is ours; "
+        "exit status 3 where one is not",
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="write there; default: beside each input"
+    )
+    p.add_argument(
+        "--weights",
+        default="mini",
+        metavar="mini|official|DIR",
+        help="the model shipped here; the published one "
+        "(4.3 GB, fetched once); or a folder with the checkpoints cavp, ldm and align: ours or the published ones",
+    )
     g = p.add_argument_group("sampling; steps and sampler are the paper's by default")
     g.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
-    g.add_argument("--cfg", type=number(float, 0), help="classifier-free guidance; 1: off; default: what suits the weights "
-                   "(published: 4.5, as in the paper; mini: 2.5)")
-    g.add_argument("--cg", type=number(float, 0), help="guidance by the alignment classifier; 0: off; default: what suits the "
-                   "weights' own classifier (published: 50, as in the paper; mini: 15)")
-    g.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS")
+    g.add_argument(
+        "--cfg",
+        type=number(float, 0),
+        help="classifier-free guidance; 1: off; default: what suits the weights "
+        "(published: 4.5, as in the paper; mini: 2.5)",
+    )
+    g.add_argument(
+        "--cg",
+        type=number(float, 0),
+        help="guidance by the alignment classifier; 0: off; default: what suits the "
+        "weights' own classifier (published: 50, as in the paper; mini: 15)",
+    )
+    g.add_argument(
+        "--sampler",
+        choices=("dpm", "ddim", "plms"),
+        default="dpm",
+        help="DPM-Solver++ 2M, DDIM or PLMS",
+    )
     g.add_argument("--seed", type=number(int, 0, 2**40), default=0, help="same seed, same sound")
-    g.add_argument("--as-official", action="store_true", help="what the official demo does with the published weights, quirk for "
-                   "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see official.py)")
-    g.add_argument("--candidates", type=number(int, 1, 1000), default=1, metavar="N",
-                   help="draw N and keep the one that the classifier rates best")
-    g.add_argument("--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav")
+    g.add_argument(
+        "--as-official",
+        action="store_true",
+        help="what the official demo does with the published weights, quirk for "
+        "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see official.py)",
+    )
+    g.add_argument(
+        "--candidates",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="draw N and keep the one that the classifier rates best",
+    )
+    g.add_argument(
+        "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
+    )
     g = p.add_argument_group("input")
-    g.add_argument("--start", type=number(float, 0), default=0.0, metavar="S", help="seconds into the picture")
-    g.add_argument("--duration", type=number(float, 1e-3), metavar="S", help="seconds of picture; default: the rest")
-    g.add_argument("--keep-audio", type=number(float, -100, 100), nargs="?", const=0.0, metavar="dB",
-                   help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written: 16 kHz, one channel")
-    g.add_argument("--keep-tracks", action="store_true", help="the clip's own sound tracks stay, as they are, as further tracks of the "
-                   "video")
+    g.add_argument(
+        "--start", type=number(float, 0), default=0.0, metavar="S", help="seconds into the picture"
+    )
+    g.add_argument(
+        "--duration",
+        type=number(float, 1e-3),
+        metavar="S",
+        help="seconds of picture; default: the rest",
+    )
+    g.add_argument(
+        "--keep-audio",
+        type=number(float, -100, 100),
+        nargs="?",
+        const=0.0,
+        metavar="dB",
+        help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written: 16 kHz, one channel",
+    )
+    g.add_argument(
+        "--keep-tracks",
+        action="store_true",
+        help="the clip's own sound tracks stay, as they are, as further tracks of the video",
+    )
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 for "
-                   "networks of the published size, on a GPU and on a CPU that computes in it; else float32")
-    g.add_argument("--kernels", choices=("auto", "triton", "torch"), default="auto", help="fused kernels for NVIDIA GPUs; auto: "
-                   "where they can run")
-    g.add_argument("-v", "--verbose", action="store_true", help="say which kernels run, what had to be done without, and what else "
-                   "lies in a folder")
-    g.add_argument("--batch", type=number(int, 1, 4096), metavar="N",
-                   help="windows in one network call; default: 1 on a CPU, 16 on a GPU")
-    g.add_argument("--plot", action="store_true", help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis")
-    g.add_argument("--profile", action="store_true", help="print seconds and peak memory of each stage")
+    g.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 for "
+        "networks of the published size, on a GPU and on a CPU that computes in it; else float32",
+    )
+    g.add_argument(
+        "--kernels",
+        choices=("auto", "triton", "torch"),
+        default="auto",
+        help="fused kernels for NVIDIA GPUs; auto: where they can run",
+    )
+    g.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="say which kernels run, what had to be done without, and what else lies in a folder",
+    )
+    g.add_argument(
+        "--batch",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="windows in one network call; default: 1 on a CPU, 16 on a GPU",
+    )
+    g.add_argument(
+        "--plot",
+        action="store_true",
+        help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis",
+    )
+    g.add_argument(
+        "--profile", action="store_true", help="print seconds and peak memory of each stage"
+    )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
     args = p.parse_args(argv)
     if args.steps == 1000 and args.sampler != "dpm":
@@ -124,7 +209,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     parse_arguments()
-    isolation.start()               # the child that reads files gets ready while torch loads
+    isolation.start()  # the child that reads files gets ready while torch loads
     # Read when torch loads. Waiting threads sleep rather than spin: on a busy machine that halved the time it took.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -144,16 +229,17 @@ from kernels.packed import pack
 from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
 from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
-COLUMNS = WINDOW // HOP             # mel columns of a window
+COLUMNS = WINDOW // HOP  # mel columns of a window
 LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
-OVERLAP = 16384                     # samples that neighbouring windows share at least
-CLAIM = "AI-generated sound: diff-foley"            # how the tag of every output begins
-FADE = 32                           # mel columns of a cross-fade: long against a hit, short against the overlap
-SPAN = 4096                         # mel columns vocoded at once: 65 s, which bounds memory
+OVERLAP = 16384  # samples that neighbouring windows share at least
+CLAIM = "AI-generated sound: diff-foley"  # how the tag of every output begins
+FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
+SPAN = 4096  # mel columns vocoded at once: 65 s, which bounds memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # windows
+
 
 def plan_windows(samples, fps):
     """Start samples of the windows that cover `samples` of sound.
@@ -162,13 +248,17 @@ def plan_windows(samples, fps):
     can), counted from the clip's beginning: nothing adds up. Windows are spread evenly: where the last one would end
     long after the clip, all overlap more instead.
     """
-    frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)                 # samples of one video feature
-    grids = [math.lcm(frame.numerator, n * frame.denominator) // frame.denominator for n in (LATENT, HOP)]
+    frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
+    grids = [
+        math.lcm(frame.numerator, n * frame.denominator) // frame.denominator for n in (LATENT, HOP)
+    ]
     grid = next((g for g in grids if g <= WINDOW // 4), None)
     if grid is None:
-        raise MediaError(f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a second) too rarely to place "
-                         "windows; train at 15.625, 12.5, 25 or 4")
-    last = math.ceil(max(0, samples - WINDOW) / grid)                           # in steps of the grid, as all below
+        raise MediaError(
+            f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a second) too rarely to place "
+            "windows; train at 15.625, 12.5, 25 or 4"
+        )
+    last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
     steps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
     return [last * k // max(1, steps) * grid for k in range(steps + 1)]
 
@@ -176,11 +266,16 @@ def plan_windows(samples, fps):
 def fade_weights(starts):
     """(n, 512): the share of each window in its own mel columns; the shares of a column sum to one. Windows hand over linearly in
     the middle of their overlap, where both have seen what comes before and after."""
-    column = torch.arange(COLUMNS, dtype=torch.float64) + 0.5                   # centres, counted from a window's start
+    column = (
+        torch.arange(COLUMNS, dtype=torch.float64) + 0.5
+    )  # centres, counted from a window's start
     shares = torch.ones(len(starts), COLUMNS, dtype=torch.float64)
     for k, (before, after) in enumerate(itertools.pairwise(starts)):
         middle = (before + WINDOW + after) / 2
-        for row, start, sign in ((k, before, 1), (k + 1, after, -1)):           # the first one fades out, the second in
+        for row, start, sign in (
+            (k, before, 1),
+            (k + 1, after, -1),
+        ):  # the first one fades out, the second in
             passed = (column - (middle - start) / HOP) / FADE
             shares[row] -= (0.5 + sign * passed).clamp(0, 1)
     return shares.float()
@@ -194,7 +289,9 @@ def join_windows(mels, starts):
     out = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
     for mel, share, start in zip(mels, fade_weights(starts), starts):
         first = start // HOP
-        out[:, first:first + COLUMNS] += share * 10 ** (5 * mel)                # mel is 0.2 log10 of amplitude, and a constant that cancels
+        out[:, first : first + COLUMNS] += share * 10 ** (
+            5 * mel
+        )  # mel is 0.2 log10 of amplitude, and a constant that cancels
     return out.log10_().mul_(0.2)
 
 
@@ -208,13 +305,19 @@ def noise_field(seed, candidate, columns):
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
+
 def peak_memory():
     """Bytes that this process has had at most."""
     status = Path("/proc/self/status")
-    if status.exists():             # Linux, whose ru_maxrss begins with that of the process which started this one
+    if (
+        status.exists()
+    ):  # Linux, whose ru_maxrss begins with that of the process which started this one
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    import resource                 # not on every system
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class Profile:
@@ -239,24 +342,27 @@ class Profile:
         yield
         return_freed_memory()
         if self.cuda:
-            torch.cuda.synchronize()                        # what was only queued belongs to this stage
+            torch.cuda.synchronize()  # what was only queued belongs to this stage
         self.add(stage, time.perf_counter() - start)
 
     def table(self):
         """Every row, and the total by the clock: what lies between the stages counts too."""
         self.rows.pop("total", None)
         self.add("total", time.perf_counter() - self.started)
-        return {stage: row | {"seconds": round(row["seconds"], 3)} for stage, row in self.rows.items()}
+        return {
+            stage: row | {"seconds": round(row["seconds"], 3)} for stage, row in self.rows.items()
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
 
+
 @dataclass
 class Models:
     cavp: torch.nn.Module
     ldm: torch.nn.Module
-    align: torch.nn.Module | None   # only guidance by it and the ranking of candidates need it
+    align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     name: str = "mini"
 
@@ -265,7 +371,9 @@ def find_checkpoint(folder, *patterns):
     for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise MediaError(f"{folder}: {found[0].name} and {found[1].name} both fit {pattern}; leave only one there")
+            raise MediaError(
+                f"{folder}: {found[0].name} and {found[1].name} both fit {pattern}; leave only one there"
+            )
         if found:
             return found[0]
     return None
@@ -298,31 +406,47 @@ def load_models(weights="mini", device="auto", dtype=None):
     else:
         folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
     if not folder.is_dir():
-        raise MediaError(f"{folder}: no such folder of weights; give mini, official, or a folder that has them")
-    cavp, ldm = (find_checkpoint(folder, f"{name}.safetensors", f"{name}*.ckpt") for name in ("cavp", "ldm"))
+        raise MediaError(
+            f"{folder}: no such folder of weights; give mini, official, or a folder that has them"
+        )
+    cavp, ldm = (
+        find_checkpoint(folder, f"{name}.safetensors", f"{name}*.ckpt") for name in ("cavp", "ldm")
+    )
     align = find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt")
     for name, path in (("cavp", cavp), ("ldm", ldm)):
         if path is None:
-            raise MediaError(f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another folder of weights")
+            raise MediaError(
+                f"{folder}: no {name}.safetensors and no {name}*.ckpt; add it, or give another folder of weights"
+            )
     try:
         if dtype is None:
-            width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get("width", UNetConfig.width)
+            width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get(
+                "width", UNetConfig.width
+            )
             fast = width >= 128 and (device.type == "cuda" or computes_bfloat16(device.type))
             dtype = torch.bfloat16 if fast else torch.float32
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
-        ldm, align = LDM.load(ldm, device, dtype, encoder=False), align and Alignment.load(align, device, dtype)
+        ldm, align = (
+            LDM.load(ldm, device, dtype, encoder=False),
+            align and Alignment.load(align, device, dtype),
+        )
         ldm.unet.fuse(), align and align.model.fuse()
-        pack(ldm.unet)          # not the classifier, which a gradient passes through, nor the decoder, whose time is its maps'
+        pack(
+            ldm.unet
+        )  # not the classifier, which a gradient passes through, nor the decoder, whose time is its maps'
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:
-        raise MediaError(f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
-                         "take both from one training")
+        raise MediaError(
+            f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
+            "take both from one training"
+        )
     return Models(cavp, ldm, align, str(device), folder.resolve().name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # from pictures to sound
+
 
 def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     """(count, d) unit features of the picture from `start` on; past its `seconds` the last frame stands still.
@@ -333,7 +457,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     profile = profile or Profile()
     fps, size = cavp.config.fps, cavp.config.size
     span = round(60 * fps)
-    shown = max(1, math.ceil(seconds * fps - 1e-6))                             # frames that begin before the end
+    shown = max(1, math.ceil(seconds * fps - 1e-6))  # frames that begin before the end
     features, frames = [], None
     for at in range(0, count, span):
         low, high = max(0, at - cavp.context), min(count, at + span + cavp.context)
@@ -344,15 +468,27 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
             else:
                 frames = frames[-1:]
             still = frames[-1:].expand(high - low - len(frames), -1, -1, -1)
-            frames = torch.cat([frames, still])                                 # (high - low, 3, h, w)
+            frames = torch.cat([frames, still])  # (high - low, 3, h, w)
         with profile("features"):
-            features.append(cavp.encode_clip(frames)[at - low:][:span])
+            features.append(cavp.encode_clip(frames)[at - low :][:span])
     return torch.cat(features)[:count]
 
 
 @torch.no_grad()
-def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=None, cg=None, sampler="dpm", batch=1,
-         progress=None, profile=None):
+def draw(
+    features,
+    starts,
+    models,
+    seed=0,
+    candidates=1,
+    steps=25,
+    cfg=None,
+    cg=None,
+    sampler="dpm",
+    batch=1,
+    progress=None,
+    profile=None,
+):
     """features (f, d) -> mels (candidates, n, 128, 512) on the CPU, scores (candidates,) or None without a classifier.
 
     A window's noise depends on seed, candidate and place alone: other inputs do not change a sound, nor, with a batch
@@ -369,19 +505,28 @@ def draw(features, starts, models, seed=0, candidates=1, steps=25, cfg=None, cg=
     mels, scores = [], []
     for i in range(0, len(jobs), batch):
         x, v = [], []
-        for candidate, start in jobs[i:i + batch]:
+        for candidate, start in jobs[i : i + batch]:
             column = round(start / LATENT)
             x.append(noise_field(seed, candidate, column + width)[..., column:])
-            v.append(features[round(start * ldm.config.fps / SAMPLE_RATE):][:frames])
-        x, v = torch.stack(x).to(models.device), torch.stack(v)                 # (b, 4, 16, 64), (b, f, d)
+            v.append(features[round(start * ldm.config.fps / SAMPLE_RATE) :][:frames])
+        x, v = torch.stack(x).to(models.device), torch.stack(v)  # (b, 4, 16, 64), (b, f, d)
         with profile("sampling"):
-            eps = guided_eps(ldm.unet, ldm.conditioner(v), ldm.null_context(frames), cfg, align, v, cg, times=TIMES[sampler](steps))
+            eps = guided_eps(
+                ldm.unet,
+                ldm.conditioner(v),
+                ldm.null_context(frames),
+                cfg,
+                align,
+                v,
+                cg,
+                times=TIMES[sampler](steps),
+            )
             eps = Replayed(eps) if x.is_cuda else eps
-            z = SAMPLERS[sampler](eps, x, steps, step)                          # (b, 4, 16, 64)
+            z = SAMPLERS[sampler](eps, x, steps, step)  # (b, 4, 16, 64)
             if align is not None:
                 scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())
         with profile("autoencoder"):
-            mels.append(ldm.decode(z).float().cpu())                            # (b, 128, 512)
+            mels.append(ldm.decode(z).float().cpu())  # (b, 128, 512)
     mels = torch.cat(mels).unflatten(0, (candidates, len(starts)))
     return mels, torch.cat(scores).view(candidates, -1).mean(1) if scores else None
 
@@ -398,7 +543,9 @@ def marked(wav):
 
 def tags_of(name, seed, mark=True):
     """The tags of an output: what made it, and whether the sound itself says so."""
-    return {"comment": f"{CLAIM} {name}, seed {seed}, version {VERSION}{'' if mark else ', no watermark'}"}
+    return {
+        "comment": f"{CLAIM} {name}, seed {seed}, version {VERSION}{'' if mark else ', no watermark'}"
+    }
 
 
 def mix(wavs, path, gain, start):
@@ -416,33 +563,33 @@ def vocode(mel, samples, device="cpu"):
     within one column, the quietest near a span's end."""
     cuts, columns = [0], mel.shape[1]
     while columns - cuts[-1] > SPAN:
-        late = cuts[-1] + SPAN - 128                                            # the last 2 s of a span
-        cuts.append(late + int(mel[:, late:late + 128].sum(0).argmin()))
+        late = cuts[-1] + SPAN - 128  # the last 2 s of a span
+        cuts.append(late + int(mel[:, late : late + 128].sum(0).argmin()))
     out = torch.zeros(columns * HOP)
     rise = (torch.arange(HOP) + 0.5) / HOP
     for a, b in itertools.pairwise([*cuts, columns]):
-        low, high = max(0, a - 16), min(columns, b + 16)                        # some columns more, for the phases
-        wav = data.vocode(mel[:, low:high].to(device)).cpu()                    # ((high - low) * HOP,)
+        low, high = max(0, a - 16), min(columns, b + 16)  # some columns more, for the phases
+        wav = data.vocode(mel[:, low:high].to(device)).cpu()  # ((high - low) * HOP,)
         share = torch.ones_like(wav)
         if a:
-            share[:(a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
+            share[: (a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
         if b < columns:
-            share[(b - low) * HOP:] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
-        out[low * HOP:high * HOP] += share * wav
+            share[(b - low) * HOP :] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
+        out[low * HOP : high * HOP] += share * wav
     return limit(out[:samples])
 
 
 @dataclass
 class Result:
-    wav: torch.Tensor               # (samples,) the best candidate, as long as the picture
-    wavs: dict                      # candidate -> its sound: the best one's, or all
-    scores: list                    # of each candidate, higher is better; None without a classifier
-    best: int                       # its number among the candidates
-    mel: torch.Tensor               # (128, columns) of the best
-    starts: list                    # samples at which the windows start
-    seconds: float                  # of picture
+    wav: torch.Tensor  # (samples,) the best candidate, as long as the picture
+    wavs: dict  # candidate -> its sound: the best one's, or all
+    scores: list  # of each candidate, higher is better; None without a classifier
+    best: int  # its number among the candidates
+    mel: torch.Tensor  # (128, columns) of the best
+    starts: list  # samples at which the windows start
+    seconds: float  # of picture
     profile: Profile
-    marked: bool = True             # whether the sounds carry the watermark
+    marked: bool = True  # whether the sounds carry the watermark
 
     def __repr__(self):
         return f"Result({self.seconds:.2f} s, {len(self.wavs)} of {len(self.scores)} candidates, marked={self.marked})"
@@ -451,36 +598,77 @@ class Result:
 def check_official(path, models, sampler, steps, seconds):
     """What --as-official cannot be asked for."""
     cfg = models.ldm.config
-    if models.align is None or models.align.config.unet.context_dim != cfg.feature_dim or cfg.unet.aligned:
-        raise MediaError("--as-official is the demo of the published networks; give --weights official, or a folder with them")
+    if (
+        models.align is None
+        or models.align.config.unet.context_dim != cfg.feature_dim
+        or cfg.unet.aligned
+    ):
+        raise MediaError(
+            "--as-official is the demo of the published networks; give --weights official, or a folder with them"
+        )
     if sampler == "plms":
-        raise MediaError("--as-official: with PLMS the demo falls through to another sampler, unguided; give dpm or ddim")
+        raise MediaError(
+            "--as-official: with PLMS the demo falls through to another sampler, unguided; give dpm or ddim"
+        )
     if sampler == "ddim" and official.ddim_times(steps)[-1] == 1000:
-        raise MediaError(f"--as-official: with DDIM the demo crashes at {steps} steps; give another --steps")
+        raise MediaError(
+            f"--as-official: with DDIM the demo crashes at {steps} steps; give another --steps"
+        )
     if seconds * cfg.fps < cfg.frames - 0.5:
-        raise MediaError(f"{path}: the official demo crashes under {cfg.frames / cfg.fps:g} s; leave out --as-official")
+        raise MediaError(
+            f"{path}: the official demo crashes under {cfg.frames / cfg.fps:g} s; leave out --as-official"
+        )
 
 
-def generate_as_official(path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all, progress, profile):
+def generate_as_official(
+    path,
+    models,
+    seed,
+    steps,
+    cfg,
+    cg,
+    sampler,
+    candidates,
+    start,
+    seconds,
+    keep_all,
+    progress,
+    profile,
+):
     check_official(path, models, sampler, steps, seconds)
     cfg = models.ldm.config.guidance if cfg is None else cfg
     cg = models.align.config.guidance if cg is None else cg
     with profile("decode"):
-        frames = official.read_frames(path, models.cavp.config.fps, models.cavp.config.size, start, seconds)
+        frames = official.read_frames(
+            path, models.cavp.config.fps, models.cavp.config.size, start, seconds
+        )
     with profile("features"):
-        features = official.encode(models.cavp, frames)                         # (f, d)
+        features = official.encode(models.cavp, frames)  # (f, d)
     windows = len(features) // models.ldm.config.frames
-    candidates = candidates if keep_all else 1                                  # the demo does not rank them
-    noise = torch.stack([noise_field(seed, k, windows * LATENT_SHAPE[2]) for k in range(candidates)]).to(models.device)
+    candidates = candidates if keep_all else 1  # the demo does not rank them
+    noise = torch.stack(
+        [noise_field(seed, k, windows * LATENT_SHAPE[2]) for k in range(candidates)]
+    ).to(models.device)
     done = itertools.count(1)
     calls = len(official.ddim_times(steps)) if sampler == "ddim" else steps
     step = lambda *_: progress and progress(next(done), windows * calls)
     with profile("sampling"):
-        mels = official.draw(features, models, noise, steps, cfg, cg, sampler, step).cpu()   # (k, w, 128, 512)
+        mels = official.draw(
+            features, models, noise, steps, cfg, cg, sampler, step
+        ).cpu()  # (k, w, 128, 512)
     with profile("vocoder"):
         wavs = {k: official.vocode(mels[k]) for k in range(candidates if keep_all else 1)}
     mel = torch.cat(list(mels[0]), 1)
-    return Result(wavs[0], wavs, [None] * candidates, 0, mel, [w * WINDOW for w in range(windows)], seconds, profile)
+    return Result(
+        wavs[0],
+        wavs,
+        [None] * candidates,
+        0,
+        mel,
+        [w * WINDOW for w in range(windows)],
+        seconds,
+        profile,
+    )
 
 
 def quoted(value):
@@ -490,7 +678,12 @@ def quoted(value):
 def check_number(name, value, low, high=math.inf, whole=False):
     """A number within [low, high], also one of numpy's; neither text nor a truth value."""
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value):
+    if (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    ):
         return
     limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
     raise ValueError(f"{name} {quoted(value)}: not a {'whole ' if whole else ''}number {limits}")
@@ -506,38 +699,85 @@ def check_arguments(seed, steps, cfg, cg, sampler, candidates, start, duration, 
     check_number("candidates", candidates, 1, 1000, whole=True)
     check_number("start", start, 0)
     for name, value, low in (("cfg", cfg, 0), ("cg", cg, 0), ("duration", duration, 1e-3)):
-        if value is not None:                               # then: the weights' own scales, and all of the film
+        if value is not None:  # then: the weights' own scales, and all of the film
             check_number(name, value, low)
     if batch is not None:
         check_number("batch", batch, 1, 4096, whole=True)
 
 
 @torch.no_grad()
-def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="dpm", candidates=1, start=0.0,
-             duration=None, batch=None, keep_all=False, progress=None, profile=None, as_official=False, keep_audio=None, mark=True):
+def generate(
+    video_path,
+    models,
+    seed=0,
+    steps=25,
+    cfg=None,
+    cg=None,
+    sampler="dpm",
+    candidates=1,
+    start=0.0,
+    duration=None,
+    batch=None,
+    keep_all=False,
+    progress=None,
+    profile=None,
+    as_official=False,
+    keep_audio=None,
+    mark=True,
+):
     """A video -> Result: round(seconds * 16000) samples in time with the picture from `start` on, with the clip's own sound mixed
     in at `keep_audio` dB if given. All its sounds carry the watermark, but with mark=False or as_official, which is for its numbers.
     `progress(done, all)` is called after every step of the sampler."""
     check_arguments(seed, steps, cfg, cg, sampler, candidates, start, duration, batch)
     profile = profile or Profile(models.device)
     if models.align is None and (cg != 0 or candidates > 1):
-        raise MediaError(f"{models.name}: no alignment classifier among these weights; add align.safetensors or "
-                         "double_guidance_classifier.ckpt, or give cg 0 and one candidate")
+        raise MediaError(
+            f"{models.name}: no alignment classifier among these weights; add align.safetensors or "
+            "double_guidance_classifier.ckpt, or give cg 0 and one candidate"
+        )
     with profile("decode"):
         whole = data.probe(video_path).duration
     if start >= whole:
-        raise MediaError(f"{video_path}: start {start:g} is past its end, {whole:.2f} s; start earlier")
+        raise MediaError(
+            f"{video_path}: start {start:g} is past its end, {whole:.2f} s; start earlier"
+        )
     seconds = min(whole - start, duration or (official.SECONDS if as_official else math.inf))
     if as_official:
-        result = generate_as_official(video_path, models, seed, steps, cfg, cg, sampler, candidates, start, seconds, keep_all,
-                                      progress, profile)
+        result = generate_as_official(
+            video_path,
+            models,
+            seed,
+            steps,
+            cfg,
+            cg,
+            sampler,
+            candidates,
+            start,
+            seconds,
+            keep_all,
+            progress,
+            profile,
+        )
         return finish(result, video_path, start, keep_audio, False)
     samples = max(1, round(seconds * SAMPLE_RATE))
     starts = plan_windows(samples, models.ldm.config.fps)
     count = round(starts[-1] * models.ldm.config.fps / SAMPLE_RATE) + models.ldm.config.frames
     features = video_features(video_path, models.cavp, count, seconds, start, profile)
     batch = batch or (1 if torch.device(models.device).type == "cpu" else 16)
-    mels, scores = draw(features, starts, models, seed, candidates, steps, cfg, cg, sampler, batch, progress, profile)
+    mels, scores = draw(
+        features,
+        starts,
+        models,
+        seed,
+        candidates,
+        steps,
+        cfg,
+        cg,
+        sampler,
+        batch,
+        progress,
+        profile,
+    )
     best = 0 if scores is None else int(scores.argmax())
     wavs = {}
     with profile("vocoder"):
@@ -546,7 +786,13 @@ def generate(video_path, models, seed=0, steps=25, cfg=None, cg=None, sampler="d
             wavs[k] = vocode(join_windows(mels[k], starts)[:, :columns], samples, models.device)
         mel = join_windows(mels[best], starts)[:, :columns]
     scores = [None] * candidates if scores is None else scores.tolist()
-    return finish(Result(wavs[best], wavs, scores, best, mel, starts, seconds, profile), video_path, start, keep_audio, mark)
+    return finish(
+        Result(wavs[best], wavs, scores, best, mel, starts, seconds, profile),
+        video_path,
+        start,
+        keep_audio,
+        mark,
+    )
 
 
 def finish(result, path, start, keep_audio, mark):
@@ -564,58 +810,104 @@ def finish(result, path, start, keep_audio, mark):
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures and files
 
+
 def draw_plot(path, source, result, start):
     """Frames, where things are struck (as the labels beside the clip say, if there are any) and where the sound has onsets,
     spectrogram and waveform, on one time axis."""
-    from matplotlib.figure import Figure                    # slow to import, and needed here alone
+    from matplotlib.figure import Figure  # slow to import, and needed here alone
+
     seconds, count = result.seconds, 12
     figure = Figure((12, 6), layout="constrained")
     strip, marks, mel, wave = figure.subplots(4, 1, sharex=True, height_ratios=(4, 1.5, 8, 4))
-    frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[:count]
-    for k, frame in enumerate(frames):                      # (3, h, w)
+    frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[
+        :count
+    ]
+    for k, frame in enumerate(frames):  # (3, h, w)
         extent = (k * seconds / count, (k + 1) * seconds / count, 0, 1)
         strip.imshow(frame.permute(1, 2, 0).numpy(), extent=extent, aspect="auto")
     strip.set(yticks=[], ylim=(0, 1), title=Path(source).name)
     rows = {"heard": data.detect_onsets(result.mel.numpy())}
-    with suppress(MediaError):                              # no labels
+    with suppress(MediaError):  # no labels
         rows["labelled"] = [onset["time"] - start for onset in data.read_onsets(source)]
-    marks.eventplot(list(rows.values()), colors=[f"C{k}" for k in range(len(rows))], linelengths=0.8)
+    marks.eventplot(
+        list(rows.values()), colors=[f"C{k}" for k in range(len(rows))], linelengths=0.8
+    )
     marks.set(yticks=range(len(rows)), yticklabels=list(rows))
     extent = (0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, result.mel.shape[0])
     mel.imshow(result.mel.numpy(), origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
     mel.set(ylabel="mel band")
-    wave.plot((torch.arange(len(result.wav)) / SAMPLE_RATE).numpy(), result.wav.numpy(), linewidth=0.5)
+    wave.plot(
+        (torch.arange(len(result.wav)) / SAMPLE_RATE).numpy(), result.wav.numpy(), linewidth=0.5
+    )
     wave.set(xlim=(0, seconds), ylim=(-1, 1), xlabel="seconds", ylabel="sound")
     figure.savefig(path, dpi=100)
 
 
 def dub(source, target, models, args, profile, progress=None):
     """One input: generate, mix, write all files or none. `target` is the output without its suffix. -> --json's line"""
-    result = generate(source, models, args.seed, args.steps, args.cfg, args.cg, args.sampler, args.candidates, args.start, args.duration,
-                      args.batch, args.keep_all, progress, profile, args.as_official, args.keep_audio)
+    result = generate(
+        source,
+        models,
+        args.seed,
+        args.steps,
+        args.cfg,
+        args.cg,
+        args.sampler,
+        args.candidates,
+        args.start,
+        args.duration,
+        args.batch,
+        args.keep_all,
+        progress,
+        profile,
+        args.as_official,
+        args.keep_audio,
+    )
     tags = tags_of(models.name, args.seed, result.marked)
     video, wave = f"{target}{data.output_suffix(source)}", f"{target}.wav"
-    every = [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs] if args.keep_all else []
-    with ExitStack() as stack:                              # all under temporary names first
+    every = (
+        [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs]
+        if args.keep_all
+        else []
+    )
+    with ExitStack() as stack:  # all under temporary names first
         with profile("writing"):
             part = stack.enter_context(data.atomic_write(video))
             seconds = result.seconds if args.as_official else args.duration
             data.write_video(source, result.wav, part, tags, args.start, seconds, args.keep_tracks)
-            for path, wav in [(wave, result.wav), *zip((c["wav"] for c in every), result.wavs.values())]:
+            for path, wav in [
+                (wave, result.wav),
+                *zip((c["wav"] for c in every), result.wavs.values()),
+            ]:
                 data.write_wav(stack.enter_context(data.atomic_write(path)), wav, tags)
         if args.plot:
             with profile("plot"):
-                draw_plot(stack.enter_context(data.atomic_write(f"{target}.png")), source, result, args.start)
-    line = {"input": str(source), "output": video, "wav": wave, "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
-            "windows": len(result.starts), "seed": args.seed, "score": result.scores[result.best],
-            "profile": profile.table()}
+                draw_plot(
+                    stack.enter_context(data.atomic_write(f"{target}.png")),
+                    source,
+                    result,
+                    args.start,
+                )
+    line = {
+        "input": str(source),
+        "output": video,
+        "wav": wave,
+        "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
+        "windows": len(result.starts),
+        "seed": args.seed,
+        "score": result.scores[result.best],
+        "profile": profile.table(),
+    }
     return line | ({"candidates": every} if every else {})
 
 
 def verify(args):
     """--verify: of each file, of folders all videos and wavs, a line on stdout; mistakes on stderr. -> exit status"""
     failed = foreign = False
-    files = [data.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given] for given in map(Path, args.inputs)]
+    files = [
+        data.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given]
+        for given in map(Path, args.inputs)
+    ]
     for file in itertools.chain(*files):
         try:
             tags = data.read_tags(file).get("comment", "").startswith(CLAIM)
@@ -625,10 +917,17 @@ def verify(args):
             line, words, failed = {"file": str(file), "error": str(e)}, None, True
         else:
             marked = sure >= watermark.SURE
-            line = {"file": str(file), "tags": tags, "watermark": marked, "confidence": round(sure, 6)}
+            line = {
+                "file": str(file),
+                "tags": tags,
+                "watermark": marked,
+                "confidence": round(sure, 6),
+            }
             foreign |= not (tags or marked)
-            words = f"{file}: {'ours' if tags or marked else 'not known as ours'} ({'tag' if tags else 'no tag'}, " \
-                    f"{'watermark' if marked else 'no watermark'}, confidence {sure:.4f})"
+            words = (
+                f"{file}: {'ours' if tags or marked else 'not known as ours'} ({'tag' if tags else 'no tag'}, "
+                f"{'watermark' if marked else 'no watermark'}, confidence {sure:.4f})"
+            )
         if args.json or words:
             print(json.dumps(line) if args.json else words, flush=True)
     return 1 if failed else 3 if foreign else 0
@@ -667,9 +966,15 @@ def report(line, args):
     if args.json:
         print(json.dumps(line), flush=True)
     if args.profile and "error" not in line:
-        print(f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}", *(
-            f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}" for stage, row in line["profile"].items()),
-            sep="\n", file=sys.stderr if args.json else sys.stdout)
+        print(
+            f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}",
+            *(
+                f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}"
+                for stage, row in line["profile"].items()
+            ),
+            sep="\n",
+            file=sys.stderr if args.json else sys.stdout,
+        )
 
 
 def main(argv=None):
@@ -677,7 +982,10 @@ def main(argv=None):
     if args.verify:
         return verify(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("sample.py: --device cuda: torch finds no CUDA device; give --device cpu", file=sys.stderr)
+        print(
+            "sample.py: --device cuda: torch finds no CUDA device; give --device cpu",
+            file=sys.stderr,
+        )
         return 2
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
@@ -686,10 +994,14 @@ def main(argv=None):
         print(f"sample.py: --{e}", file=sys.stderr)
         return 2
     if args.verbose:
-        print(f"sample.py: {device}, torch {torch.__version__}, {kernels.describe()}", file=sys.stderr)
-    keep_freed_memory(largest=2**23)                        # what fragments of larger ones would cost is memory
+        print(
+            f"sample.py: {device}, torch {torch.__version__}, {kernels.describe()}", file=sys.stderr
+        )
+    keep_freed_memory(largest=2**23)  # what fragments of larger ones would cost is memory
     try:
-        models = load_models(args.weights, device, None if args.dtype == "auto" else getattr(torch, args.dtype))
+        models = load_models(
+            args.weights, device, None if args.dtype == "auto" else getattr(torch, args.dtype)
+        )
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
     except (MediaError, fetch.FetchError) as e:
@@ -699,13 +1011,22 @@ def main(argv=None):
         print(f"sample.py: --out {args.out}: {e.strerror}; give another folder", file=sys.stderr)
         return 1
     profile = Profile(device, STARTED)
-    profile.add("loading", time.perf_counter() - STARTED)   # imports and weights; counted with the first input
+    profile.add(
+        "loading", time.perf_counter() - STARTED
+    )  # imports and weights; counted with the first input
     failed = 0
     for video, target, error in plan_outputs(args.inputs, args.out, args.verbose):
-        with warnings.catch_warnings(), tqdm(desc=Path(video).name, unit="step", leave=False, disable=None) as bar:
-            warnings.simplefilter("ignore")                 # but for what `data` has to say about this very file
-            warnings.filterwarnings("once", ".*" if args.verbose else re.escape(str(video)) + "|kernels: ")
-            warnings.showwarning = lambda message, *_: print(f"sample.py: {message}", file=sys.stderr)
+        with (
+            warnings.catch_warnings(),
+            tqdm(desc=Path(video).name, unit="step", leave=False, disable=None) as bar,
+        ):
+            warnings.simplefilter("ignore")  # but for what `data` has to say about this very file
+            warnings.filterwarnings(
+                "once", ".*" if args.verbose else re.escape(str(video)) + "|kernels: "
+            )
+            warnings.showwarning = lambda message, *_: print(
+                f"sample.py: {message}", file=sys.stderr
+            )
 
             def progress(done, total):
                 bar.total = total

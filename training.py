@@ -18,6 +18,7 @@ batch, of which every process and micro-batch takes its rows. So the number of p
 change no number, and a run that is killed and resumed goes on bit for bit. Nothing is half-written (temporary name, then
 rename) and nothing is unpickled (`weights_only=True`).
 """
+
 import argparse
 import atexit
 import contextlib
@@ -70,50 +71,92 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 # ---------------------------------------------------------------------------------------------------------------------
 # the arguments that all stages share
 
+
 def arguments(description, presets):
     """The parser with every flag that all training commands take; `presets` {name: {flag: value}} sets their defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     p.add_argument("--data", type=Path, required=True, help="folder of clips, or a prepared set")
     p.add_argument("--out", type=Path, help="where the run writes; default runs/STAGE")
-    p.add_argument("--preset", choices=list(presets), default="mini", help="network sizes and training recipe")
+    p.add_argument(
+        "--preset", choices=list(presets), default="mini", help="network sizes and training recipe"
+    )
     p.add_argument("--init", type=Path, help="start from these weights (ours or an official file)")
-    p.add_argument("--freeze", nargs="+", default=[], metavar="NAME",
-                   help="keep the parameters fixed whose names, as in the checkpoint, begin so")
+    p.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="keep the parameters fixed whose names, as in the checkpoint, begin so",
+    )
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.state.pt")
-    g = p.add_argument_group("optimization; where not given, the preset's: " + "; ".join(
-        f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in recipe.items()) for name, recipe in presets.items()))
+    g = p.add_argument_group(
+        "optimization; where not given, the preset's: "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in recipe.items())
+            for name, recipe in presets.items()
+        )
+    )
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch", type=int, help="clips in one step, of all processes together")
-    g.add_argument("--micro-batch", type=int, help="clips in memory at once, of one process; else all of its share")
+    g.add_argument(
+        "--micro-batch",
+        type=int,
+        help="clips in memory at once, of one process; else all of its share",
+    )
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    g.add_argument("--clip", type=float, help="longest gradient, longer ones are cut to it; 0: none is")
+    g.add_argument(
+        "--clip", type=float, help="longest gradient, longer ones are cut to it; 0: none is"
+    )
     g.add_argument("--seed", type=int, default=0, help="weights, data order and noise")
     g = p.add_argument_group("run")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                   help="autocast of the forward pass; auto: bfloat16 where the hardware has it")
-    g.add_argument("--recompute", action="store_true",
-                   help="keep no activations inside the blocks, compute them again: less memory, a third more time")
-    g.add_argument("--workers", type=int, help="processes that read for each that trains; default: 4 beside a GPU, else 0")
-    g.add_argument("--half", action="store_true",
-                   help="write OUT/last.safetensors with float16 matrices: half the size, loads the same")
-    g.add_argument("--note", metavar="TEXT", help="kept in the header of the weights with the other arguments: which set --data is, say")
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, each with validation")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="autocast of the forward pass; auto: bfloat16 where the hardware has it",
+    )
+    g.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep no activations inside the blocks, compute them again: less memory, a third more time",
+    )
+    g.add_argument(
+        "--workers",
+        type=int,
+        help="processes that read for each that trains; default: 4 beside a GPU, else 0",
+    )
+    g.add_argument(
+        "--half",
+        action="store_true",
+        help="write OUT/last.safetensors with float16 matrices: half the size, loads the same",
+    )
+    g.add_argument(
+        "--note",
+        metavar="TEXT",
+        help="kept in the header of the weights with the other arguments: which set --data is, say",
+    )
+    g.add_argument(
+        "--save-every",
+        type=int,
+        default=500,
+        help="steps between checkpoints, each with validation",
+    )
     return p
 
 
 def glibc(function, *args):
-    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         getattr(ctypes.CDLL(None), function)(*args)
 
 
 def keep_freed_memory(largest=2**30):
     """glibc returns large blocks to the system on every free and faults them in anew at the next use, which costs a training
     step on a CPU a quarter of its time and more. Blocks above `largest` bytes still go back."""
-    glibc("mallopt", -3, largest)                           # M_MMAP_THRESHOLD
-    glibc("mallopt", -1, 2 * largest)                       # M_TRIM_THRESHOLD
-    glibc("mallopt", -8, 1)                                 # M_ARENA_MAX: autograd's thread reuses what the main one freed
+    glibc("mallopt", -3, largest)  # M_MMAP_THRESHOLD
+    glibc("mallopt", -1, 2 * largest)  # M_TRIM_THRESHOLD
+    glibc("mallopt", -8, 1)  # M_ARENA_MAX: autograd's thread reuses what the main one freed
 
 
 def return_freed_memory():
@@ -141,7 +184,7 @@ def learning_rate(step, args, final=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 # one process or many (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and where they meet)
 
-store = None                                                # what the processes share besides collectives
+store = None  # what the processes share besides collectives
 
 
 def rank():
@@ -157,14 +200,14 @@ def join(device):
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    patience = timedelta(days=7)                            # the first may prepare a large set while the others wait
+    patience = timedelta(days=7)  # the first may prepare a large set while the others wait
     store, number, count = next(dist.rendezvous("env://"))
     store.set_timeout(patience)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
-    dist.barrier()                                          # connected before anything can go wrong
+    dist.barrier()  # connected before anything can go wrong
 
 
 def once(make):
@@ -212,13 +255,17 @@ def parallel(model, function):
     if world() == 1:
         return step
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # the newest torch renames broadcast_buffers, others have no other
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # the newest torch renames broadcast_buffers, others have no other
         return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def explain(error, mistakes):
     """One line about an error that is no bug of ours; None where it may be one, and the traceback says more."""
-    text = (str(error).strip().splitlines() or [""])[-1]    # before it, of one from a reading process, comes its traceback
+    text = (str(error).strip().splitlines() or [""])[
+        -1
+    ]  # before it, of one from a reading process, comes its traceback
     if isinstance(error, (CheckpointError, *mistakes)):
         return re.sub(r"^[\w.]+Error: ", "", text)
     if isinstance(error, torch.OutOfMemoryError):
@@ -234,7 +281,7 @@ def first_to_fail():
     """Whether no other process of the job has failed before: the rest fail only because that one is gone."""
     try:
         return store is None or store.add("failed", 1) == 1
-    except RuntimeError:                                    # the process that keeps the store is gone
+    except RuntimeError:  # the process that keeps the store is gone
         return False
 
 
@@ -259,6 +306,7 @@ def command(script, *mistakes):
 # ---------------------------------------------------------------------------------------------------------------------
 # before a run
 
+
 def settle(args, presets, stage, trains=True):
     """Fill in `args` what the user left to the preset and the machine, meet the other processes, seed the weights. -> device"""
     asked = args.micro_batch
@@ -277,18 +325,28 @@ def settle(args, presets, stage, trains=True):
         raise TrainingError("--steps and --batch must be at least 1")
     share, rest = divmod(args.batch, world()) if trains else (args.batch, 0)
     if rest:
-        raise TrainingError(f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them")
+        raise TrainingError(
+            f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them"
+        )
     fits = [n for n in range(1, share + 1) if share % n == 0 and n <= (args.micro_batch or share)]
     if asked and asked not in fits and asked < share:
-        raise TrainingError(f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}")
+        raise TrainingError(
+            f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}"
+        )
     args.micro_batch = fits[-1]
     there = any((args.out / name).exists() for name in STATES)
     if trains and args.resume and not there:
-        raise TrainingError(f"--resume: {args.out} holds no run; start one without, or name it with --out")
+        raise TrainingError(
+            f"--resume: {args.out} holds no run; start one without, or name it with --out"
+        )
     if trains and there and not args.resume:
-        raise TrainingError(f"{args.out}: holds a run already; add --resume to go on, or give another --out")
+        raise TrainingError(
+            f"{args.out}: holds a run already; add --resume to go on, or give another --out"
+        )
     if trains and args.resume and (args.out / "last.safetensors").exists():
-        args.init = args.out / "last.safetensors"           # says what the network looks like; its numbers come from the state
+        args.init = (
+            args.out / "last.safetensors"
+        )  # says what the network looks like; its numbers come from the state
     keep_freed_memory()
     torch.manual_seed(args.seed)
     return torch.device(args.device, torch.cuda.current_device() if args.device == "cuda" else None)
@@ -300,7 +358,9 @@ def freeze(args, model):
         found = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not found:
             parts = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
-            raise TrainingError(f"--freeze {prefix}: no parameter's name begins so; they begin with {', '.join(parts)}")
+            raise TrainingError(
+                f"--freeze {prefix}: no parameter's name begins so; they begin with {', '.join(parts)}"
+            )
         for p in found:
             p.requires_grad_(False)
     for part in model.modules():
@@ -327,7 +387,13 @@ class LoRA(nn.Module):
 def add_lora(model, rank, *blocks):
     """Fixes a model, and every matrix in its blocks of these classes gets a LoRA to train."""
     model.requires_grad_(False)
-    layers = [layer for block in model.modules() if isinstance(block, blocks) for layer in block.modules() if isinstance(layer, nn.Linear)]
+    layers = [
+        layer
+        for block in model.modules()
+        if isinstance(block, blocks)
+        for layer in block.modules()
+        if isinstance(layer, nn.Linear)
+    ]
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
@@ -354,6 +420,7 @@ def recompute(args, model, *blocks):
 # ---------------------------------------------------------------------------------------------------------------------
 # random numbers and data order
 
+
 def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -369,7 +436,14 @@ class Shuffled(torch.utils.data.Sampler):
     each batch, process `rank` of `world` gets its contiguous share."""
 
     def __init__(self, length, batch, seed, start=0, rank=0, world=1):
-        self.length, self.batch, self.seed, self.start, self.rank, self.world = length, batch, seed, start, rank, world
+        self.length, self.batch, self.seed, self.start, self.rank, self.world = (
+            length,
+            batch,
+            seed,
+            start,
+            rank,
+            world,
+        )
 
     def __iter__(self):
         share, epoch = self.batch // self.world, -1
@@ -405,12 +479,25 @@ class Batches:
 
     def __init__(self, dataset, args, start=0):
         ending = multiprocessing.RawValue("b", 0)
-        atexit.register(setattr, ending, "value", 1)            # runs before multiprocessing's own, which ends the readers
+        atexit.register(
+            setattr, ending, "value", 1
+        )  # runs before multiprocessing's own, which ends the readers
         # a generator of its own: nothing may depend on the global one
-        self.waited, self.loader = 0.0, iter(torch.utils.data.DataLoader(
-            dataset, args.micro_batch, sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
-            generator=torch.Generator().manual_seed(args.seed), num_workers=args.workers, worker_init_fn=functools.partial(deaf, ending),
-            pin_memory=args.device == "cuda", persistent_workers=args.workers > 0))
+        self.waited, self.loader = (
+            0.0,
+            iter(
+                torch.utils.data.DataLoader(
+                    dataset,
+                    args.micro_batch,
+                    sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
+                    generator=torch.Generator().manual_seed(args.seed),
+                    num_workers=args.workers,
+                    worker_init_fn=functools.partial(deaf, ending),
+                    pin_memory=args.device == "cuda",
+                    persistent_workers=args.workers > 0,
+                )
+            ),
+        )
 
     def __iter__(self):
         return self
@@ -425,19 +512,30 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------------------
 # a step
 
+
 class EMA:
     """Moving average of the weights, with a warm-up so that a short run is not an average of noise. What is frozen is shared, not copied."""
 
     def __init__(self, model, decay=0.999):
         fixed = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.model, self.decay, self.updates = copy.deepcopy(model, fixed).eval().requires_grad_(False), decay, 0
+        self.model, self.decay, self.updates = (
+            copy.deepcopy(model, fixed).eval().requires_grad_(False),
+            decay,
+            0,
+        )
 
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
-        pairs = [pair for pair in zip(self.model.state_dict().values(), model.state_dict().values()) if pair[0].data_ptr() != pair[1].data_ptr()]
+        pairs = [
+            pair
+            for pair in zip(self.model.state_dict().values(), model.state_dict().values())
+            if pair[0].data_ptr() != pair[1].data_ptr()
+        ]
         means, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-        get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))(means, new, self.updates)
+        get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))(
+            means, new, self.updates
+        )
         for mean, count in pairs:
             if not mean.is_floating_point():
                 mean.copy_(count)
@@ -445,8 +543,12 @@ class EMA:
 
 def adamw(groups, args, **options):
     """AdamW over the parameters that are not frozen, in one pass over them where torch has it."""
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    return torch.optim.AdamW([group for group in groups if group["params"]], args.lr, fused=True, **options)
+    groups = [
+        {**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], args.lr, fused=True, **options
+    )
 
 
 def update(args, step, optimizer, ema, model, final=0.0):
@@ -464,13 +566,17 @@ def update(args, step, optimizer, ema, model, final=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 # a run
 
+
 def peak_memory(args):
     """GB, of the GPU where there is one, else of the process."""
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(ImportError):                  # Windows has no such account
+    with contextlib.suppress(ImportError):  # Windows has no such account
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e9 if sys.platform == "darwin" else 1e6
+        )
     return math.nan
 
 
@@ -479,14 +585,21 @@ def newest_state(out):
     for name in STATES:
         path = out / name
         if path.exists():
-            with contextlib.suppress(OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError):
+            with contextlib.suppress(
+                OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError
+            ):
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
                 if damaged is None:
                     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if rank() == 0:
-                print(f"{path}: damaged, not used; going on from the checkpoint before it", file=sys.stderr)
-    raise TrainingError(f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew")
+                print(
+                    f"{path}: damaged, not used; going on from the checkpoint before it",
+                    file=sys.stderr,
+                )
+    raise TrainingError(
+        f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew"
+    )
 
 
 def sha256(path):
@@ -497,8 +610,20 @@ def sha256(path):
 def commit():
     """Of the checkout that this code lies in, "-dirty" behind it where files differ; None without one, or without git."""
     with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                               capture_output=True, text=True)
+        found = subprocess.run(
+            [
+                "git",
+                "-C",
+                Path(__file__).parent,
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+        )
         return found.stdout.strip() or None
 
 
@@ -528,9 +653,15 @@ class Run:
     """
 
     def __init__(self, args, model, optimizer, config, ema, clips, held_out, validate, export=None):
-        self.args, self.model, self.optimizer, self.config, self.ema = args, model, optimizer, config, ema
+        self.args, self.model, self.optimizer, self.config, self.ema = (
+            args,
+            model,
+            optimizer,
+            config,
+            ema,
+        )
         self.held_out, self.validate, self.export = held_out, validate, export
-        self.count = args.batch // world() // args.micro_batch          # micro-batches of a step
+        self.count = args.batch // world() // args.micro_batch  # micro-batches of a step
         self.step, self.elapsed, self.totals, self.terms, self.clips = 0, 0.0, {}, {}, len(clips)
         self.asked = self.interrupted = False
         self.commit = self.started_from = None
@@ -545,33 +676,52 @@ class Run:
         """An unwritable place is noticed before the work, not after; what a killed process left is taken away. And what
         is about to happen is said."""
         args, out = self.args, make_folder(self.args.out)
-        self.commit = commit()                              # now: whoever trains may go on editing
+        self.commit = commit()  # now: whoever trains may go on editing
         given = {name: getattr(args, name, None) for name in ("init", "vae")}
         if self.started_from is None:
-            self.started_from = {name: sha256(path) for name, path in given.items() if path and path.is_file()}
+            self.started_from = {
+                name: sha256(path) for name, path in given.items() if path and path.is_file()
+            }
         for part in out.glob(".*.part"):
             part.unlink()
-        rows = [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
+        rows = (
+            [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
+        )
         write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         if left_out:
             table = io.StringIO()
             csv.writer(table).writerows([("name", "reason"), *left_out])
             write_whole(out / "left_out.csv", table.getvalue().encode())
-        count = {k: sum(p.numel() for p in self.model.parameters() if p.requires_grad == k) / 1e6 for k in (True, False)}
-        print(f"{out}: {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} "
-              f"threads, torch {torch.__version__}; {count[True]:.1f} M parameters"
-              + f" and {count[False]:.1f} M fixed" * (count[False] > 0) + f"; {self.clips} clips"
-              + f" ({len(left_out)} left out, see {out / 'left_out.csv'})" * bool(left_out)
-              + (f", {len(self.held_out)} to validate on" if self.held_out else ", none to validate on")
-              + f"; steps {self.step} to {args.steps} of {args.batch} clips, {args.micro_batch} at once", flush=True)
+        count = {
+            k: sum(p.numel() for p in self.model.parameters() if p.requires_grad == k) / 1e6
+            for k in (True, False)
+        }
+        print(
+            f"{out}: {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} "
+            f"threads, torch {torch.__version__}; {count[True]:.1f} M parameters"
+            + f" and {count[False]:.1f} M fixed" * (count[False] > 0)
+            + f"; {self.clips} clips"
+            + f" ({len(left_out)} left out, see {out / 'left_out.csv'})" * bool(left_out)
+            + (
+                f", {len(self.held_out)} to validate on"
+                if self.held_out
+                else ", none to validate on"
+            )
+            + f"; steps {self.step} to {args.steps} of {args.batch} clips, {args.micro_batch} at once",
+            flush=True,
+        )
 
     def __iter__(self):
         """Steps. The first Ctrl-C or SIGTERM, in any process, ends the loop of all after the step under way, saved."""
+
         def ask(*_):
             self.asked = True
+
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         begun, out, steps, due = self.step, self.args.out, self.args.steps, False
-        self.bar = tqdm(total=steps, initial=begun, desc=out.name, dynamic_ncols=True, disable=rank() > 0)
+        self.bar = tqdm(
+            total=steps, initial=begun, desc=out.name, dynamic_ncols=True, disable=rank() > 0
+        )
         self.clock, self.mark = time.monotonic(), (time.monotonic(), begun)
         try:
             while self.step < steps and not self.interrupted:
@@ -580,7 +730,9 @@ class Run:
                 self.bar.update()
                 if self.step - begun == 10 and rank() == 0:
                     pace = (time.monotonic() - self.clock) / 10
-                    self.bar.write(f"{out}: {pace:.2f} s a step, {(steps - self.step) * pace / 60:.0f} minutes to go")
+                    self.bar.write(
+                        f"{out}: {pace:.2f} s a step, {(steps - self.step) * pace / 60:.0f} minutes to go"
+                    )
                 due = self.step % self.args.save_every == 0 or self.step == steps
                 if due or self.interrupted:
                     self.save(due)
@@ -596,7 +748,11 @@ class Run:
         size = self.args.micro_batch
         for i, batch in zip(range(self.count), source or self.loader):
             first = (rank() * self.count + i) * size
-            with network.no_sync() if world() > 1 and i < self.count - 1 else contextlib.nullcontext():
+            with (
+                network.no_sync()
+                if world() > 1 and i < self.count - 1
+                else contextlib.nullcontext()
+            ):
                 yield batch, slice(first, first + size)
 
     def add(self, **terms):
@@ -619,25 +775,38 @@ class Run:
                 remedy = f"go on from step {self.saved} with --resume and a lower --lr"
             else:
                 remedy = "nothing is saved yet; start again with a lower --lr"
-            raise TrainingError(f"step {self.step + 1}: the loss or its gradient is not finite; {remedy}")
+            raise TrainingError(
+                f"step {self.step + 1}: the loss or its gradient is not finite; {remedy}"
+            )
         for k, v in zip(values, numbers):
             self.totals.setdefault(k, []).append(v)
         if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps:
             means = {k: sum(v) / len(v) for k, v in self.totals.items()}
             seconds = time.monotonic() - self.mark[0]
-            speed, waiting = (self.step + 1 - self.mark[1]) * self.args.batch / seconds, self.loader.waited / seconds
+            speed, waiting = (
+                (self.step + 1 - self.mark[1]) * self.args.batch / seconds,
+                self.loader.waited / seconds,
+            )
             self.mark, self.loader.waited, self.totals = (time.monotonic(), self.step + 1), 0.0, {}
             shown = {k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"}
             self.bar.set_postfix(shown | {"clips/s": f"{speed:.3g}"})
-            self.log(self.step + 1, **means, lr=self.optimizer.param_groups[0]["lr"], clips_per_second=speed,
-                     waiting=waiting, memory_gb=peak_memory(self.args))
+            self.log(
+                self.step + 1,
+                **means,
+                lr=self.optimizer.param_groups[0]["lr"],
+                clips_per_second=speed,
+                waiting=waiting,
+                memory_gb=peak_memory(self.args),
+            )
 
     def log(self, step, **row):
         if rank() > 0:
             return
         try:
             with open(self.args.out / "log.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row}) + "\n")
+                f.write(
+                    json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row}) + "\n"
+                )
         except OSError as e:
             reason = f"cannot be written ({e.strerror}); free some space, then --resume"
             raise TrainingError(f"{self.args.out}/log.jsonl: {reason}") from None
@@ -657,22 +826,48 @@ class Run:
             with torch.no_grad():
                 numbers, pictures = self.validate(self.ema.model, self.held_out)
             self.log(self.step, **numbers)
-            self.mark = self.mark[0] + time.monotonic() - start, self.mark[1]         # no part of training's speed
+            self.mark = (
+                self.mark[0] + time.monotonic() - start,
+                self.mark[1],
+            )  # no part of training's speed
         model = self.export(self.ema.model) if self.export else self.ema.model
         # names alone: the folders of whoever trained are nobody's business who loads the file
         args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        metrics = [row for row in read_log(out) if any(name.startswith("val_") for name in row)][-1:]
-        about = {"step": self.step, "seconds": round(self.seconds(), 1), "torch": torch.__version__, "args": args,
-                 "commit": self.commit, "started_from": self.started_from, "metrics": metrics[0] if metrics else None}
-        save_model(out / STATES[0].replace("state.pt", "safetensors"), model, self.config, self.args.half, **about)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "ema": self.ema.model.state_dict(), "updates": self.ema.updates, "step": self.step,
-                 "elapsed": self.seconds(), "totals": self.totals, "flags": self.flags(), "started_from": self.started_from}
+        metrics = [row for row in read_log(out) if any(name.startswith("val_") for name in row)][
+            -1:
+        ]
+        about = {
+            "step": self.step,
+            "seconds": round(self.seconds(), 1),
+            "torch": torch.__version__,
+            "args": args,
+            "commit": self.commit,
+            "started_from": self.started_from,
+            "metrics": metrics[0] if metrics else None,
+        }
+        save_model(
+            out / STATES[0].replace("state.pt", "safetensors"),
+            model,
+            self.config,
+            self.args.half,
+            **about,
+        )
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "updates": self.ema.updates,
+            "step": self.step,
+            "elapsed": self.seconds(),
+            "totals": self.totals,
+            "flags": self.flags(),
+            "started_from": self.started_from,
+        }
         with writing(out / STATES[0]) as part:
             with open(part, "wb") as f:
                 try:
                     torch.save(state, f)
-                except RuntimeError as e:                   # what torch makes of a disk that is full
+                except RuntimeError as e:  # what torch makes of a disk that is full
                     raise OSError(f"no room, or {str(e).splitlines()[0][:80]}") from None
             if (out / STATES[0]).exists():
                 os.replace(out / STATES[0], out / STATES[1])
@@ -681,39 +876,60 @@ class Run:
 
     def restore(self):
         state = newest_state(self.args.out)
-        rank_then, rank_now = (int(lora) for lora in (state["flags"].get("lora", 0), getattr(self.args, "lora", 0)))
+        rank_then, rank_now = (
+            int(lora) for lora in (state["flags"].get("lora", 0), getattr(self.args, "lora", 0))
+        )
         if rank_then != rank_now:
             has = f"has --lora {rank_then}" if rank_then else "has no --lora"
-            raise TrainingError(f"--resume: the run in {self.args.out} {has}; give the same command again with --resume")
+            raise TrainingError(
+                f"--resume: the run in {self.args.out} {has}; give the same command again with --resume"
+            )
         with fitting(f"{self.args.out}/{STATES[0]}", type(self.model)):
             self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.ema.updates, self.step = state["updates"], state["step"]
-        self.elapsed, self.totals, self.started_from = state["elapsed"], state["totals"], state.get("started_from")
+        self.elapsed, self.totals, self.started_from = (
+            state["elapsed"],
+            state["totals"],
+            state.get("started_from"),
+        )
         begun = state["flags"]["init"]
-        self.args.init = None if begun == "None" else Path(begun)       # `settle` had put the run's own weights there
+        self.args.init = (
+            None if begun == "None" else Path(begun)
+        )  # `settle` had put the run's own weights there
         noted = state["flags"].get("note", "None")
         self.args.note = self.args.note or (None if noted == "None" else noted)
         for name, value in self.flags().items():
             before = state["flags"].get(name, value)
             if value not in (before, "None") and rank() == 0:
-                print(f"{self.args.out}: going on with {name} {value}, until now {before}", file=sys.stderr)
+                print(
+                    f"{self.args.out}: going on with {name} {value}, until now {before}",
+                    file=sys.stderr,
+                )
 
     def flags(self):
         """What a resumed run should not change unnoticed, as text."""
         harmless = ("resume", "out", "data", "workers", "save_every", "half", "recompute")
-        return {"clips": str(self.clips), **{k: str(v) for k, v in vars(self.args).items() if k not in harmless}}
+        return {
+            "clips": str(self.clips),
+            **{k: str(v) for k, v in vars(self.args).items() if k not in harmless},
+        }
 
 
 def draw(out, pictures):
     """log.jsonl -> curves.png, a panel a logged value; spectrograms side by side -> sheet.png, true above, made below."""
     try:
-        from matplotlib.figure import Figure                # only where a picture is drawn: the import takes a second
+        from matplotlib.figure import (
+            Figure,
+        )  # only where a picture is drawn: the import takes a second
+
         rows = read_log(out)
         names = list(dict.fromkeys(k for row in rows for k in row if k not in ("step", "seconds")))
         high = math.ceil(len(names) / 4)
-        curves, sheet = (Figure(figsize=(16, h), layout="constrained") for h in (3 * max(1, high), 5))
+        curves, sheet = (
+            Figure(figsize=(16, h), layout="constrained") for h in (3 * max(1, high), 5)
+        )
         for i, name in enumerate(names):
             axis = curves.add_subplot(high, 4, i + 1)
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -722,10 +938,12 @@ def draw(out, pictures):
         for i, pair in enumerate(pictures):
             for k, level in enumerate(pair):
                 axis = sheet.add_subplot(2, len(pictures), k * len(pictures) + i + 1)
-                axis.imshow(level.float().cpu().numpy(), origin="lower", aspect="auto", vmin=0, vmax=1)
+                axis.imshow(
+                    level.float().cpu().numpy(), origin="lower", aspect="auto", vmin=0, vmax=1
+                )
                 axis.set(title=("true", "made")[k], xticks=[], yticks=[])
-        for name, figure in (("curves", curves), ("sheet", sheet))[:2 if pictures else 1]:
+        for name, figure in (("curves", curves), ("sheet", sheet))[: 2 if pictures else 1]:
             with writing(out / f"{name}.png") as part:
                 figure.savefig(part, format="png")
-    except Exception as e:                                  # of whatever kind: a picture is not worth losing a run over
+    except Exception as e:  # of whatever kind: a picture is not worth losing a run over
         print(f"{out}: pictures not drawn ({e})", file=sys.stderr)

@@ -10,6 +10,7 @@ Differs from the official code: it trains here (there the image autoencoder of S
 group count is a number in the configuration, so that narrow networks exist; the mini preset reads one channel instead of three
 equal ones; and a trained mini autoencoder leaves with latents of standard deviation 1/0.18215, the one factor `ldm.py` applies.
 """
+
 import copy
 import functools
 from dataclasses import asdict, dataclass
@@ -29,31 +30,42 @@ from kernels.group_norm import group_norm
 @dataclass(frozen=True)
 class VAEConfig:
     """The paper preset's sizes: Stable Diffusion 1.4's, official `stage1_autoencoder/model.py`."""
-    channels: int = 3                   # of the mel: the official network sees it three times over
+
+    channels: int = 3  # of the mel: the official network sees it three times over
     width: int = 128
-    multipliers: tuple = (1, 2, 4, 4)   # a level each; the map halves between levels
-    blocks: int = 2                     # residual blocks a level on the way down, one more on the way up
+    multipliers: tuple = (1, 2, 4, 4)  # a level each; the map halves between levels
+    blocks: int = 2  # residual blocks a level on the way down, one more on the way up
     groups: int = 32
     z_channels: int = 4
 
 
-PRESETS = {"paper": VAEConfig(), "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8)}
+PRESETS = {
+    "paper": VAEConfig(),
+    "mini": VAEConfig(channels=1, width=16, multipliers=(1, 2, 4, 6), blocks=1, groups=8),
+}
 # the paper's run trains no autoencoder: that preset's numbers are latent diffusion's, its steps and batch ours;
 # kl weighs the KL sum against the sum of absolute errors; 1e-6 is latent diffusion's kl-f8 recipe
-RECIPES = {"mini": dict(steps=4800, batch=8, lr=1e-3, warmup=200, clip=1, kl=1e-4, change=1.0),
-           "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, clip=0, kl=1e-6, change=0.0)}
-LATENT_SCALE = 0.18215                  # what ldm.py, and only ldm.py, multiplies latents by (Stable Diffusion's factor)
-LATENT_STD = 1 / LATENT_SCALE           # what a latent's standard deviation must be for that to make it one
-CROP = 128                              # mel columns of a training sample
+RECIPES = {
+    "mini": dict(steps=4800, batch=8, lr=1e-3, warmup=200, clip=1, kl=1e-4, change=1.0),
+    "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, clip=0, kl=1e-6, change=0.0),
+}
+LATENT_SCALE = (
+    0.18215  # what ldm.py, and only ldm.py, multiplies latents by (Stable Diffusion's factor)
+)
+LATENT_STD = 1 / LATENT_SCALE  # what a latent's standard deviation must be for that to make it one
+CROP = 128  # mel columns of a training sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
 
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm and what stands around it, in one pass over the map where a kernel runs: y = silu(norm(cat([x, skip], 1) + add))."""
 
-    def forward(self, x, silu=False, add=None, skip=None):      # (b, c, h, w), add (b, c), skip (b, c2, h, w)
+    def forward(
+        self, x, silu=False, add=None, skip=None
+    ):  # (b, c, h, w), add (b, c), skip (b, c2, h, w)
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, add, skip)
 
 
@@ -69,8 +81,10 @@ class ResnetBlock(nn.Module):
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x):                                       # (b, c_in, h, w) -> (b, c_out, h, w)
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True))     # no map outlives its use
+    def forward(self, x):  # (b, c_in, h, w) -> (b, c_out, h, w)
+        h = self.conv2(
+            self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True)
+        )  # no map outlives its use
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -83,9 +97,11 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
-        y = self.norm(x)                                                        # (b, c, h, w)
-        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))    # (b, h*w, c)
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # (b, h*w, c), scale c^-0.5
+        y = self.norm(x)  # (b, c, h, w)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (b, h*w, c)
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[
+            :, 0
+        ]  # (b, h*w, c), scale c^-0.5
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -94,7 +110,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):                                       # padded right and bottom only, as published
+    def forward(self, x):  # padded right and bottom only, as published
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -120,13 +136,24 @@ class Level(nn.Module):
 
     def layers(self):
         """In running order, for a caller that keeps no map longer than it must: they are the largest thing in memory."""
-        return [*self.block, *(getattr(self, change) for change in ("downsample", "upsample") if hasattr(self, change))]
+        return [
+            *self.block,
+            *(
+                getattr(self, change)
+                for change in ("downsample", "upsample")
+                if hasattr(self, change)
+            ),
+        ]
 
 
 class Middle(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, groups), AttnBlock(c, groups), ResnetBlock(c, c, groups)
+        self.block_1, self.attn_1, self.block_2 = (
+            ResnetBlock(c, c, groups),
+            AttnBlock(c, groups),
+            ResnetBlock(c, c, groups),
+        )
 
     def forward(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -135,6 +162,7 @@ class Middle(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
+
 class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -142,12 +170,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.channels, cfg.width, 3, padding=1)
         self.down = nn.ModuleList(
             Level([before] + [w] * cfg.blocks, cfg.groups, downsample=i < len(widths) - 1)
-            for i, (before, w) in enumerate(zip([cfg.width] + widths, widths)))
+            for i, (before, w) in enumerate(zip([cfg.width] + widths, widths))
+        )
         self.mid = Middle(widths[-1], cfg.groups)
         self.norm_out = norm(widths[-1], cfg.groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
 
-    def forward(self, x):                                       # (b, c, 128, s) -> (b, 8, 16, s/8)
+    def forward(self, x):  # (b, c, 128, s) -> (b, 8, 16, s/8)
         x = self.conv_in(x)
         for layer in (layer for level in self.down for layer in level.layers()):
             x = layer(x)
@@ -160,13 +189,14 @@ class Decoder(nn.Module):
         widths = [cfg.width * m for m in cfg.multipliers]
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], cfg.groups)
-        self.up = nn.ModuleList(                                # up.0 is the highest resolution, so it runs last
+        self.up = nn.ModuleList(  # up.0 is the highest resolution, so it runs last
             Level([below] + [w] * (cfg.blocks + 1), cfg.groups, upsample=i > 0)
-            for i, (below, w) in enumerate(zip(widths[1:] + widths[-1:], widths)))
+            for i, (below, w) in enumerate(zip(widths[1:] + widths[-1:], widths))
+        )
         self.norm_out = norm(widths[0], cfg.groups)
         self.conv_out = nn.Conv2d(widths[0], cfg.channels, 3, padding=1)
 
-    def forward(self, z):                                       # (b, 4, 16, s/8) -> (b, c, 128, s)
+    def forward(self, z):  # (b, 4, 16, s/8) -> (b, c, 128, s)
         x = self.mid(self.conv_in(z))
         for layer in (layer for level in reversed(self.up) for layer in level.layers()):
             x = layer(x)
@@ -198,7 +228,7 @@ class AutoencoderKL(nn.Module):
     def calibrate(self, mean, std):
         """Move latents of this mean and standard deviation to 0 and LATENT_STD by changing the two 1x1 convolutions around
         them; the decoded sound stays the same. The published factor 0.18215 then fits this network too."""
-        n, k = self.config.z_channels, LATENT_STD / std                         # k (4,)
+        n, k = self.config.z_channels, LATENT_STD / std  # k (4,)
         self.quant_conv.weight[:n] *= k[:, None, None, None]
         self.quant_conv.bias[:n] = (self.quant_conv.bias[:n] - mean) * k
         self.quant_conv.bias[n:] += 2 * k.log()
@@ -215,7 +245,11 @@ class AutoencoderKL(nn.Module):
         if file.config is None:
             tensors = stable_diffusion.parts(tensors).get("vae", tensors)
         with fitting(path, cls), torch.device("meta"):
-            model = cls(PRESETS["paper"] if file.config is None else VAEConfig(**tuples(file.config.get("vae", file.config))))
+            model = cls(
+                PRESETS["paper"]
+                if file.config is None
+                else VAEConfig(**tuples(file.config.get("vae", file.config)))
+            )
         return fill(model, file, tensors, device, dtype)
 
 
@@ -242,11 +276,16 @@ def losses(model, mel, noise):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
+
 @torch.no_grad()
 def latent_statistics(model, dataset, device, clips=64):
     """Mean and standard deviation (4,) of the posterior means over the first clips."""
-    z = torch.cat([model.encode(data.mel(dataset[i]["wav"].to(device))[None, None])[0]
-                   for i in range(min(clips, len(dataset)))])                   # (n, 4, 16, w)
+    z = torch.cat(
+        [
+            model.encode(data.mel(dataset[i]["wav"].to(device))[None, None])[0]
+            for i in range(min(clips, len(dataset)))
+        ]
+    )  # (n, 4, 16, w)
     return z.mean((0, 2, 3)), z.std((0, 2, 3))
 
 
@@ -270,13 +309,17 @@ def validate(model, clips, device, most=16):
     """Error, KL and the onsets that survive the round trip, over whole windows of at most `most` clips."""
     pairs, errors, kls = [], [], []
     for i in range(min(most, len(clips))):
-        mel = data.mel(clips[i]["wav"].to(device))[None, None]                  # (1, 1, 128, s)
+        mel = data.mel(clips[i]["wav"].to(device))[None, None]  # (1, 1, 128, s)
         mean, logvar = model.encode(mel)
         made = model.decode(mean)[:, :1].float()
         errors.append((made - mel).abs().mean().item())
-        kls.append(0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum().item() / mel.numel())
+        kls.append(0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum().item() / mel.numel())
         pairs.append((mel[0, 0], made[0, 0].clamp(0, 1)))
-    return {"val_error": np.mean(errors), "val_kl": np.mean(kls), "val_onset_f1": onset_agreement(pairs)}, pairs[:4]
+    return {
+        "val_error": np.mean(errors),
+        "val_kl": np.mean(kls),
+        "val_onset_f1": onset_agreement(pairs),
+    }, pairs[:4]
 
 
 def train(args):
@@ -289,19 +332,37 @@ def train(args):
     ema = training.EMA(model)
     training.recompute(args, model, ResnetBlock, AttnBlock)
     root = training.once(lambda: data.prepared(args.data, cache=args.out.parent / "prepared"))
-    clips, held_out = training.divided(functools.partial(data.Sounds, root, data.WINDOW, args.seed), data.MediaError)
-    run = training.Run(args, model, optimizer, asdict(model.config), ema, clips, held_out, functools.partial(validate, device=device),
-                       export=lambda m: calibrated(m, clips, device))
+    clips, held_out = training.divided(
+        functools.partial(data.Sounds, root, data.WINDOW, args.seed), data.MediaError
+    )
+    run = training.Run(
+        args,
+        model,
+        optimizer,
+        asdict(model.config),
+        ema,
+        clips,
+        held_out,
+        functools.partial(validate, device=device),
+        export=lambda m: calibrated(m, clips, device),
+    )
     network = training.parallel(model, losses)
     for step in run:
         draw = training.generator(args, step)
         # a quarter of the columns: the network is convolutional, and four times as many clips are seen in the same time
         first = torch.randint(0, data.WINDOW // data.HOP - CROP + 1, (), generator=draw).item()
-        noise = torch.randn(args.batch, model.config.z_channels, data.N_MELS // 8, CROP // 8, generator=draw)
+        noise = torch.randn(
+            args.batch, model.config.z_channels, data.N_MELS // 8, CROP // 8, generator=draw
+        )
         for batch, rows in run.parts(network):
-            mel = data.mel(batch["wav"].to(device, non_blocking=True))[:, None, :, first:first + CROP]      # (b, 1, 128, CROP)
+            mel = data.mel(batch["wav"].to(device, non_blocking=True))[
+                :, None, :, first : first + CROP
+            ]  # (b, 1, 128, CROP)
             with training.autocast(args):
-                error, change, kl = network(mel.contiguous(memory_format=torch.channels_last), noise[rows].to(device, non_blocking=True))
+                error, change, kl = network(
+                    mel.contiguous(memory_format=torch.channels_last),
+                    noise[rows].to(device, non_blocking=True),
+                )
             loss = error + args.change * change + args.kl * kl
             (loss / run.count).backward()
             run.add(loss=loss, error=error, change=change, kl=kl)
@@ -310,7 +371,11 @@ def train(args):
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
-    p.add_argument("--change", type=float, help="weight of the error of the change from column to column; the preset's by default")
+    p.add_argument(
+        "--change",
+        type=float,
+        help="weight of the error of the change from column to column; the preset's by default",
+    )
     p.add_argument("--kl", type=float, help="weight of the KL term; the preset's by default")
     args = p.parse_args(argv)
     with training.command("vae.py", data.MediaError):

@@ -9,6 +9,7 @@ Spread spectrum on magnitudes in decibels with the signs repeated in time (Kirov
 leave it; other sound on top as loud as the quiet parts, or a change of speed by some percent, takes it away.
 It keeps no secret: whoever has this file can remove the mark, or put it on another sound. It is for the honest and the hasty.
 """
+
 import math
 from functools import lru_cache
 
@@ -18,20 +19,27 @@ import torch.nn.functional as F
 
 from data import HOP, N_FFT, SAMPLE_RATE, stft
 
-DEPTH = 1.0                     # dB, up or down: about the least change of a band's level that an ear can tell
-LOW, HIGH, BANDS = 400, 6400, 24            # Hz; what telephones and codecs keep
-TILE, PERIOD = 4, 64            # mel columns that share a sign; tiles (4.096 s) after which the signs come again
-SPAN = 4 * PERIOD * TILE * HOP  # samples that are looked at, and marked, together (16.4 s): longer, and clocks drift apart
-MARGIN = N_FFT                  # samples on each side that a transform's ends could disturb
-FAINT = -75                     # dB of magnitude: below, a band holds rounding and no mark
-MOST = 3.0                      # dB: what stands out by more is a hit, and counts as this
-SURE = 0.9999                   # of confidence: "ours". One sound without the mark in 10,000 gets as much by chance
+DEPTH = 1.0  # dB, up or down: about the least change of a band's level that an ear can tell
+LOW, HIGH, BANDS = 400, 6400, 24  # Hz; what telephones and codecs keep
+TILE, PERIOD = (
+    4,
+    64,
+)  # mel columns that share a sign; tiles (4.096 s) after which the signs come again
+SPAN = (
+    4 * PERIOD * TILE * HOP
+)  # samples that are looked at, and marked, together (16.4 s): longer, and clocks drift apart
+MARGIN = N_FFT  # samples on each side that a transform's ends could disturb
+FAINT = -75  # dB of magnitude: below, a band holds rounding and no mark
+MOST = 3.0  # dB: what stands out by more is a hit, and counts as this
+SURE = 0.9999  # of confidence: "ours". One sound without the mark in 10,000 gets as much by chance
 
 
 @lru_cache
 def pattern():
     """Signs +-1, float (bands, period)."""
-    return torch.from_numpy(np.random.default_rng(230617203).integers(0, 2, (BANDS, PERIOD)) * 2.0 - 1).float()
+    return torch.from_numpy(
+        np.random.default_rng(230617203).integers(0, 2, (BANDS, PERIOD)) * 2.0 - 1
+    ).float()
 
 
 @lru_cache
@@ -46,30 +54,41 @@ def mark(wav):
     """Sound (n,) -> the same, marked. Its peak may rise by DEPTH."""
     n, spans = len(wav), []
     padded = F.pad(wav.float().cpu(), (MARGIN, MARGIN + SPAN))
-    signs = pattern().repeat_interleave(TILE, 1).repeat(1, SPAN // (PERIOD * TILE * HOP) + 1).roll(MARGIN // HOP, 1)
+    signs = (
+        pattern()
+        .repeat_interleave(TILE, 1)
+        .repeat(1, SPAN // (PERIOD * TILE * HOP) + 1)
+        .roll(MARGIN // HOP, 1)
+    )
     for start in range(0, n, SPAN):
-        piece = padded[start:start + SPAN + 2 * MARGIN]
-        x = stft(piece[None])                                                            # (1, 513, s)
-        gain = 10 ** (DEPTH / 20 * members().T @ signs[:, :x.shape[2]])
+        piece = padded[start : start + SPAN + 2 * MARGIN]
+        x = stft(piece[None])  # (1, 513, s)
+        gain = 10 ** (DEPTH / 20 * members().T @ signs[:, : x.shape[2]])
         back = torch.istft(x * gain, N_FFT, HOP, window=torch.hann_window(N_FFT), length=len(piece))
-        spans.append(back[0, MARGIN:MARGIN + SPAN])
+        spans.append(back[0, MARGIN : MARGIN + SPAN])
     return torch.cat(spans)[:n] if spans else wav
 
 
 def agreement(wav):
     """Sound (n,) -> (tile, period): how the signs at every offset agree with what stands out; without a mark, numbers as from N(0, 1)."""
     power = members() @ stft(wav[None])[0].abs().square() / members().sum(1, keepdim=True)
-    level = 10 * torch.log10(power + 1e-18)                                              # (bands, s)
-    tile = F.avg_pool1d(level, TILE, 1)                             # a tile's level, wherever it begins
+    level = 10 * torch.log10(power + 1e-18)  # (bands, s)
+    tile = F.avg_pool1d(level, TILE, 1)  # a tile's level, wherever it begins
     heard = -F.max_pool1d(-level, TILE, 1) > FAINT
     before, now, after = (slice(i * TILE, tile.shape[1] - (2 - i) * TILE) for i in range(3))
-    out = tile[:, now] - (tile[:, before] + tile[:, after]) / 2     # of its neighbours in time: decays are straight lines
+    out = (
+        tile[:, now] - (tile[:, before] + tile[:, after]) / 2
+    )  # of its neighbours in time: decays are straight lines
     known = heard[:, before] & heard[:, now] & heard[:, after]
-    out = out - (out * known).sum(0) / known.sum(0).clamp_min(1)    # of the other bands: a hit raises all
+    out = out - (out * known).sum(0) / known.sum(0).clamp_min(
+        1
+    )  # of the other bands: a hit raises all
     out = (out * known).clamp(-MOST, MOST)
-    turns = F.pad(out, (0, -out.shape[1] % (PERIOD * TILE))).unflatten(1, (-1, PERIOD, TILE)).sum(1)         # (bands, period, tile)
+    turns = (
+        F.pad(out, (0, -out.shape[1] % (PERIOD * TILE))).unflatten(1, (-1, PERIOD, TILE)).sum(1)
+    )  # (bands, period, tile)
     products = torch.fft.rfft(turns, dim=1) * torch.fft.rfft(pattern()).conj()[..., None]
-    found = torch.fft.irfft(products.sum(0), PERIOD, dim=0)                              # (period, tile)
+    found = torch.fft.irfft(products.sum(0), PERIOD, dim=0)  # (period, tile)
     return found / turns.square().sum((0, 1)).sqrt().clamp_min(1e-9)
 
 
@@ -77,7 +96,7 @@ def confidence(wav):
     """Sound (n,) -> in [0, 1]: 1 less the probability that a sound without the mark agrees with it so well anywhere by chance."""
     wav, best, tries = wav.float().cpu(), 0.0, 0
     for start in range(0, max(1, len(wav) - SPAN // 2), SPAN):
-        piece = wav[start:start + SPAN]
+        piece = wav[start : start + SPAN]
         if len(piece) > (3 * TILE + 1) * HOP:
             found = agreement(piece)
             best, tries = max(best, found.max().item()), tries + found.numel()

@@ -115,7 +115,9 @@ def picture_stream(container, path):
         what = "sound but no picture" if container.streams.audio else "no picture"
         raise MediaError(f"{path}: holds {what}; give a file with a video stream")
     if stream.codec_context is None:
-        raise MediaError(f"{path}: its video codec is unknown to this FFmpeg; convert it to mp4 (H.264)")
+        raise MediaError(
+            f"{path}: its video codec is unknown to this FFmpeg; convert it to mp4 (H.264)"
+        )
     return stream
 
 
@@ -127,7 +129,7 @@ def is_still(container):
 
 
 def kind_of(path):
-    """"video", "sound" or None: what FFmpeg finds in a file, by its content. Cheap: no frame is decoded."""
+    """ "video", "sound" or None: what FFmpeg finds in a file, by its content. Cheap: no frame is decoded."""
     try:
         with opened(path) as container:
             names = container.format.name.split(",")
@@ -181,7 +183,9 @@ def demuxed(container, path):
             last[stream.index] = (end, end + 1 / (frame_rate(stream) or 25))
         elif packet.dts is not None:
             moment = float(packet.dts * packet.time_base) + shift
-            if before is not None and (moment < before - BACKWARDS or broadcast and moment > end + GAP):
+            if before is not None and (
+                moment < before - BACKWARDS or broadcast and moment > end + GAP
+            ):
                 shift += end - moment
                 moment = end
                 restarts = True
@@ -228,14 +232,17 @@ def decoded(container, stream, path):
         yield packet, frames
     if lost and count:
         warnings.warn(
-            f"{path}: damaged or cut off; used the {count} {stream.type} frames that decode", stacklevel=2
+            f"{path}: damaged or cut off; used the {count} {stream.type} frames that decode",
+            stacklevel=2,
         )
 
 
 def timed(container, stream, path):
     """(seconds, frame) pairs that never step back; a frame without a time stamp follows the one before it."""
     in_order = lacks_display_times(container, stream)
-    slots = deque()  # where only the order is known: the n-th frame shown takes the n-th packet's time
+    slots = (
+        deque()
+    )  # where only the order is known: the n-th frame shown takes the n-th packet's time
     seconds = follows = None
     for packet, frames in decoded(container, stream, path):
         if in_order and packet.size and packet.dts is not None:
@@ -296,8 +303,12 @@ def _first_picture(path):
         if any(packet.has_sidedata("encryption_info") for packet in packets):
             raise MediaError(f"{path}: is encrypted; give a copy without protection")
     if codec == "webp":
-        raise MediaError(f"{path}: this FFmpeg does not decode animated webp; convert it to mp4 or gif")
-    raise MediaError(f"{path}: not one picture of it decodes; check that it plays, or export it again")
+        raise MediaError(
+            f"{path}: this FFmpeg does not decode animated webp; convert it to mp4 or gif"
+        )
+    raise MediaError(
+        f"{path}: not one picture of it decodes; check that it plays, or export it again"
+    )
 
 
 def promised_end(container, stream):
@@ -320,7 +331,10 @@ def _probe(path, _version):
             by_order = in_order and packet.stream.index == stream.index
             stamp = packet.dts if packet.pts is None or by_order else packet.pts
             if stamp is not None and packet.size and not packet.is_discard:
-                span = float(stamp * packet.time_base), float((packet.duration or 0) * packet.time_base)
+                span = (
+                    float(stamp * packet.time_base),
+                    float((packet.duration or 0) * packet.time_base),
+                )
                 spans[packet.stream.type].append(span)
         rate = float(frame_rate(stream) or 25)
         no_end = stream.duration is None
@@ -337,7 +351,8 @@ def _probe(path, _version):
     last = max((a + b for a, b in spans["audio"]), default=first)
     if 0.5 < promise - max(start + duration, last if no_end else 0.0) < LONGEST:
         warnings.warn(
-            f"{path}: cut off: {duration:.2f} of {promise - start:.2f} s of picture are there", stacklevel=3
+            f"{path}: cut off: {duration:.2f} of {promise - start:.2f} s of picture are there",
+            stacklevel=3,
         )
     turned = abs(frame.rotation) in (90, 270)
     width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
@@ -395,7 +410,9 @@ def check_start(path, start):
     """Seconds of picture; a start outside of them is the caller's mistake."""
     duration = probe(path).duration
     if not 0 <= start < duration:
-        raise MediaError(f"{path}: start {start:g} s lies outside its {duration:.3f} s; choose an earlier start")
+        raise MediaError(
+            f"{path}: start {start:g} s lies outside its {duration:.3f} s; choose an earlier start"
+        )
     return duration
 
 
@@ -406,7 +423,9 @@ def pictures(path, fps, size, start=0.0, duration=None):
     count = frame_count(seconds, fps)
     done, view, image, scaler = 0, None, None, VideoReformatter()
     for moment, frame in frames_from(path, start):
-        slack = min(5e-4, float(frame.time_base) / 2)  # time stamps are rounded to this, in Matroska to 1 ms
+        slack = min(
+            5e-4, float(frame.time_base) / 2
+        )  # time stamps are rounded to this, in Matroska to 1 ms
         while view is not None and done < count and start + done / fps < moment - slack:
             image = picture(view, size, size, scaler) if image is None else image
             yield image
@@ -438,7 +457,9 @@ def read_frames(path, fps, size, start=0.0, duration=None):
 def downmix_weights(layout):
     """The share of each channel in mono: ITU-R BS.775 where the layout says which channel is which, else the mean. Six
     and eight channels without names (PCM in Matroska) are taken for 5.1 and 7.1, as FFmpeg's own program takes them."""
-    layout = {"6 channels": av.AudioLayout("5.1"), "8 channels": av.AudioLayout("7.1")}.get(layout.name, layout)
+    layout = {"6 channels": av.AudioLayout("5.1"), "8 channels": av.AudioLayout("7.1")}.get(
+        layout.name, layout
+    )
     names = [channel.name for channel in layout.channels]
     if len(names) == 1 or not all(name in DOWNMIX for name in names):
         return np.full(len(names), 1 / len(names), np.float32)
@@ -473,7 +494,9 @@ class Downmixer:
             if not valid.all():
                 self.invalid += int(samples.size - valid.sum())
                 samples = np.where(valid, samples, 0)
-            mono = av.AudioFrame.from_ndarray((samples @ self.weights)[None], format="flt", layout="mono")
+            mono = av.AudioFrame.from_ndarray(
+                (samples @ self.weights)[None], format="flt", layout="mono"
+            )
             mono.sample_rate = self.rate
             frames += self.to_16k.resample(mono)
         if frame is None:
@@ -501,7 +524,9 @@ def sound_runs(container, stream, path, zero, until):
         runs[-1][1].extend(mixer.push(None))
         invalid += mixer.invalid
     if invalid:
-        warnings.warn(f"{path}: {invalid} samples of its sound are no numbers; silence instead", stacklevel=3)
+        warnings.warn(
+            f"{path}: {invalid} samples of its sound are no numbers; silence instead", stacklevel=3
+        )
     return runs
 
 
@@ -516,14 +541,18 @@ def read_audio(path, start=0.0, duration=None):
             raise MediaError(f"{path}: has no sound track that decodes; give a video with sound")
         info = probe(path) if has_picture(container) else None
         if info and start > SETTLE:
-            seek(container, stream, info.start + start - 1.0)  # a decoder needs some frames to settle
+            seek(
+                container, stream, info.start + start - 1.0
+            )  # a decoder needs some frames to settle
         zero = info and info.start  # sound alone starts its own clock
         until = math.inf if duration is None else start + duration
         runs = sound_runs(container, stream, path, zero, until)
     if not runs and duration is None:
         raise MediaError(f"{path}: its sound track does not decode; give a video with sound")
     placed = [
-        (round((moment - start) * SAMPLE_RATE), np.concatenate(pieces)) for moment, pieces in runs if pieces
+        (round((moment - start) * SAMPLE_RATE), np.concatenate(pieces))
+        for moment, pieces in runs
+        if pieces
     ]
     n = max((at + len(x) for at, x in placed), default=0)
     if info:  # coders fill their last block, but packets know where sound ends

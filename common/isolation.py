@@ -32,7 +32,9 @@ DISK_ERRORS = {
     if hasattr(errno, name)
 }
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.isolation import serve; serve()"
+COMMAND = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.isolation import serve; serve()"
+)
 
 
 # ---- messages ----------------------------------------------------------------------------------
@@ -99,12 +101,17 @@ def answer(request):
         try:
             function = getattr(importlib.import_module(request["module"]), request["function"])
             reply = {"result": function(*request["args"], **request["kwargs"])}
-        except Exception as error:  # whatever a damaged file makes a library raise is this file's error alone
+        except (
+            Exception
+        ) as error:  # whatever a damaged file makes a library raise is this file's error alone
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             number = getattr(error, "errno", None)
             number = number if number in DISK_ERRORS else None
             reply = {"error": reason, "kind": type(error).__name__, "disk": number}
-    return {**reply, "warnings": [str(w.message) for w in said if issubclass(w.category, UserWarning)]}
+    return {
+        **reply,
+        "warnings": [str(w.message) for w in said if issubclass(w.category, UserWarning)],
+    }
 
 
 def serve():

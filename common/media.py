@@ -31,7 +31,9 @@ FINAL = {}  # temporary path -> the path it stands for, which is what messages h
 def atomic_write(path):
     """A temporary path beside `path` that becomes `path` on success and vanishes on failure: all or nothing."""
     path = Path(path)
-    part = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")  # short: a name's length has a limit
+    part = path.with_name(
+        f".{secrets.token_hex(8)}{path.suffix}"
+    )  # short: a name's length has a limit
     FINAL[part] = FINAL.get(path, path)
     try:
         yield part
@@ -52,13 +54,19 @@ def in_child(path, module, function, *args, **kwargs):
     try:
         return isolation.call(module, function, *args, **kwargs)
     except isolation.ChildDied as died:
-        raise MediaError(f"{path}: FFmpeg crashed on this file ({died}); convert it to mp4") from None
+        raise MediaError(
+            f"{path}: FFmpeg crashed on this file ({died}); convert it to mp4"
+        ) from None
     except isolation.ChildError as error:
         if error.kind == "MediaError":
             raise MediaError(str(error)) from None
         if error.disk is not None and function == "write_video":
-            raise OSError(error.disk, str(error)) from None  # for atomic_write, which names the output
-        raise MediaError(f"{path}: FFmpeg cannot use it ({error.kind}: {error}); convert it to mp4") from None
+            raise OSError(
+                error.disk, str(error)
+            ) from None  # for atomic_write, which names the output
+        raise MediaError(
+            f"{path}: FFmpeg cannot use it ({error.kind}: {error}); convert it to mp4"
+        ) from None
 
 
 # ---- finding -----------------------------------------------------------------------------------
@@ -85,13 +93,15 @@ def search(folder, kinds=("video",), ours=False):
         if not path.is_file() or ".foley." in path.name and not ours:
             continue
         suffix = path.suffix.lower()
-        wanted = suffix in VIDEO_SUFFIXES or suffix not in TEXT_SUFFIXES and kind_of_file(path) in kinds
+        wanted = (
+            suffix in VIDEO_SUFFIXES or suffix not in TEXT_SUFFIXES and kind_of_file(path) in kinds
+        )
         (chosen if wanted else others).append(path)
     return sorted(chosen), sorted(others)
 
 
 def kind_of_file(path):
-    """"video", "sound" or None, by content."""
+    """ "video", "sound" or None, by content."""
     with suppress(MediaError):
         return in_child(path, "common.ffmpeg", "kind_of", path)
     return None
@@ -147,11 +157,22 @@ def write_video(source, wav, out, tags=None, start=0.0, duration=None, keep_trac
     """The picture of `source` with the sound `wav` (n,), cut or padded to be exactly as long: `common.mux.write_video`,
     whole or not at all."""
     if Path(out).suffix.lower() not in CONTAINERS:
-        raise MediaError(f"{out}: we write no sound into this kind of file; end it in {', '.join(CONTAINERS)}")
+        raise MediaError(
+            f"{out}: we write no sound into this kind of file; end it in {', '.join(CONTAINERS)}"
+        )
     wav = wav.detach().float().cpu().numpy()
     with atomic_write(out) as part:
         in_child(
-            source, "common.mux", "write_video", source, wav, part, tags, start, duration, keep_tracks
+            source,
+            "common.mux",
+            "write_video",
+            source,
+            wav,
+            part,
+            tags,
+            start,
+            duration,
+            keep_tracks,
         )
 
 

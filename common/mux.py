@@ -94,7 +94,10 @@ def output_suffix(source):
     .mp4, .mkv or .mov; and .mp4 for what none of them holds, which is then encoded anew, as uncompressed pictures and
     animated gif are."""
     codec, suffix = probe(source).codec, Path(source).suffix.lower()
-    if codec in ("gif", "rawvideo"):  # QuickTime and Matroska could hold them, and no player expects them there
+    if codec in (
+        "gif",
+        "rawvideo",
+    ):  # QuickTime and Matroska could hold them, and no player expects them there
         return ".mp4"
     own = (suffix,) if suffix in CONTAINERS else ()
     return next((s for s in (*own, ".mp4", ".mkv", ".mov") if holds(s, codec)), ".mp4")
@@ -131,7 +134,9 @@ def display_times(source):
 def in_display_order(packets, times):
     """Packets whose order of decoding alone is known, with both time stamps: see `display_times`."""
     slots = sorted(times.values())
-    late = max(slot - times[number] for number, slot in enumerate(slots))  # decoding has to run ahead by this
+    late = max(
+        slot - times[number] for number, slot in enumerate(slots)
+    )  # decoding has to run ahead by this
     number = 0
     for packet in packets:
         if packet.size:
@@ -149,7 +154,9 @@ def copied_packets(packets, track, first, end):
             continue
         packet.pts = (packet.dts if packet.pts is None else packet.pts) - first
         begun = begun or packet.is_keyframe or packet.pts >= 0
-        if packet.is_discard and packet.pts >= end:  # behind the edit list's end, yet others may be predicted
+        if (
+            packet.is_discard and packet.pts >= end
+        ):  # behind the edit list's end, yet others may be predicted
             packet.pts = end + extra  # from it: it stays, for one tick
             packet.duration = 1
             extra += 1
@@ -196,10 +203,17 @@ def cut_at_key_frames(source, start, seconds):
             moment = float(packet.pts * packet.time_base)
             if packet.is_keyframe and first is None and abs(moment - low) <= near:
                 first = last = packet.pts
-            elif packet.is_keyframe and first is not None and behind is None and abs(moment - high) <= near:
+            elif (
+                packet.is_keyframe
+                and first is not None
+                and behind is None
+                and abs(moment - high) <= near
+            ):
                 behind = packet.pts
             elif low + near < moment < high - near:
-                if first is None or behind is not None:  # it precedes or follows in decoding what it is shown after
+                if (
+                    first is None or behind is not None
+                ):  # it precedes or follows in decoding what it is shown after
                     return None
                 last = max(last, packet.pts)
             elif moment >= high and first is not None and behind is None:
@@ -288,7 +302,9 @@ class Encoding:
 
     def colours(self):
         if self.frame.format.is_rgb:
-            return dict(color_primaries=BT709, color_trc=BT709, colorspace=BT709, color_range=LIMITED)
+            return dict(
+                color_primaries=BT709, color_trc=BT709, colorspace=BT709, color_range=LIMITED
+            )
         colours = {name: int(getattr(self.frame, name)) for name in COLOURS}
         if self.frame.format.name.startswith("yuvj"):
             colours["color_range"] = FULL
@@ -328,7 +344,9 @@ def encoded_packets(source, track, encoding, start, seconds):
 
     def timed_packets(packets):
         for packet in packets:
-            packet.duration = lengths.pop(packet.pts)  # the encoder forgets how long the last picture is shown
+            packet.duration = lengths.pop(
+                packet.pts
+            )  # the encoder forgets how long the last picture is shown
             yield packet
 
     lengths, end, view, scaler = {}, round(seconds / TICK), None, VideoReformatter()
@@ -350,7 +368,9 @@ def encoded_packets(source, track, encoding, start, seconds):
 def sound_packets(wav, track):
     """Sound (n,) encoded a second at a time."""
     for at in range(0, len(wav), SAMPLE_RATE):
-        frame = av.AudioFrame.from_ndarray(wav[None, at : at + SAMPLE_RATE], format="flt", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            wav[None, at : at + SAMPLE_RATE], format="flt", layout="mono"
+        )
         frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, at, Fraction(1, SAMPLE_RATE)
         yield from track.encode(frame)
     yield from track.encode(None)
@@ -360,7 +380,11 @@ def describe(stream):
     """A stream in words: "subtitles (mov_text, deu)"."""
     kinds = {"audio": "sound track", "subtitle": "subtitles", "video": "second picture"}
     words = [stream.codec_context.name] if stream.codec_context else []
-    words += [stream.metadata[key] for key in ("language", "filename", "handler_name") if stream.metadata.get(key)]
+    words += [
+        stream.metadata[key]
+        for key in ("language", "filename", "handler_name")
+        if stream.metadata.get(key)
+    ]
     words = [word for word in words if word != "und"]
     return kinds.get(stream.type, stream.type) + (f" ({', '.join(words)})" if words else "")
 
@@ -388,7 +412,10 @@ class Extras:
 def cover_image(source, index):
     """The bytes of a cover, which FFmpeg hands out as the only packet of its stream."""
     with opened(source) as container:
-        return next((bytes(packet) for packet in container.demux(container.streams[index]) if packet.size), b"")
+        return next(
+            (bytes(packet) for packet in container.demux(container.streams[index]) if packet.size),
+            b"",
+        )
 
 
 def add_extras(container, src, picture, job):
@@ -434,7 +461,9 @@ def extra_packets(job, tracks):
             if not packet.size or stamp is None:
                 continue
             packet.pts = stamp - first
-            if packet.stream.type == "subtitle" and packet.pts < 0 < packet.pts + (packet.duration or 0):
+            if packet.stream.type == "subtitle" and packet.pts < 0 < packet.pts + (
+                packet.duration or 0
+            ):
                 packet.duration += packet.pts
                 packet.pts = 0
             packet.dts = packet.pts
@@ -503,7 +532,9 @@ def set_display_size(path, width, height):
     if unit >= 0:
         content[unit + 3] = 0  # pixels
     content[place : place + 14] = (
-        struct.pack(">HBH", 0x54B0, 0x82, width) + struct.pack(">HBH", 0x54BA, 0x82, height) + b"\xec\x82\x00\x00"
+        struct.pack(">HBH", 0x54B0, 0x82, width)
+        + struct.pack(">HBH", 0x54BA, 0x82, height)
+        + b"\xec\x82\x00\x00"
     )
     with open(path, "r+b") as file:
         file.write(content)
@@ -547,8 +578,12 @@ def write(out, job, method, keep_tag=True, extras_too=True):
     with opened(job.source) as src:
         stream = picture_stream(src, job.source)
         rate, aspect = frame_rate(stream), stream.sample_aspect_ratio or Fraction(1)
-        tags = {key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE} | job.tags
-        flags = "faststart" + "+use_metadata_tags" * any("." in key for key in tags)  # com.apple.quicktime.make
+        tags = {
+            key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE
+        } | job.tags
+        flags = "faststart" + "+use_metadata_tags" * any(
+            "." in key for key in tags
+        )  # com.apple.quicktime.make
         options = {"movflags": flags} if muxer in ("mp4", "mov") else {}
         patch_aspect = muxer in ("matroska", "webm") and aspect != 1
         if patch_aspect:
@@ -557,7 +592,9 @@ def write(out, job, method, keep_tag=True, extras_too=True):
             dst.metadata.update(tags)
             if method == "encode":
                 encoding = Encoding(first_frame(job.source, job.start), muxer)
-                track = encoding.add_track(dst, rate or Fraction(info.fps).limit_denominator(1001), aspect)
+                track = encoding.add_track(
+                    dst, rate or Fraction(info.fps).limit_denominator(1001), aspect
+                )
                 pictures = encoded_packets(job.source, track, encoding, job.start, job.seconds)
                 patch_aspect = patch_aspect and not display_matrix(encoding.frame)
             else:
@@ -571,7 +608,9 @@ def write(out, job, method, keep_tag=True, extras_too=True):
                 track.set_display_rotation(180)  # leaves the place that `set_display_size` needs
             # As much as AAC takes at 16 kHz mono; there its fast search is 4 times faster and no worse (measured).
             sound_options = {"aac_coder": "fast"} if sound_codec == "aac" else {}
-            sound = dst.add_stream(sound_codec, rate=SAMPLE_RATE, layout="mono", options=sound_options)
+            sound = dst.add_stream(
+                sound_codec, rate=SAMPLE_RATE, layout="mono", options=sound_options
+            )
             sound.bit_rate = 96000
             sound.disposition = av.stream.Disposition.default
             extras = add_extras(dst, src, stream, job) if extras_too else Extras()
@@ -600,7 +639,9 @@ def source_packets(src, stream, track, job, method):
     if method == "copy":
         first, end = (round(moment / stream.time_base) for moment in (info.start, info.duration))
         return copied_packets(packets, track, first, end)
-    first, end = (round(moment / stream.time_base) for moment in (info.start + job.start, job.seconds))
+    first, end = (
+        round(moment / stream.time_base) for moment in (info.start + job.start, job.seconds)
+    )
     return cut_packets(packets, track, method, first, end)
 
 
@@ -623,7 +664,11 @@ def attempts(job):
     """(method, keyword arguments of `write`, what to say) one after the other, until a muxer takes it."""
     method, reason = choose_method(job)
     if method != "encode":
-        said = "" if method == "copy" else "the cut begins and ends on key frames; its picture is copied"
+        said = (
+            ""
+            if method == "copy"
+            else "the cut begins and ends on key frames; its picture is copied"
+        )
         yield method, {}, said
         yield method, {"keep_tag": False}, said
         yield method, {"keep_tag": False, "extras_too": False}, said

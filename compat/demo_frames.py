@@ -42,7 +42,9 @@ def read_frames(path, fps, size, start, seconds):
     width, height = info.width // 2 * 2, info.height // 2 * 2  # H.264 wants even sizes
     ticks = math.floor(min(seconds, info.duration - start) * fps + 0.5)
     with av.open(memory, "w", format="mp4") as copy:
-        stream = copy.add_stream("libx264", rate=round(fps), options={"crf": "23"})  # libx264's default
+        stream = copy.add_stream(
+            "libx264", rate=round(fps), options={"crf": "23"}
+        )  # libx264's default
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for shown in at_ticks(path, fps, start, ticks):
             upright = np.ascontiguousarray(picture(shown, width, height, scaler))
@@ -50,5 +52,7 @@ def read_frames(path, fps, size, start, seconds):
         copy.mux(stream.encode(None))
     memory.seek(0)
     with av.open(memory) as copy:
-        frames = [picture(frame, size, size, scaler).transpose(2, 0, 1) for frame in copy.decode(video=0)]
+        frames = [
+            picture(frame, size, size, scaler).transpose(2, 0, 1) for frame in copy.decode(video=0)
+        ]
     return np.stack(frames)

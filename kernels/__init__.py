@@ -6,6 +6,7 @@ out  what the reference gives, to its own rounding
 `choose("torch")` turns them off, `choose("triton")` insists on them, `choose("auto")` uses them where they can run: on a GPU with Triton
 installed. On a CPU, on Windows and on macOS the references run. With TRITON_INTERPRET=1 they run on CPU tensors, slowly, for tests.
 """
+
 import importlib
 import os
 import warnings
@@ -14,7 +15,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 mode = "auto"
-triton = None                       # the module, where kernels can run; on Windows and macOS there is none
+triton = None  # the module, where kernels can run; on Windows and macOS there is none
 
 
 def load():
@@ -36,7 +37,9 @@ def choose(name):
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels {name!r}; give auto, triton or torch")
     if name == "triton" and triton is None:
-        raise ValueError("kernels triton: no NVIDIA GPU, or Triton is not installed; give auto or torch")
+        raise ValueError(
+            "kernels triton: no NVIDIA GPU, or Triton is not installed; give auto or torch"
+        )
     mode = name
 
 
@@ -54,7 +57,10 @@ def failed(kernel, error):
     if mode == "triton":
         raise error
     mode = "torch"
-    warnings.warn(f"kernels: {kernel} does not run here ({str(error).splitlines()[0][:120]}); going on with torch's own", stacklevel=3)
+    warnings.warn(
+        f"kernels: {kernel} does not run here ({str(error).splitlines()[0][:120]}); going on with torch's own",
+        stacklevel=3,
+    )
 
 
 def describe():

@@ -19,6 +19,7 @@ float32 they are exact ("ieee", no TF32). A head of 40 is computed as 64 columns
 Where the kernels do not run (`kernels.active`), or fail, `attention_ref` does. Blocks are chosen from registers and
 shared memory as `kernels.gate` compiles them; docs/performance.md has what an H100 says of them.
 """
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -29,20 +30,29 @@ from kernels.benchmark import Site, run
 # Kernel -> block of queries, block of keys, warps, stages, for heads computed as up to 64, 96, 160 and 256 columns.
 # 128 x 64 reads keys half as often as 64 x 64, and 1024 queries fill 132 SMs even so. Wide heads and the two sums of
 # dkv take all of a thread's 255 registers; with one stage instead of two, the operand that stays would spill.
-HALF = {"few": [(64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)],
-        "forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2)],
-        "dq": [(64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2)],
-        "dkv": [(32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)]}
-EXACT = {"few": [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],               # float32
-         "forward": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (32, 16, 8, 2)],
-         "dq": [(16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)],
-         "dkv": [(16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)]}
-LOG2E = 1.4426950408889634              # scores are in base 2, whose exponential is an instruction
+HALF = {
+    "few": [(64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)],
+    "forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2)],
+    "dq": [(64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2)],
+    "dkv": [(32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)],
+}
+EXACT = {
+    "few": [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],  # float32
+    "forward": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (32, 16, 8, 2)],
+    "dq": [(16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)],
+    "dkv": [(16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)],
+}
+LOG2E = 1.4426950408889634  # scores are in base 2, whose exponential is an instruction
 
 
 def attention_ref(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+    if (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+    ):
         # training on a CPU: the backward pass of torch's fused attention takes up to three times as long as the plain products
         with torch.autocast("cpu", enabled=False):
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v
@@ -59,14 +69,18 @@ if kernels.triton is not None:
     import triton.language as tl
 
     LAYOUT = ["q_b", "q_n", "q_h", "k_b", "k_n", "k_h", "v_b", "v_n", "v_h", "heads", "n", "m"]
-    jit = triton.jit(do_not_specialize=LAYOUT)          # one compilation for all their values
+    jit = triton.jit(do_not_specialize=LAYOUT)  # one compilation for all their values
 
     @triton.jit
     def _program(rows, heads, BLOCK: tl.constexpr):
         """This program's sample, head and first row. Blocks of a head are neighbours, to find its keys in the cache."""
         blocks = tl.cdiv(rows, BLOCK)
         head = tl.program_id(0) // blocks
-        return (head // heads).to(tl.int64), (head % heads).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+        return (
+            (head // heads).to(tl.int64),
+            (head % heads).to(tl.int64),
+            tl.program_id(0) % blocks * BLOCK,
+        )
 
     @triton.jit
     def _at(x, b, h, row, x_b, x_n, x_h, UNIT: tl.constexpr):
@@ -85,7 +99,7 @@ if kernels.triton is not None:
     def _load(x, row, step, last, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
         at, exists = _part(x, row, step, last, 0, D1, D)
         one = tl.load(at, mask=exists, other=0.0)
-        two = one                                       # not used
+        two = one  # not used
         if D2 > 0:
             at, exists = _part(x, row, step, last, D1, D2, D)
             two = tl.load(at, mask=exists, other=0.0)
@@ -120,9 +134,34 @@ if kernels.triton is not None:
         return sum1, sum2
 
     @jit
-    def attention_forward(q, k, v, o, lse, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, heads, n, m,
-                          D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
-                          BQ: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, FEW: tl.constexpr):
+    def attention_forward(
+        q,
+        k,
+        v,
+        o,
+        lse,
+        q_b,
+        q_n,
+        q_h,
+        k_b,
+        k_n,
+        k_h,
+        v_b,
+        v_n,
+        v_h,
+        heads,
+        n,
+        m,
+        D: tl.constexpr,
+        D1: tl.constexpr,
+        D2: tl.constexpr,
+        UNIT: tl.constexpr,
+        SCALE: tl.constexpr,
+        BQ: tl.constexpr,
+        BK: tl.constexpr,
+        EVEN: tl.constexpr,
+        FEW: tl.constexpr,
+    ):
         b, h, first = _program(n, heads, BQ)
         row, key, rows = tl.arange(0, BQ), tl.arange(0, BK), n - first
         q, q_step = _at(q, b, h, first, q_b, q_n, q_h, UNIT)
@@ -133,7 +172,7 @@ if kernels.triton is not None:
         if FEW:
             k1, k2 = _load(k, key, k_step, m, D, D1, D2)
             v1, v2 = _load(v, key, v_step, m, D, D1, D2)
-            s = _across(q1, q2, k1, k2, D2)                                     # (BQ, BK)
+            s = _across(q1, q2, k1, k2, D2)  # (BQ, BK)
             if not EVEN:
                 s = tl.where(key[None, :] < m, s, float("-inf"))
             top = tl.max(s, 1) * SCALE
@@ -156,13 +195,51 @@ if kernels.triton is not None:
                 o1, o2 = _add(o1 * shrink[:, None], o2 * shrink[:, None], p, v1, v2, D2)
                 top = higher
         o += ((b * n + first) * heads + h) * D
-        _store(o, row, heads.to(tl.int64) * D, rows, o1 / total[:, None], o2 / total[:, None], D, D1, D2)
+        _store(
+            o,
+            row,
+            heads.to(tl.int64) * D,
+            rows,
+            o1 / total[:, None],
+            o2 / total[:, None],
+            D,
+            D1,
+            D2,
+        )
         tl.store(lse + (b * heads + h) * n + first + row, top + tl.log2(total), mask=row < rows)
 
     @jit
-    def attention_dq(q, k, v, o, do, lse, delta, dq, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, heads, n, m,
-                     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
-                     BACK: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    def attention_dq(
+        q,
+        k,
+        v,
+        o,
+        do,
+        lse,
+        delta,
+        dq,
+        q_b,
+        q_n,
+        q_h,
+        k_b,
+        k_n,
+        k_h,
+        v_b,
+        v_n,
+        v_h,
+        heads,
+        n,
+        m,
+        D: tl.constexpr,
+        D1: tl.constexpr,
+        D2: tl.constexpr,
+        UNIT: tl.constexpr,
+        SCALE: tl.constexpr,
+        BACK: tl.constexpr,
+        BQ: tl.constexpr,
+        BK: tl.constexpr,
+        EVEN: tl.constexpr,
+    ):
         """Of a block of queries; delta on the way."""
         b, h, first = _program(n, heads, BQ)
         row, key, rows = tl.arange(0, BQ), tl.arange(0, BK), n - first
@@ -183,17 +260,46 @@ if kernels.triton is not None:
         for start in range(0, m, BK):
             k1, k2 = _load(k + start * k_step, key, k_step, m - start, D, D1, D2)
             v1, v2 = _load(v + start * v_step, key, v_step, m - start, D, D1, D2)
-            p = tl.exp2(_across(q1, q2, k1, k2, D2) * SCALE - log[:, None])     # (BQ, BK)
+            p = tl.exp2(_across(q1, q2, k1, k2, D2) * SCALE - log[:, None])  # (BQ, BK)
             if not EVEN:
-                p = tl.minimum(p, 1.0)          # past the last key ds meets a k of 0, and only has to be finite
+                p = tl.minimum(
+                    p, 1.0
+                )  # past the last key ds meets a k of 0, and only has to be finite
             ds = p * (_across(do1, do2, v1, v2, D2) - dot[:, None])
             dq1, dq2 = _add(dq1, dq2, ds, k1, k2, D2)
         _store(dq + at, row, step, rows, dq1 * BACK, dq2 * BACK, D, D1, D2)
 
     @jit
-    def attention_dkv(q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, heads, n, m,
-                      D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
-                      BACK: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    def attention_dkv(
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        dk,
+        dv,
+        q_b,
+        q_n,
+        q_h,
+        k_b,
+        k_n,
+        k_h,
+        v_b,
+        v_n,
+        v_h,
+        heads,
+        n,
+        m,
+        D: tl.constexpr,
+        D1: tl.constexpr,
+        D2: tl.constexpr,
+        UNIT: tl.constexpr,
+        SCALE: tl.constexpr,
+        BACK: tl.constexpr,
+        BQ: tl.constexpr,
+        BK: tl.constexpr,
+    ):
         """Of a block of keys. The scores are transposed, so that p and ds are left operands as they are."""
         b, h, first = _program(m, heads, BK)
         row, key, rows = tl.arange(0, BQ), tl.arange(0, BK), m - first
@@ -213,7 +319,7 @@ if kernels.triton is not None:
             do1, do2 = _load(do + start * step, row, step, n - start, D, D1, D2)
             log = tl.load(lse + start + row, mask=row < n - start, other=0.0)
             dot = tl.load(delta + start + row, mask=row < n - start, other=0.0)
-            p = tl.exp2(_across(k1, k2, q1, q2, D2) * SCALE - log[None, :])     # (BK, BQ)
+            p = tl.exp2(_across(k1, k2, q1, q2, D2) * SCALE - log[None, :])  # (BK, BQ)
             dv1, dv2 = _add(dv1, dv2, p, do1, do2, D2)
             ds = p * (_across(v1, v2, do1, do2, D2) - dot[None, :])
             dk1, dk2 = _add(dk1, dk2, ds, q1, q2, D2)
@@ -223,6 +329,7 @@ if kernels.triton is not None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # launches
+
 
 def _power(n):
     """The next power of two that tensor cores take."""
@@ -239,12 +346,17 @@ def plan(kind, q, k, v):
     few = kind == "forward" and m <= table["few"][width][1]
     bq, bk, warps, stages = table["few" if few else kind][width]
     bk = _power(m) if few else bk
-    steps = {f"{name}_{axis}": x.stride(i) if x.shape[i] > 1 else 0
-             for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate("bnh")}
+    steps = {
+        f"{name}_{axis}": x.stride(i) if x.shape[i] > 1 else 0
+        for name, x in (("q", q), ("k", k), ("v", v))
+        for i, axis in enumerate("bnh")
+    }
     unit = 1 if any(s % 8 for s in steps.values()) else 8
-    args = dict(q=q, k=k, v=v, heads=heads, n=n, m=m, **{name: s // unit for name, s in steps.items()})
-    constants = dict(D=d, D1=d1, D2=d2, UNIT=unit, SCALE=d ** -0.5 * LOG2E, BQ=bq, BK=bk)
-    constants |= dict(FEW=few) if kind == "forward" else dict(BACK=d ** -0.5)
+    args = dict(
+        q=q, k=k, v=v, heads=heads, n=n, m=m, **{name: s // unit for name, s in steps.items()}
+    )
+    constants = dict(D=d, D1=d1, D2=d2, UNIT=unit, SCALE=d**-0.5 * LOG2E, BQ=bq, BK=bk)
+    constants |= dict(FEW=few) if kind == "forward" else dict(BACK=d**-0.5)
     constants |= {} if kind == "dkv" else dict(EVEN=m % bk == 0)
     return args, constants, (b * heads * -(-m // bk if kind == "dkv" else -n // bq),), warps, stages
 
@@ -294,7 +406,7 @@ class _Attention(torch.autograd.Function):
             return backward(do, q, k, v, o, lse, keys=any(ctx.needs_input_grad[1:]))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:                      # of Triton's, ptxas' or the driver's many kinds
+        except Exception as error:  # of Triton's, ptxas' or the driver's many kinds
             kernels.failed("attention's backward", error)
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -326,9 +438,18 @@ def attention(q, k, v):
 # (heads, their width, queries, the condition's tokens): self- and cross-attention at each level, of the published
 # U-Net, the published classifier, and the mini model's U-Net and classifier
 UNET = ((8, 40, 1024, 32), (8, 80, 256, 32), (8, 160, 64, 32), (8, 160, 16, 32))
-SITES = UNET + ((8, 32, 256, 32), (8, 32, 64, 32),
-                (3, 32, 256, 128), (3, 48, 64, 128), (4, 16, 256, 128), (4, 32, 64, 128))
-WIDE = ((8, 192, 256, 32), (8, 256, 256, 32))                   # of nobody's yet; compiled too, so that all widths are known to work
+SITES = UNET + (
+    (8, 32, 256, 32),
+    (8, 32, 64, 32),
+    (3, 32, 256, 128),
+    (3, 48, 64, 128),
+    (4, 16, 256, 128),
+    (4, 32, 64, 128),
+)
+WIDE = (
+    (8, 192, 256, 32),
+    (8, 256, 256, 32),
+)  # of nobody's yet; compiled too, so that all widths are known to work
 
 
 def inputs(b, heads, d, n, m, dtype, device):
@@ -344,13 +465,33 @@ def shipped():
     calls, kinds = {}, {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
     def record(kernel, args, constants, grid, warps, stages):
-        types = {name: "*" + kinds[x.dtype] if torch.is_tensor(x) else "i32" for name, x in args.items()}
-        tile = min(constants["BQ"], constants["BK"]) * (constants["D2"] or constants["D1"]) * args["q"].element_size()
-        calls.setdefault((kernel, types["q"], *constants.values()), dict(
-            name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}", fn=kernel, args=types, constexprs=constants,
-            num_warps=warps, num_stages=stages, matrix=True, wide=kernel is attention_forward and tile >= 512 * warps))
+        types = {
+            name: "*" + kinds[x.dtype] if torch.is_tensor(x) else "i32" for name, x in args.items()
+        }
+        tile = (
+            min(constants["BQ"], constants["BK"])
+            * (constants["D2"] or constants["D1"])
+            * args["q"].element_size()
+        )
+        calls.setdefault(
+            (kernel, types["q"], *constants.values()),
+            dict(
+                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}",
+                fn=kernel,
+                args=types,
+                constexprs=constants,
+                num_warps=warps,
+                num_stages=stages,
+                matrix=True,
+                wide=kernel is attention_forward and tile >= 512 * warps,
+            ),
+        )
 
-    for dtype, sites in ((torch.bfloat16, SITES + WIDE), (torch.float16, UNET[:1]), (torch.float32, SITES[:5] + WIDE[1:])):
+    for dtype, sites in (
+        (torch.bfloat16, SITES + WIDE),
+        (torch.float16, UNET[:1]),
+        (torch.float32, SITES[:5] + WIDE[1:]),
+    ):
         for heads, d, n, tokens in sites:
             for m in (None, tokens):
                 q, k, v = inputs(2, heads, d, n, m, dtype, "meta")
@@ -363,9 +504,20 @@ def timed(b, device="cuda"):
     """Self- and cross-attention of the published U-Net; of the latter, keys and values stay in cache."""
     for heads, d, n, tokens in UNET:
         for m in (None, tokens):
-            q, k, v = leaves = [x.normal_() for x in inputs(b, heads, d, n, m, torch.bfloat16, device)]
+            q, k, v = leaves = [
+                x.normal_() for x in inputs(b, heads, d, n, m, torch.bfloat16, device)
+            ]
             name = f"{'cross' if m else 'self'}-attention {n}x{m or n} of {d}"
-            yield Site(name, attention, attention_ref, (q, k, v), (4 if m else 8) * q.numel(), 4 * q.numel() * (m or n), leaves, 3.5)
+            yield Site(
+                name,
+                attention,
+                attention_ref,
+                (q, k, v),
+                (4 if m else 8) * q.numel(),
+                4 * q.numel() * (m or n),
+                leaves,
+                3.5,
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ out  microseconds a call; a row is printed, and a line of NAME.jsonl, as soon as
 
 Called one by one, Python's 30 to 130 us before a launch would be what is timed: at small batches the kernels take 3 to 10.
 """
+
 import argparse
 import json
 import sys
@@ -24,17 +25,17 @@ class Site(NamedTuple):
     ours: Callable
     reference: Callable
     args: tuple
-    nbytes: int                     # that have to pass through memory, forward
-    flops: int = 0                  # of matrix products, forward
-    leaves: Any = ()                # inputs whose gradients are wanted; () where there is no backward pass
-    backward: float = 1.0           # work forward and backward, in forward's
+    nbytes: int  # that have to pass through memory, forward
+    flops: int = 0  # of matrix products, forward
+    leaves: Any = ()  # inputs whose gradients are wanted; () where there is no backward pass
+    backward: float = 1.0  # work forward and backward, in forward's
 
 
 def graph_us(function, calls=20, replays=10):
     """Microseconds of a call: a CUDA graph of so many calls, the median of its replays."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):                               # what is compiled or chosen on a first call is, here
+    with torch.cuda.stream(side):  # what is compiled or chosen on a first call is, here
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
@@ -58,8 +59,13 @@ def graph_us(function, calls=20, replays=10):
 
 def reached():
     """GB/s of a copy of 1 GiB and TFLOP/s of a large product in bfloat16: what this device does at best, to compare rows with."""
-    block, a = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda"), torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    return round(2 * block.numel() / 1e3 / graph_us(block.clone, 2)), round(2 * 8192 ** 3 / 1e6 / graph_us(lambda: a @ a, 2))
+    block, a = (
+        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
+        torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda"),
+    )
+    return round(2 * block.numel() / 1e3 / graph_us(block.clone, 2)), round(
+        2 * 8192**3 / 1e6 / graph_us(lambda: a @ a, 2)
+    )
 
 
 def microseconds(function, site, backward):
@@ -86,18 +92,23 @@ def measure(sites, batches, backward, mode):
                 row = dict(name=site.name, b=b, backward=backward)
                 try:
                     if way == "compiled":
-                        row["compiled_us"] = microseconds(compiled(site.reference, mode), site, backward)
+                        row["compiled_us"] = microseconds(
+                            compiled(site.reference, mode), site, backward
+                        )
                     else:
-                        row["ours_us"], row["eager_us"] = (microseconds(f, site, backward) for f in (site.ours, site.reference))
+                        row["ours_us"], row["eager_us"] = (
+                            microseconds(f, site, backward) for f in (site.ours, site.reference)
+                        )
                         work = (site.backward if backward else 1) / row["ours_us"]
                         row |= dict(gb_s=work * site.nbytes / 1e3, tflops=work * site.flops / 1e6)
-                except Exception as error:                      # of Triton's, Inductor's or the driver's; the other rows are worth having
+                except Exception as error:  # of Triton's, Inductor's or the driver's; the other rows are worth having
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 yield row
 
 
 def draw(about, rows, path):
-    from matplotlib.figure import Figure                        # only where a picture is drawn
+    from matplotlib.figure import Figure  # only where a picture is drawn
+
     merged = {}
     for row in rows:
         merged.setdefault(f"b{row['b']} {row['name']}", {}).update(row)
@@ -105,11 +116,19 @@ def draw(about, rows, path):
     figure = Figure((8, 1.5 + 0.28 * len(done)), layout="constrained")
     axis = figure.subplots()
     for k, way in enumerate(("eager", "compiled")):
-        bars = [(i + 0.4 * k - 0.2, row[f"{way}_us"] / row["ours_us"]) for i, row in enumerate(done.values()) if f"{way}_us" in row]
+        bars = [
+            (i + 0.4 * k - 0.2, row[f"{way}_us"] / row["ours_us"])
+            for i, row in enumerate(done.values())
+            if f"{way}_us" in row
+        ]
         axis.barh([y for y, _ in bars], [ratio for _, ratio in bars], 0.4, label=way)
     axis.axvline(1, color="black")
-    axis.set(title=f"{about['benchmark']}, {about['device']}, bfloat16", xlabel="its time, in ours (right of the line ours is faster)",
-             yticks=range(len(done)), yticklabels=list(done))
+    axis.set(
+        title=f"{about['benchmark']}, {about['device']}, bfloat16",
+        xlabel="its time, in ours (right of the line ours is faster)",
+        yticks=range(len(done)),
+        yticklabels=list(done),
+    )
     axis.invert_yaxis()
     axis.legend()
     figure.savefig(path)
@@ -117,23 +136,51 @@ def draw(about, rows, path):
 
 def run(module, description, sites, argv=None):
     """The command of a kernel's file; sites(batch) gives what to time on the GPU."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, metavar="NAME", help="write NAME.jsonl and NAME.png too")
-    p.add_argument("--batch", type=int, nargs="+", default=[2, 16, 128], help="twice as many as clips, with classifier-free guidance")
-    p.add_argument("--backward", action="store_true", help="time forward and backward pass together, where there is one")
-    p.add_argument("--mode", default="max-autotune-no-cudagraphs", help="torch.compile's; none: leave it out")
+    p.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[2, 16, 128],
+        help="twice as many as clips, with classifier-free guidance",
+    )
+    p.add_argument(
+        "--backward",
+        action="store_true",
+        help="time forward and backward pass together, where there is one",
+    )
+    p.add_argument(
+        "--mode", default="max-autotune-no-cudagraphs", help="torch.compile's; none: leave it out"
+    )
     args = p.parse_args(argv)
     if not torch.cuda.is_available() or kernels.triton is None:
         sys.exit(f"{module}: there is nothing to time without an NVIDIA GPU and Triton")
     kernels.choose("triton")
     copy_gb_s, matmul_tflops = reached()
-    about = dict(benchmark=module, device=torch.cuda.get_device_name(), torch=torch.__version__, triton=kernels.triton.__version__,
-                 date=time.strftime("%Y-%m-%d"), mode=args.mode, copy_gb_s=copy_gb_s, matmul_tflops=matmul_tflops)
+    about = dict(
+        benchmark=module,
+        device=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=kernels.triton.__version__,
+        date=time.strftime("%Y-%m-%d"),
+        mode=args.mode,
+        copy_gb_s=copy_gb_s,
+        matmul_tflops=matmul_tflops,
+    )
     print(*(f"{k} {v}" for k, v in about.items()), sep="; ", flush=True)
     rows = []
-    for row in measure(sites, args.batch, args.backward, None if args.mode == "none" else args.mode):
+    for row in measure(
+        sites, args.batch, args.backward, None if args.mode == "none" else args.mode
+    ):
         rows.append(row)
-        cells = "".join(f"  {k} {v:9.2f}" if isinstance(v, float) else f"  {v}" for k, v in row.items() if k not in ("name", "b", "backward"))
+        cells = "".join(
+            f"  {k} {v:9.2f}" if isinstance(v, float) else f"  {v}"
+            for k, v in row.items()
+            if k not in ("name", "b", "backward")
+        )
         print(f"b{row['b']:<4d}{row['name']:34}{cells}", flush=True)
         if args.out:
             with args.out.with_suffix(".jsonl").open("a" if len(rows) > 1 else "w") as lines:

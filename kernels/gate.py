@@ -10,6 +10,7 @@ Refused: registers spilled to memory; more shared memory than a block may have; 
 time (`wide`); a matrix kernel (`matrix`) without tensor-core instructions, unless its dtype is float32, which is done exactly. The compiler, the
 assembler and the disassembler are the ones in Triton's wheel, so another Triton version is another gate.
 """
+
 import argparse
 import re
 import subprocess
@@ -24,12 +25,12 @@ from triton.compiler import ASTSource
 
 import kernels
 
-kernels.load()                                                  # before the kernels' own files, which look for it
+kernels.load()  # before the kernels' own files, which look for it
 
 from kernels import attention, group_norm, solver, transformer  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}      # bytes that one block may have
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[HQ]?MMA)\b")
 
 
@@ -51,17 +52,28 @@ def source(launch):
 def facts(launch, capability):
     """{regs, shared, spills, wide, narrow, tensor}: of one configuration on one target."""
     options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
-    kernel = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=options)
+    kernel = triton.compile(
+        source(launch), target=GPUTarget("cuda", capability, 32), options=options
+    )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage, sass = (subprocess.run([BIN / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
-                       for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        usage, sass = (
+            subprocess.run(
+                [BIN / tool, *flags, cubin], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S+", sass)
     wide = sum(".128" in load for load in loads)
-    return {"regs": int(re.search(r"REG:(\d+)", usage)[1]), "shared": kernel.metadata.shared,
-            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)), "wide": wide + len(re.findall(r"\bUTMALDG", sass)),
-            "narrow": len(loads) - wide, "tensor": len(TENSOR_CORE.findall(sass))}
+    return {
+        "regs": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared": kernel.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wide": wide + len(re.findall(r"\bUTMALDG", sass)),
+        "narrow": len(loads) - wide,
+        "tensor": len(TENSOR_CORE.findall(sass)),
+    }
 
 
 def faults(launch, capability, found):
@@ -78,20 +90,39 @@ def faults(launch, capability, found):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--target", type=int, choices=list(SHARED), action="append", help="compute capability; default: all")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--target",
+        type=int,
+        choices=list(SHARED),
+        action="append",
+        help="compute capability; default: all",
+    )
     p.add_argument("--only", default="", help="configurations whose name holds this")
     args = p.parse_args(argv)
     start, failed, done = time.time(), 0, 0
-    print(f"triton {triton.__version__}\n{'sm':>4}  {'configuration':<58}{'regs':>5}{'shared':>8}{'spills':>7}{'wide':>6}{'narrow':>7}{'tensor':>7}")
-    for launch in (*attention.shipped(), *group_norm.shipped(), *solver.shipped(), *transformer.shipped()):
+    print(
+        f"triton {triton.__version__}\n{'sm':>4}  {'configuration':<58}{'regs':>5}{'shared':>8}{'spills':>7}{'wide':>6}{'narrow':>7}{'tensor':>7}"
+    )
+    for launch in (
+        *attention.shipped(),
+        *group_norm.shipped(),
+        *solver.shipped(),
+        *transformer.shipped(),
+    ):
         if args.only not in launch["name"]:
             continue
         for capability in args.target or SHARED:
             found = facts(launch, capability)
             wrong = "; ".join(faults(launch, capability, found))
-            print(f"{capability:>4}  {launch['name']:<58}{found['regs']:>5}{found['shared']:>8}{found['spills']:>7}{found['wide']:>6}"
-                  f"{found['narrow']:>7}{found['tensor']:>7}" + (f"  FAILS: {wrong}" if wrong else ""), flush=True)
+            print(
+                f"{capability:>4}  {launch['name']:<58}{found['regs']:>5}{found['shared']:>8}{found['spills']:>7}{found['wide']:>6}"
+                f"{found['narrow']:>7}{found['tensor']:>7}"
+                + (f"  FAILS: {wrong}" if wrong else ""),
+                flush=True,
+            )
             failed, done = failed + bool(wrong), done + 1
     print(f"{done} compiled in {time.time() - start:.0f} s, {failed} failed")
     return 1 if failed or not done else 0

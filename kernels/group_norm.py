@@ -23,6 +23,7 @@ residual block's 1x1 convolution must then be split in two. Otherwise, concatena
 Where the kernels do not run (`kernels.active`) or fail, `group_norm_ref` does. Sizes are reasoned from registers and
 memory sectors and compiled by `kernels.gate`; docs/performance.md has what an H100 says of them.
 """
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -30,20 +31,22 @@ from torch.autograd.function import once_differentiable
 import kernels
 from kernels.benchmark import Site, run
 
-HELD = 32768        # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
-TWICE = 131072      # values that one program of the backward pass reads twice; more take two launches
-TILE = 8192         # values a step, where a program does not hold its groups
-STRETCHES = 64      # at most, of a group
+HELD = 32768  # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
+TWICE = 131072  # values that one program of the backward pass reads twice; more take two launches
+TILE = 8192  # values a step, where a program does not hold its groups
+STRETCHES = 64  # at most, of a group
 
 
 def group_norm_ref(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=None):
     dtype, wide = x.dtype, torch.promote_types(x.dtype, weight.dtype)
     if skip is not None:
-        x = torch.cat([x, skip], 1)                                             # (b, c + c2, *spatial)
+        x = torch.cat([x, skip], 1)  # (b, c + c2, *spatial)
     if add is not None:
         x = x + add.to(dtype)[(..., *[None] * (x.dim() - 2))]
     y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
-    return (F.silu(y, inplace=not y.requires_grad) if silu else y).to(dtype)       # a map less at the peak
+    return (F.silu(y, inplace=not y.requires_grad) if silu else y).to(
+        dtype
+    )  # a map less at the peak
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,14 +64,20 @@ if kernels.triton is not None:
         b = (tl.program_id(0) // blocks).to(tl.int64)
         first = tl.program_id(0) % blocks * G
         group, lane = tl.arange(0, G), tl.arange(0, BLOCK_C)
-        return b, b * groups + first + group, first * D + lane, lane < G * D, group[:, None] == (lane // D)[None, :]
+        return (
+            b,
+            b * groups + first + group,
+            first * D + lane,
+            lane < G * D,
+            group[:, None] == (lane // D)[None, :],
+        )
 
     @triton.jit
-    def _by_group(v, member):                           # (channels,) -> (groups,): sums
+    def _by_group(v, member):  # (channels,) -> (groups,): sums
         return tl.sum(tl.where(member, v[None, :], 0.0), 1)
 
     @triton.jit
-    def _by_channel(v, member):                         # (groups,) -> (channels,): each its group's
+    def _by_channel(v, member):  # (groups,) -> (channels,): each its group's
         return tl.sum(tl.where(member, v[:, None], 0.0), 0)
 
     @triton.jit
@@ -82,13 +91,29 @@ if kernels.triton is not None:
         row = border if LAST else 1
         at = x + b * positions * border + c * step
         if skip is not None:
-            at = tl.where(c < border, at, skip + b * positions * (channels - border) + (c - border) * step)
+            at = tl.where(
+                c < border, at, skip + b * positions * (channels - border) + (c - border) * step
+            )
             row = tl.where(c < border, border, channels - border)[None, :] if LAST else 1
         return at[None, :] + p[:, None] * row
 
     @triton.jit
-    def _read(x, skip, add, b, start, last, c, own, positions, channels, border,
-              BLOCK_P: constexpr, LAST: constexpr, EVEN: constexpr):
+    def _read(
+        x,
+        skip,
+        add,
+        b,
+        start,
+        last,
+        c,
+        own,
+        positions,
+        channels,
+        border,
+        BLOCK_P: constexpr,
+        LAST: constexpr,
+        EVEN: constexpr,
+    ):
         """u of a tile, zeros outside; its positions; what is inside (EVEN: no tile reaches past the last position)."""
         p = start + tl.arange(0, BLOCK_P)
         mask = own[None, :] if EVEN else (p < last)[:, None] & own[None, :]
@@ -98,16 +123,37 @@ if kernels.triton is not None:
         return u, p, mask
 
     @triton.jit
-    def _write(y, n, weight, bias, b, p, c, mask, positions, channels, LAST: constexpr, SILU: constexpr):
+    def _write(
+        y, n, weight, bias, b, p, c, mask, positions, channels, LAST: constexpr, SILU: constexpr
+    ):
         z = n * weight[None, :] + bias[None, :]
         if SILU:
             z *= tl.sigmoid(z)
-        tl.store(_at(y, None, b, p, c, positions, channels, channels, LAST), z.to(y.dtype.element_ty), mask=mask)
+        tl.store(
+            _at(y, None, b, p, c, positions, channels, channels, LAST),
+            z.to(y.dtype.element_ty),
+            mask=mask,
+        )
 
     @triton.jit
-    def group_norm_statistics(x, skip, add, means, squares, positions, channels, border, groups, stretch,
-                              D: constexpr, G: constexpr, BLOCK_P: constexpr, BLOCK_C: constexpr,
-                              LAST: constexpr, EVEN: constexpr):
+    def group_norm_statistics(
+        x,
+        skip,
+        add,
+        means,
+        squares,
+        positions,
+        channels,
+        border,
+        groups,
+        stretch,
+        D: constexpr,
+        G: constexpr,
+        BLOCK_P: constexpr,
+        BLOCK_C: constexpr,
+        LAST: constexpr,
+        EVEN: constexpr,
+    ):
         """Of a stretch, at (stretch, b, group): the mean and the sum of squares about it."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
         first = tl.program_id(1) * stretch
@@ -116,7 +162,22 @@ if kernels.triton is not None:
         m = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         q = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in range(first, last, BLOCK_P):
-            u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN)
+            u, p, mask = _read(
+                x,
+                skip,
+                add,
+                b,
+                start,
+                last,
+                c,
+                own,
+                positions,
+                channels,
+                border,
+                BLOCK_P,
+                LAST,
+                EVEN,
+            )
             seen += tl.where(p < last, 1.0, 0.0)
             d = tl.where(mask, u - m, 0.0)
             m += d * (1.0 / tl.maximum(seen, 1.0))[:, None]
@@ -128,22 +189,51 @@ if kernels.triton is not None:
         tl.store(squares + at, _by_group(tl.sum(q + d * d * seen[:, None], 0), member))
 
     @triton.jit
-    def group_norm_forward(x, skip, add, weight, bias, y, means, squares, mean, rstd, positions, channels, border,
-                           groups, stretch, eps, D: constexpr, G: constexpr, BLOCK_P: constexpr, BLOCK_C: constexpr,
-                           LAST: constexpr, EVEN: constexpr, SILU: constexpr, BLOCK_S: constexpr):
+    def group_norm_forward(
+        x,
+        skip,
+        add,
+        weight,
+        bias,
+        y,
+        means,
+        squares,
+        mean,
+        rstd,
+        positions,
+        channels,
+        border,
+        groups,
+        stretch,
+        eps,
+        D: constexpr,
+        G: constexpr,
+        BLOCK_P: constexpr,
+        BLOCK_C: constexpr,
+        LAST: constexpr,
+        EVEN: constexpr,
+        SILU: constexpr,
+        BLOCK_S: constexpr,
+    ):
         """Of groups that fit in registers (BLOCK_S 1), or of one of their stretches, whose statistics it merges."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
         first = tl.program_id(1) * stretch
         last = tl.minimum(first + stretch, positions)
         if BLOCK_S == 1:
-            u, p, mask = _read(x, skip, add, b, 0, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN)
+            u, p, mask = _read(
+                x, skip, add, b, 0, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN
+            )
             m = _by_group(tl.sum(u, 0), member) / (D * positions)
             n = tl.where(mask, u - _by_channel(m, member)[None, :], 0.0)
             variance = _by_group(tl.sum(n * n, 0), member) / (D * positions)
         else:
             s = tl.arange(0, BLOCK_S)
-            seen = tl.minimum(tl.maximum(positions - s * stretch, 0), stretch).to(tl.float32)[:, None]
-            at = (s.to(tl.int64) * tl.num_programs(0) * G)[:, None] + group[None, :]            # (stretches, groups)
+            seen = tl.minimum(tl.maximum(positions - s * stretch, 0), stretch).to(tl.float32)[
+                :, None
+            ]
+            at = (s.to(tl.int64) * tl.num_programs(0) * G)[:, None] + group[
+                None, :
+            ]  # (stretches, groups)
             part = _load(means + at, seen > 0)
             m = tl.sum(part * seen, 0) / positions
             d = part - m[None, :]
@@ -158,13 +248,41 @@ if kernels.triton is not None:
         else:
             m = _by_channel(m, member)
             for start in range(first, last, BLOCK_P):
-                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
-                                   BLOCK_P, LAST, EVEN)
+                u, p, mask = _read(
+                    x,
+                    skip,
+                    add,
+                    b,
+                    start,
+                    last,
+                    c,
+                    own,
+                    positions,
+                    channels,
+                    border,
+                    BLOCK_P,
+                    LAST,
+                    EVEN,
+                )
                 _write(y, u - m[None, :], w, shift, b, p, c, mask, positions, channels, LAST, SILU)
 
     @triton.jit
-    def _gradient(dy, u, mean, rstd, weight, bias, b, p, c, mask, positions, channels,
-                  LAST: constexpr, SILU: constexpr):
+    def _gradient(
+        dy,
+        u,
+        mean,
+        rstd,
+        weight,
+        bias,
+        b,
+        p,
+        c,
+        mask,
+        positions,
+        channels,
+        LAST: constexpr,
+        SILU: constexpr,
+    ):
         """n and dz of a tile, zeros outside."""
         g = _load(_at(dy, None, b, p, c, positions, channels, channels, LAST), mask)
         n = tl.where(mask, (u - mean[None, :]) * rstd[None, :], 0.0)
@@ -175,10 +293,34 @@ if kernels.triton is not None:
         return n, g
 
     @triton.jit
-    def group_norm_backward(x, skip, add, weight, bias, dy, mean, rstd, sums, dx, dskip, dadd, positions, channels,
-                            border, groups, stretch, D: constexpr, G: constexpr, BLOCK_P: constexpr,
-                            BLOCK_C: constexpr, LAST: constexpr, EVEN: constexpr, SILU: constexpr,
-                            SUM: constexpr, SPREAD: constexpr):
+    def group_norm_backward(
+        x,
+        skip,
+        add,
+        weight,
+        bias,
+        dy,
+        mean,
+        rstd,
+        sums,
+        dx,
+        dskip,
+        dadd,
+        positions,
+        channels,
+        border,
+        groups,
+        stretch,
+        D: constexpr,
+        G: constexpr,
+        BLOCK_P: constexpr,
+        BLOCK_C: constexpr,
+        LAST: constexpr,
+        EVEN: constexpr,
+        SILU: constexpr,
+        SUM: constexpr,
+        SPREAD: constexpr,
+    ):
         """SUM: dz and dz n over a stretch, to sums (2, stretches, b, c). SPREAD: du, from sums (2, b, c) unless SUM."""
         b, group, c, own, member = _program(groups, D, G, BLOCK_C)
         m, r = _load(mean + b * groups + c // D, own), _load(rstd + b * groups + c // D, own)
@@ -190,9 +332,25 @@ if kernels.triton is not None:
             plain = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             weighed = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             for start in range(first, last, BLOCK_P):
-                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
-                                   BLOCK_P, LAST, EVEN)
-                n, g = _gradient(dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU)
+                u, p, mask = _read(
+                    x,
+                    skip,
+                    add,
+                    b,
+                    start,
+                    last,
+                    c,
+                    own,
+                    positions,
+                    channels,
+                    border,
+                    BLOCK_P,
+                    LAST,
+                    EVEN,
+                )
+                n, g = _gradient(
+                    dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU
+                )
                 plain += g
                 weighed += g * n
             a, q = tl.sum(plain, 0), tl.sum(weighed, 0)
@@ -205,10 +363,28 @@ if kernels.triton is not None:
             q = _by_channel(_by_group(q * w, member) / (D * positions), member)
             total = tl.zeros((BLOCK_C,), tl.float32)
             for start in range(first, last, BLOCK_P):
-                u, p, mask = _read(x, skip, add, b, start, last, c, own, positions, channels, border,
-                                   BLOCK_P, LAST, EVEN)
-                n, g = _gradient(dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU)
-                du = tl.where(mask, (g * w[None, :] - a[None, :] - n * q[None, :]) * r[None, :], 0.0)
+                u, p, mask = _read(
+                    x,
+                    skip,
+                    add,
+                    b,
+                    start,
+                    last,
+                    c,
+                    own,
+                    positions,
+                    channels,
+                    border,
+                    BLOCK_P,
+                    LAST,
+                    EVEN,
+                )
+                n, g = _gradient(
+                    dy, u, m, r, w, shift, b, p, c, mask, positions, channels, LAST, SILU
+                )
+                du = tl.where(
+                    mask, (g * w[None, :] - a[None, :] - n * q[None, :]) * r[None, :], 0.0
+                )
                 into = _at(dx, dskip, b, p, c, positions, channels, border, LAST)
                 tl.store(into, du.to(dx.dtype.element_ty), mask=mask)
                 total += tl.sum(du, 0)
@@ -218,6 +394,7 @@ if kernels.triton is not None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # launches
+
 
 def plan(x, channels, groups, last, forward):
     """Constants, blocks of groups, positions a stretch, stretches and warps of a launch, from one sample's shape alone.
@@ -236,7 +413,9 @@ def plan(x, channels, groups, last, forward):
     block_c = power(g * d)
     block_p = rows if whole and forward else min(rows, max(1, TILE // block_c))
     stretch = positions if whole else -(-positions // STRETCHES // block_p) * block_p
-    constants = dict(D=d, G=g, BLOCK_P=block_p, BLOCK_C=block_c, LAST=last, EVEN=positions % block_p == 0)
+    constants = dict(
+        D=d, G=g, BLOCK_P=block_p, BLOCK_C=block_c, LAST=last, EVEN=positions % block_p == 0
+    )
     warps = min(16, max(4, block_p * block_c // (1024 if forward else 512)))
     return constants, groups // g, stretch, -(-positions // stretch), warps
 
@@ -263,23 +442,45 @@ def _dense(t, last=False):
 
 def _sources(x, weight, bias, groups, add, skip):
     channels, last = len(weight), x.stride(1) == 1
-    return channels, last, dict(
-        x=_dense(x, last), skip=_dense(skip, last), add=_dense(add), weight=_dense(weight), bias=_dense(bias),
-        positions=x[0, 0].numel(), channels=channels, border=x.shape[1], groups=groups)
+    return (
+        channels,
+        last,
+        dict(
+            x=_dense(x, last),
+            skip=_dense(skip, last),
+            add=_dense(add),
+            weight=_dense(weight),
+            bias=_dense(bias),
+            positions=x[0, 0].numel(),
+            channels=channels,
+            border=x.shape[1],
+            groups=groups,
+        ),
+    )
 
 
 def forward(x, weight, bias, groups, eps, silu, add, skip, launch=_launch):
     """y, and mean and rstd, each (b, groups)."""
     channels, last, args = _sources(x, weight, bias, groups, add, skip)
     constants, blocks, stretch, stretches, warps = plan(x, channels, groups, last, True)
-    grid, y, (mean, rstd) = (len(x) * blocks, stretches), _map(x, channels, last), _new(x, 2, len(x), groups)
+    grid, y, (mean, rstd) = (
+        (len(x) * blocks, stretches),
+        _map(x, channels, last),
+        _new(x, 2, len(x), groups),
+    )
     means, squares = _new(x, 2, stretches, len(x), groups) if stretches > 1 else (None, None)
     args |= dict(means=means, squares=squares, stretch=stretch)
     if stretches > 1:
         sources = {k: v for k, v in args.items() if k not in ("weight", "bias")}
         launch(group_norm_statistics, grid, sources, constants, warps)
     of = dict(SILU=silu, BLOCK_S=kernels.triton.next_power_of_2(stretches))
-    launch(group_norm_forward, grid, args | dict(y=y, mean=mean, rstd=rstd, eps=eps), constants | of, warps)
+    launch(
+        group_norm_forward,
+        grid,
+        args | dict(y=y, mean=mean, rstd=rstd, eps=eps),
+        constants | of,
+        warps,
+    )
     return y, mean, rstd
 
 
@@ -289,14 +490,38 @@ def backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, launch=_l
     constants, blocks, stretch, stretches, warps = plan(x, channels, groups, last, False)
     grid, whole, constants["SILU"] = (len(x) * blocks, stretches), stretches == 1, silu
     dx, dskip = (None if t is None else _map(t, t.shape[1], last) for t in (x, skip))
-    sums, dadd = _new(x, 2, stretches, len(x), channels), None if add is None else _new(x, stretches, *add.shape)
-    args |= dict(dy=_dense(dy, last), mean=mean, rstd=rstd, sums=sums, dx=dx, dskip=dskip, dadd=dadd, stretch=stretch)
+    sums, dadd = (
+        _new(x, 2, stretches, len(x), channels),
+        None if add is None else _new(x, stretches, *add.shape),
+    )
+    args |= dict(
+        dy=_dense(dy, last),
+        mean=mean,
+        rstd=rstd,
+        sums=sums,
+        dx=dx,
+        dskip=dskip,
+        dadd=dadd,
+        stretch=stretch,
+    )
     launch(group_norm_backward, grid, args, constants | dict(SUM=True, SPREAD=whole), warps)
-    sums = sums.sum(1)                                                          # (2, b, c)
+    sums = sums.sum(1)  # (2, b, c)
     if not whole:
-        launch(group_norm_backward, grid, args | dict(sums=sums), constants | dict(SUM=False, SPREAD=True), warps)
+        launch(
+            group_norm_backward,
+            grid,
+            args | dict(sums=sums),
+            constants | dict(SUM=False, SPREAD=True),
+            warps,
+        )
     dbias, dweight = sums.sum(1)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None if add is None else dadd.sum(0).to(add.dtype), dskip
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype),
+        None if add is None else dadd.sum(0).to(add.dtype),
+        dskip,
+    )
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -313,13 +538,20 @@ class _GroupNorm(torch.autograd.Function):
         (*tensors, mean, rstd), (groups, eps, silu) = ctx.saved_tensors, ctx.settings
         x, weight, bias, add, skip = tensors
         try:
-            return *backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd), None, None, None
-        except torch.OutOfMemoryError:                  # says nothing about the kernel
+            return (
+                *backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd),
+                None,
+                None,
+                None,
+            )
+        except torch.OutOfMemoryError:  # says nothing about the kernel
             raise
-        except Exception as error:                      # of the compiler's, the assembler's and the driver's own kinds
+        except Exception as error:  # of the compiler's, the assembler's and the driver's own kinds
             kernels.failed("group_norm's backward pass", error)
         with torch.enable_grad():
-            x, weight, bias, add, skip = tensors = [t if t is None else t.detach().requires_grad_() for t in tensors]
+            x, weight, bias, add, skip = tensors = [
+                t if t is None else t.detach().requires_grad_() for t in tensors
+            ]
             y = group_norm_ref(x, weight, bias, groups, eps, silu, add, skip)
         grads = iter(torch.autograd.grad(y, [t for t in tensors if t is not None], dy))
         return *(t if t is None else next(grads) for t in tensors), None, None, None
@@ -330,11 +562,22 @@ def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=Non
     channels, (b, _, *spatial) = x.shape[1] + (0 if skip is None else skip.shape[1]), x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels do not split into {groups} groups")
-    if not len(weight) == len(bias) == channels or add is not None and add.shape != (b, channels) or (
-            skip is not None and skip.shape != (b, skip.shape[1], *spatial)):
-        raise ValueError(f"weight, bias, add and skip do not fit x {tuple(x.shape)} and {channels} channels")
-    fits = (spatial and x.numel() and channels // groups <= TILE and channels * x[0, 0].numel() < 2 ** 31
-            and (skip is None or skip.dtype == x.dtype))
+    if (
+        not len(weight) == len(bias) == channels
+        or add is not None
+        and add.shape != (b, channels)
+        or (skip is not None and skip.shape != (b, skip.shape[1], *spatial))
+    ):
+        raise ValueError(
+            f"weight, bias, add and skip do not fit x {tuple(x.shape)} and {channels} channels"
+        )
+    fits = (
+        spatial
+        and x.numel()
+        and channels // groups <= TILE
+        and channels * x[0, 0].numel() < 2**31
+        and (skip is None or skip.dtype == x.dtype)
+    )
     if fits and kernels.active(*(t for t in (x, weight, bias, add, skip) if t is not None)):
         try:
             return _GroupNorm.apply(x, weight, bias, add, skip, groups, eps, silu)
@@ -349,21 +592,60 @@ def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=Non
 # what is shipped, and how fast it is
 
 # (network, batches, {map: channels of the norms over it, and of the skip where that is read beside x})
-SITES = [("unet", (2, 16, 128), {
-    (16, 64): ((320, 0), (640, 0), (960, 0), (640, 320), (960, 320)),
-    (8, 32): ((320, 0), (640, 0), (960, 0), (1280, 0), (1920, 0), (960, 320), (1280, 640), (1920, 640)),
-    (4, 16): ((640, 0), (1280, 0), (1920, 0), (2560, 0), (1920, 640), (2560, 1280)),
-    (2, 8): ((1280, 0), (2560, 0), (2560, 1280))}),
-    ("classifier", (1, 8, 64), {(16, 64): ((128, 0),), (8, 32): ((128, 0), (256, 0)), (4, 16): ((256, 0),)}),
-    ("vae", (1, 8), {(128, 512): ((128, 0), (256, 0)), (64, 256): ((128, 0), (256, 0), (512, 0)),
-                     (32, 128): ((256, 0), (512, 0)), (16, 64): ((512, 0),)})]
+SITES = [
+    (
+        "unet",
+        (2, 16, 128),
+        {
+            (16, 64): ((320, 0), (640, 0), (960, 0), (640, 320), (960, 320)),
+            (8, 32): (
+                (320, 0),
+                (640, 0),
+                (960, 0),
+                (1280, 0),
+                (1920, 0),
+                (960, 320),
+                (1280, 640),
+                (1920, 640),
+            ),
+            (4, 16): ((640, 0), (1280, 0), (1920, 0), (2560, 0), (1920, 640), (2560, 1280)),
+            (2, 8): ((1280, 0), (2560, 0), (2560, 1280)),
+        },
+    ),
+    (
+        "classifier",
+        (1, 8, 64),
+        {(16, 64): ((128, 0),), (8, 32): ((128, 0), (256, 0)), (4, 16): ((256, 0),)},
+    ),
+    (
+        "vae",
+        (1, 8),
+        {
+            (128, 512): ((128, 0), (256, 0)),
+            (64, 256): ((128, 0), (256, 0), (512, 0)),
+            (32, 128): ((256, 0), (512, 0)),
+            (16, 64): ((512, 0),),
+        },
+    ),
+]
 
 
 def _inputs(b, c, s, h, w, device, add=False):
     def make(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device=device)
-    x, skip = (make(b, n, h, w).to(memory_format=torch.channels_last) if n else None for n in (c - s, s))
-    return dict(x=x, weight=make(c), bias=make(c), groups=32, silu=True, add=make(b, c) if add else None, skip=skip)
+
+    x, skip = (
+        make(b, n, h, w).to(memory_format=torch.channels_last) if n else None for n in (c - s, s)
+    )
+    return dict(
+        x=x,
+        weight=make(c),
+        bias=make(c),
+        groups=32,
+        silu=True,
+        add=make(b, c) if add else None,
+        skip=skip,
+    )
 
 
 def shipped():
@@ -372,11 +654,24 @@ def shipped():
     calls, names = {}, {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
     def record(kernel, grid, args, constants, warps):
-        args = {k: names[v.dtype] if torch.is_tensor(v) else "fp32" if k == "eps" else v for k, v in args.items()}
+        args = {
+            k: names[v.dtype] if torch.is_tensor(v) else "fp32" if k == "eps" else v
+            for k, v in args.items()
+        }
         seen = [(k, (v % 16 == 0, v == 1) if isinstance(v, int) else v) for k, v in args.items()]
         name = f"{kernel.__name__} {network} {c}@{h}x{w}" + f" skip {s}" * (s > 0)
-        calls.setdefault((kernel, *constants.items(), *seen), dict(
-            name=name, fn=kernel, args=args, constexprs=constants, num_warps=warps, num_stages=1, matrix=False))
+        calls.setdefault(
+            (kernel, *constants.items(), *seen),
+            dict(
+                name=name,
+                fn=kernel,
+                args=args,
+                constexprs=constants,
+                num_warps=warps,
+                num_stages=1,
+                matrix=False,
+            ),
+        )
 
     for network, _, maps in SITES:
         for (h, w), c, s in ((m, *norm) for m, norms in maps.items() for norm in norms):
@@ -387,19 +682,41 @@ def shipped():
 
 
 # height, width, channels, of which the skip's: the published U-Net's largest and commonest at each level, and a map of the decoder
-TIMED = ((16, 64, 320, 0), (16, 64, 640, 320), (16, 64, 960, 320), (8, 32, 640, 0), (8, 32, 1280, 640), (4, 16, 1280, 0),
-         (4, 16, 2560, 1280), (2, 8, 1280, 0), (2, 8, 2560, 1280), (128, 512, 128, 0))
+TIMED = (
+    (16, 64, 320, 0),
+    (16, 64, 640, 320),
+    (16, 64, 960, 320),
+    (8, 32, 640, 0),
+    (8, 32, 1280, 640),
+    (4, 16, 1280, 0),
+    (4, 16, 2560, 1280),
+    (2, 8, 1280, 0),
+    (2, 8, 2560, 1280),
+    (128, 512, 128, 0),
+)
 
 
 def timed(b, device="cuda"):
     """With SiLU; with the time embedding where the U-Net's have one."""
     for h, w, c, s in TIMED:
-        if b * h * w * c >= 2 ** 31:
-            continue                                                            # no sampling decodes as many clips at once
+        if b * h * w * c >= 2**31:
+            continue  # no sampling decodes as many clips at once
         given = _inputs(b, c, s, h, w, device, add=not s and h <= 16)
-        args = tuple(given[k] if k in given else 1e-5 for k in ("x", "weight", "bias", "groups", "eps", "silu", "add", "skip"))
+        args = tuple(
+            given[k] if k in given else 1e-5
+            for k in ("x", "weight", "bias", "groups", "eps", "silu", "add", "skip")
+        )
         leaves = [t.normal_() for t in args if torch.is_tensor(t)]
-        yield Site(f"group norm {c}@{h}x{w}" + f" skip {s}" * (s > 0), group_norm, group_norm_ref, args, 4 * b * c * h * w, 0, leaves, 2.5)
+        yield Site(
+            f"group norm {c}@{h}x{w}" + f" skip {s}" * (s > 0),
+            group_norm,
+            group_norm_ref,
+            args,
+            4 * b * c * h * w,
+            0,
+            leaves,
+            2.5,
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ oneDNN works on blocks of channels and reorders a weight before every product: o
 written and read anew in each step (docs/performance.md has what that costs). The operations are those that torch.compile's frozen CPU graphs call, without its minutes
 of compilation. Where torch has no oneDNN (macOS, ARM), on a GPU, and with `kernels.choose("torch")`, everything stays as it is.
 """
+
 import platform
 from types import MethodType
 
@@ -15,20 +16,26 @@ from torch import nn
 
 import kernels
 
-NONE = "none", [], ""                                           # nothing fused behind a product
+NONE = "none", [], ""  # nothing fused behind a product
 
 
 def _convolve(self, x):
     if not self.weight.is_mkldnn:
-        weight, self.weight = self.weight.data.to_mkldnn(), None        # never three copies at once
-        ordered = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
+        weight, self.weight = self.weight.data.to_mkldnn(), None  # never three copies at once
+        ordered = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+        )
         self.weight = nn.Parameter(ordered, requires_grad=False)
-    return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, *NONE)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, *NONE
+    )
 
 
 def _order(layer, rows):
     if not layer.weight.is_mkldnn:
-        layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(layer.weight.data, rows), requires_grad=False)
+        layer.weight = nn.Parameter(
+            torch.ops.mkldnn._reorder_linear_weight(layer.weight.data, rows), requires_grad=False
+        )
 
 
 def _multiply(self, x):
@@ -47,7 +54,11 @@ def add_product(x, y, layer):
 def possible(dtype):
     """Whether this CPU and this build of torch have what it takes, and whether it pays: in bfloat16 it was worth 6 to 20 %, and the moments in
     which a weight lies in memory twice took `sample.py` from 1.13 to 1.20 times the size of its files."""
-    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    return (
+        dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and platform.machine() in ("x86_64", "AMD64")
+    )
 
 
 def pack(network):
@@ -56,5 +67,7 @@ def pack(network):
     if kernels.mode != "torch" and weight.device.type == "cpu" and possible(weight.dtype):
         for layer in network.modules():
             if type(layer) in (nn.Conv2d, nn.Linear):
-                layer.forward = MethodType(_convolve if type(layer) is nn.Conv2d else _multiply, layer)
+                layer.forward = MethodType(
+                    _convolve if type(layer) is nn.Conv2d else _multiply, layer
+                )
     return network

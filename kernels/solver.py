@@ -6,6 +6,7 @@ out  the next x and this step's clean latent:  m = (x - sigma eps) / alpha,  d =
 Replaces nine elementwise kernels, each of which only costs its launch: a latent has 4096 numbers. The coefficients lie in memory rather
 than in the launch, so that one CUDA graph serves every step. On a CPU, or where the kernel cannot run, `multistep_ref` does.
 """
+
 import torch
 
 import kernels
@@ -37,7 +38,14 @@ if kernels.triton is not None:
 def shipped():
     """What `kernels.gate` compiles."""
     args = dict.fromkeys(("x", "eps", "previous", "row", "out", "m_out"), "*fp32") | {"n": 4096}
-    yield {"name": "multistep", "fn": multistep_kernel, "args": args, "constexprs": {"BLOCK": BLOCK}, "num_warps": 4, "num_stages": 1}
+    yield {
+        "name": "multistep",
+        "fn": multistep_kernel,
+        "args": args,
+        "constexprs": {"BLOCK": BLOCK},
+        "num_warps": 4,
+        "num_stages": 1,
+    }
 
 
 def multistep(x, eps, previous, row):
@@ -47,8 +55,10 @@ def multistep(x, eps, previous, row):
     x, eps, previous = x.contiguous(), eps.contiguous(), previous.contiguous()
     out, m = torch.empty_like(x), torch.empty_like(x)
     try:
-        multistep_kernel[triton.cdiv(x.numel(), BLOCK),](x, eps, previous, row, out, m, x.numel(), BLOCK, num_warps=4)
-    except Exception as error:          # of many kinds: compiler, driver, resources
+        multistep_kernel[triton.cdiv(x.numel(), BLOCK),](
+            x, eps, previous, row, out, m, x.numel(), BLOCK, num_warps=4
+        )
+    except Exception as error:  # of many kinds: compiler, driver, resources
         kernels.failed("multistep", error)
         return multistep_ref(x, eps, previous, row)
     return out, m

@@ -17,6 +17,7 @@ The plain-torch references run where an input requires grad while gradients are 
 are reasoned from registers and load widths and compiled by `kernels.gate`; docs/performance.md has what an H100 says
 of them.
 """
+
 import math
 
 import torch
@@ -54,14 +55,31 @@ if kernels.triton is not None:
         return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit(do_not_specialize=["n", "x_row", "y_row"])
-    def add_layer_norm_kernel(x, y, weight, bias, s, z, n, x_row, y_row, eps, C: tl.constexpr, UNIT: tl.constexpr,
-                              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def add_layer_norm_kernel(
+        x,
+        y,
+        weight,
+        bias,
+        s,
+        z,
+        n,
+        x_row,
+        y_row,
+        eps,
+        C: tl.constexpr,
+        UNIT: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         c = tl.arange(0, COLUMNS)[None, :]
         own = c < C
         mask = (row < n) & own
         u = _load(x + row * x_row * UNIT + c, mask)
-        w, shift = _load(weight + c, own), _load(bias + c, own)         # asked for before the sums are waited for
+        w, shift = (
+            _load(weight + c, own),
+            _load(bias + c, own),
+        )  # asked for before the sums are waited for
         if y is not None:
             rounded = (u + _load(y + row * y_row * UNIT + c, mask)).to(s.dtype.element_ty)
             tl.store(s + row * C + c, rounded, mask=mask)
@@ -71,7 +89,16 @@ if kernels.triton is not None:
         tl.store(z + row * C + c, (d * r * w + shift).to(z.dtype.element_ty), mask=mask)
 
     @triton.jit(do_not_specialize=["n", "h_row"])
-    def geglu_kernel(h, g, n, h_row, D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def geglu_kernel(
+        h,
+        g,
+        n,
+        h_row,
+        D: tl.constexpr,
+        UNIT: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
         blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
         row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -84,6 +111,7 @@ if kernels.triton is not None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # launches
+
 
 def _launch(kernel, programs, args, constants, warps):
     with torch.cuda.device_of(next(iter(args.values()))):
@@ -104,16 +132,35 @@ def _norm(x, y, weight, bias, eps, launch=_launch):
     c, unit = x.shape[-1], math.gcd(x_row, y_row, 8)
     columns = max(256, 1 << (c - 1).bit_length())
     rows, warps = NORM[columns]
-    args = dict(x=a, y=b, weight=weight.contiguous(), bias=bias.contiguous(), s=s, z=z, n=len(a), x_row=x_row // unit,
-                y_row=y_row // unit, eps=eps)
-    launch(add_layer_norm_kernel, -(-len(a) // rows), args, dict(C=c, UNIT=unit, ROWS=rows, COLUMNS=columns), warps)
+    args = dict(
+        x=a,
+        y=b,
+        weight=weight.contiguous(),
+        bias=bias.contiguous(),
+        s=s,
+        z=z,
+        n=len(a),
+        x_row=x_row // unit,
+        y_row=y_row // unit,
+        eps=eps,
+    )
+    launch(
+        add_layer_norm_kernel,
+        -(-len(a) // rows),
+        args,
+        dict(C=c, UNIT=unit, ROWS=rows, COLUMNS=columns),
+        warps,
+    )
     return x if y is None else s, z
 
 
 def _gated(h, launch=_launch):
     (a, h_row), d, (rows, columns, warps) = _rows(h), h.shape[-1] // 2, GATED
     g, unit = torch.empty((*h.shape[:-1], d), dtype=h.dtype, device=h.device), math.gcd(h_row, 8)
-    args, constants = dict(h=a, g=g, n=len(a), h_row=h_row // unit), dict(D=d, UNIT=unit, ROWS=rows, COLUMNS=columns)
+    args, constants = (
+        dict(h=a, g=g, n=len(a), h_row=h_row // unit),
+        dict(D=d, UNIT=unit, ROWS=rows, COLUMNS=columns),
+    )
     launch(geglu_kernel, -(-len(a) // rows) * -(-d // columns), args, constants, warps)
     return g
 
@@ -128,7 +175,7 @@ def _attempt(name, run, *args):
         return run(*args)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:                  # of Triton's, ptxas' or the driver's many kinds
+    except Exception as error:  # of Triton's, ptxas' or the driver's many kinds
         kernels.failed(name, error)
 
 
@@ -136,7 +183,9 @@ def add_layer_norm(x, y, weight, bias, eps=1e-5):
     """(x + y, layer_norm of that as rounded), in x's dtype; x, y (b, n, c). Without y: (x itself, layer_norm(x))."""
     c = x.shape[-1]
     if not (c,) == weight.shape == bias.shape:
-        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are not of x's {c} channels")
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are not of x's {c} channels"
+        )
     fits = c <= max(NORM) and (y is None or (y.shape, y.dtype) == (x.shape, x.dtype))
     done = _attempt("add_layer_norm", _norm, x, y, weight, bias, eps) if fits else None
     return add_layer_norm_ref(x, y, weight, bias, eps) if done is None else done
@@ -153,7 +202,11 @@ def geglu(h):
 # ---------------------------------------------------------------------------------------------------------------------
 # what is shipped, and how fast it is
 
-SITES = (1024, 320), (256, 640), (64, 1280)     # tokens and channels of a map; GEGLU is four times as wide
+SITES = (
+    (1024, 320),
+    (256, 640),
+    (64, 1280),
+)  # tokens and channels of a map; GEGLU is four times as wide
 
 
 def inputs(b, n, c, device, dtype=torch.bfloat16):
@@ -169,18 +222,37 @@ def shipped():
         for name, given in inputs(2, n, c, "meta", dtype).items():
             calls, (run, *eps) = [], (_gated,) if name == "geglu" else (_norm, 1e-5)
             run(*given, *eps, launch=lambda *call: calls.append(call))
-            (kernel, _, args, constants, warps), pointer = calls[0], "*bf16" if dtype == torch.bfloat16 else "*fp32"
-            kinds = {k: pointer if torch.is_tensor(v) else "fp32" if k == "eps" else v for k, v in args.items()}
-            yield dict(name=f"{name} {constants.get('C') or constants['D']} {pointer[1:]}", fn=kernel, args=kinds,
-                       constexprs=constants, num_warps=warps, num_stages=1, wide=True)
+            (kernel, _, args, constants, warps), pointer = (
+                calls[0],
+                "*bf16" if dtype == torch.bfloat16 else "*fp32",
+            )
+            kinds = {
+                k: pointer if torch.is_tensor(v) else "fp32" if k == "eps" else v
+                for k, v in args.items()
+            }
+            yield dict(
+                name=f"{name} {constants.get('C') or constants['D']} {pointer[1:]}",
+                fn=kernel,
+                args=kinds,
+                constexprs=constants,
+                num_warps=warps,
+                num_stages=1,
+                wide=True,
+            )
 
 
 def timed(b, device="cuda"):
     for n, c in SITES:
-        passes = dict(add_layer_norm=4, layer_norm=2, geglu=1.5)               # over memory of the first input's size
+        passes = dict(
+            add_layer_norm=4, layer_norm=2, geglu=1.5
+        )  # over memory of the first input's size
         for name, given in inputs(b, n, c, device).items():
             args = tuple(t if t is None else t.normal_() for t in given)
-            width, pair = (4 * c, (geglu, geglu_ref)) if name == "geglu" else (c, (add_layer_norm, add_layer_norm_ref))
+            width, pair = (
+                (4 * c, (geglu, geglu_ref))
+                if name == "geglu"
+                else (c, (add_layer_norm, add_layer_norm_ref))
+            )
             yield Site(f"{name} {n}x{width}", *pair, args, int(passes[name] * args[0].nbytes))
 
 

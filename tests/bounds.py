@@ -1,4 +1,5 @@
 """How far a kernel may be from the exact result, and how long a test waits for another process: one definition, for every processor."""
+
 import torch
 
 # Seconds after which a process is taken to hang. Longer than any load makes the wait; a test that passes never waits this long.

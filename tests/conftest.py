@@ -1,4 +1,5 @@
 """Every test and every fixture begins in the same state, whatever ran before it."""
+
 import random
 
 import numpy as np
@@ -16,12 +17,12 @@ def seed():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    kernels.mode = "auto"               # which the main job sets for the whole process
+    kernels.mode = "auto"  # which the main job sets for the whole process
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup():
-    seed()                              # a fixture of several tests is made in whichever of them comes first
+    seed()  # a fixture of several tests is made in whichever of them comes first
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -71,7 +71,9 @@ def make_seed(path, muxer, codec, sound, layout):
             channels = track.layout.nb_channels
             wav = np.zeros((channels, 3 * rate // 2), np.float32)
             wav[:, rate // 2 : rate // 2 + 200] = 0.5
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wav.T).reshape(1, -1), format="flt", layout=layout)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(wav.T).reshape(1, -1), format="flt", layout=layout
+            )
             frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
             file.mux(track.encode(frame))
             file.mux(track.encode(None))
@@ -127,7 +129,9 @@ def peak_memory(pid):
 
 def run(command, folder):
     """-> (exit status or "hang", lines, the most bytes held). Lines are read as they come, so that a hang is noticed."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+    )
     text, peak, last = b"", 0, time.monotonic()
     while True:
         ready, _, _ = select.select([process.stdout], [], [], 1.0)
@@ -160,19 +164,33 @@ def check(name, command, folder, allowed, before, found):
         wrong.append(f"left behind: {left[:3]}")
     if sorted(p.name for p in folder.iterdir() if p.name in before) != before:
         wrong.append("an input is gone")
-    found[name]["crashes of FFmpeg, each one line"] += sum("FFmpeg crashed" in line for line in lines)
+    found[name]["crashes of FFmpeg, each one line"] += sum(
+        "FFmpeg crashed" in line for line in lines
+    )
     found[name]["peak GB"] = max(found[name]["peak GB"], round(peak / 1e9, 2))
     if wrong:
         found[name]["wrong"] += 1
-        print(f"\n{folder.name} {name}: {'; '.join(wrong)}", *lines[-12:], sep="\n  ", file=sys.stderr)
+        print(
+            f"\n{folder.name} {name}: {'; '.join(wrong)}", *lines[-12:], sep="\n  ", file=sys.stderr
+        )
     return not wrong
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--copies", type=int, default=2000, metavar="N", help="damaged copies (2000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--copies", type=int, default=2000, metavar="N", help="damaged copies (2000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failed"), metavar="DIR", help="where batches that failed go")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("fuzz-failed"),
+        metavar="DIR",
+        help="where batches that failed go",
+    )
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     sample, data = str(ROOT / "sample.py"), str(ROOT / "data.py")
@@ -189,16 +207,37 @@ def main():
             folder.mkdir()
             for k in range(first, min(first + BATCH, args.copies)):
                 name = list(SEEDS)[k % len(SEEDS)]
-                (folder / f"{k:05d}{Path(name).suffix}").write_bytes(damaged(seeds[k % len(SEEDS)], rng))
+                (folder / f"{k:05d}{Path(name).suffix}").write_bytes(
+                    damaged(seeds[k % len(SEEDS)], rng)
+                )
             before = sorted(p.name for p in folder.iterdir())
             outputs = ["--out", str(folder / "out")]
             python = sys.executable
             fine = [
-                check("sample.py --steps 1", [python, sample, *before, *outputs, "--steps", "1", "--cg", "0", "--json"],
-                      folder, (0, 1), before, found),
-                check("sample.py --verify", [python, sample, "--verify", *before], folder, (0, 1, 3), before, found),
-                check("data.py prepare", [python, data, "prepare", ".", str(scratch / f"set{first}")],
-                      folder, (0, 1), before, found),
+                check(
+                    "sample.py --steps 1",
+                    [python, sample, *before, *outputs, "--steps", "1", "--cg", "0", "--json"],
+                    folder,
+                    (0, 1),
+                    before,
+                    found,
+                ),
+                check(
+                    "sample.py --verify",
+                    [python, sample, "--verify", *before],
+                    folder,
+                    (0, 1, 3),
+                    before,
+                    found,
+                ),
+                check(
+                    "data.py prepare",
+                    [python, data, "prepare", ".", str(scratch / f"set{first}")],
+                    folder,
+                    (0, 1),
+                    before,
+                    found,
+                ),
             ]
             for name in found:
                 found[name]["copies"] += len(before)

@@ -4,6 +4,7 @@ in   one of our networks
 out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, keys and
      values of the condition anew in every call, maps as (b, c, h, w) in memory
 """
+
 from types import MethodType
 
 import torch
@@ -15,7 +16,7 @@ import vae
 
 
 def conv_unit(self, x, frames):
-    y = self.conv(x.unflatten(0, (-1, frames)).transpose(1, 2))                          # (b, c, f, h, w)
+    y = self.conv(x.unflatten(0, (-1, frames)).transpose(1, 2))  # (b, c, f, h, w)
     bn = self.bn
     y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
     return y.transpose(1, 2).flatten(0, 1)
@@ -38,7 +39,8 @@ def attend(q, k, v):
 def attention(self, x, keys_values=None):
     def heads(y):
         return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-    context = x if keys_values is None else keys_values                                  # here: the condition itself
+
+    context = x if keys_values is None else keys_values  # here: the condition itself
     y = attend(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
     return self.to_out(y.transpose(1, 2).flatten(2))
 
@@ -61,18 +63,30 @@ def down(self, x, t, context):
     for i, block in enumerate(self.input_blocks):
         h = block(h, shifts, context)
         if i == 0 and self.config.aligned:
-            h = h + self.aligned(context["context"].unflatten(1, (-1, self.config.aligned)).flatten(2)).transpose(1, 2)[:, :, None]
+            h = (
+                h
+                + self.aligned(
+                    context["context"].unflatten(1, (-1, self.config.aligned)).flatten(2)
+                ).transpose(1, 2)[:, :, None]
+            )
         skips.append(h)
     return self.middle_block(h, shifts, context), skips, shifts, context
 
 
 def attn_block(self, x):
     y = self.norm(x)
-    q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))       # (b, 1, h*w, c)
+    q, k, v = (
+        f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)
+    )  # (b, 1, h*w, c)
     return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-FORWARD = {cavp.ConvUnit: conv_unit, cavp.SlowOnly: slow_only, ldm.Attention: attention, vae.AttnBlock: attn_block}
+FORWARD = {
+    cavp.ConvUnit: conv_unit,
+    cavp.SlowOnly: slow_only,
+    ldm.Attention: attention,
+    vae.AttnBlock: attn_block,
+}
 
 
 def plainly(model):

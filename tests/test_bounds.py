@@ -1,4 +1,5 @@
 """The bound for kernels lets rounding through, on any processor, and nothing coarser."""
+
 import pytest
 import torch
 
@@ -25,7 +26,9 @@ def test_rounding_passes_although_torch_has_the_nearest_number(dtype, measure):
     """Sums of 4 roundings in float32, of either sign, then one to the dtype."""
     a, b = product()
     exact = a @ b
-    roundings = 4 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).clamp(-1, 1)
+    roundings = 4 * torch.randn(
+        a.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).clamp(-1, 1)
     sums = exact * (1 + roundings * torch.finfo(torch.float32).eps)
     check_kernel("rounded", sums.to(dtype), exact.to(dtype), exact, measure=measure)
 
@@ -39,12 +42,16 @@ def test_tf32_does_not_pass_for_float32(measure):
 
 
 @pytest.mark.parametrize("measure", [rms, largest])
-@pytest.mark.parametrize("dtype, coarser", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype, coarser", [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
+)
 def test_a_sum_in_a_coarser_dtype_does_not_pass(dtype, coarser, measure):
     a, b = (x.to(dtype) for x in product())
     exact = a.double() @ b.double()
     with pytest.raises(AssertionError):
-        check_kernel("coarse", (a.to(coarser) @ b.to(coarser)).to(dtype), a @ b, exact, measure=measure)
+        check_kernel(
+            "coarse", (a.to(coarser) @ b.to(coarser)).to(dtype), a @ b, exact, measure=measure
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

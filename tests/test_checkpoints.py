@@ -1,4 +1,5 @@
 """Checkpoints in and out: what fits loads strictly and in its own memory, what is damaged or hostile is one line and runs nothing."""
+
 import argparse
 import collections
 import datetime
@@ -27,7 +28,12 @@ from checkpoints import Checkpoint, CheckpointError
 from golden import rule
 
 MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
-MINI = [(cavp.CAVP, cavp.PRESETS["mini"]), (vae.AutoencoderKL, vae.PRESETS["mini"]), (ldm.LDM, MINI_UNET), (ldm.Alignment, MINI_CLASSIFIER)]
+MINI = [
+    (cavp.CAVP, cavp.PRESETS["mini"]),
+    (vae.AutoencoderKL, vae.PRESETS["mini"]),
+    (ldm.LDM, MINI_UNET),
+    (ldm.Alignment, MINI_CLASSIFIER),
+]
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 
 
@@ -37,6 +43,7 @@ def save(content, path, zipped=True):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what fits
+
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -52,14 +59,23 @@ def test_mini_presets_load_what_they_save(tmp_path, cls, config):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     checkpoints.save_model(tmp_path / "half.safetensors", model, asdict(config), half=True)
     half = cls.load(tmp_path / "half.safetensors")
-    size = (tmp_path / "half.safetensors").stat().st_size / (tmp_path / "m.safetensors").stat().st_size
-    assert size < 0.55 and all(v.dtype == model.state_dict()[k].dtype for k, v in half.state_dict().items())
-    assert all(torch.allclose(v, model.state_dict()[k], rtol=1e-3, atol=1e-6) for k, v in half.state_dict().items())
+    size = (tmp_path / "half.safetensors").stat().st_size / (
+        tmp_path / "m.safetensors"
+    ).stat().st_size
+    assert size < 0.55 and all(
+        v.dtype == model.state_dict()[k].dtype for k, v in half.state_dict().items()
+    )
+    assert all(
+        torch.allclose(v, model.state_dict()[k], rtol=1e-3, atol=1e-6)
+        for k, v in half.state_dict().items()
+    )
 
 
 def official_pickle(path, model, prefix="module."):
     """The form of a published checkpoint: a torch pickle, Lightning's wrapper, DistributedDataParallel's prefix."""
-    torch.save({"epoch": 66, "state_dict": {prefix + k: v for k, v in model.state_dict().items()}}, path)
+    torch.save(
+        {"epoch": 66, "state_dict": {prefix + k: v for k, v in model.state_dict().items()}}, path
+    )
 
 
 def test_official_files_load_strictly(tmp_path):
@@ -67,7 +83,10 @@ def test_official_files_load_strictly(tmp_path):
     model = rule.fill(ldm.Alignment())
     official_pickle(tmp_path / "classifier.ckpt", model)
     assert same(ldm.Alignment.load(tmp_path / "classifier.ckpt"), model)
-    state = {**model.state_dict(), "first_stage_model.quant_conv.bias": torch.zeros(8)}     # some releases carry an autoencoder along
+    state = {
+        **model.state_dict(),
+        "first_stage_model.quant_conv.bias": torch.zeros(8),
+    }  # some releases carry an autoencoder along
     torch.save(state, tmp_path / "with_vae.ckpt")
     assert same(ldm.Alignment.load(tmp_path / "with_vae.ckpt"), model)
     for change in ({"surplus": torch.zeros(1)}, {"model.classifier.bias": torch.zeros(2)}):
@@ -96,18 +115,35 @@ def test_autoencoder_loads_out_of_an_ldm_file(tmp_path):
 @both_formats
 def test_every_dtype_layout_and_wrapping(tmp_path, zipped):
     base = torch.arange(60, dtype=torch.float32)
-    tensors = {"f32": base.view(3, 4, 5), "f16": base.half(), "bf16": base.bfloat16(), "f64": base.double(), "i64": base.long(),
-               "u8": base.byte(), "bool": base > 7, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "slice": base[7:40:3],
-               "transposed": base.view(6, 10).T, "shared": base[2:5], "images": base.view(1, 5, 3, 4).to(memory_format=torch.channels_last),
-               "parameter": torch.nn.Parameter(base * 2)}
-    for wrap in (lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"state_dict": collections.OrderedDict(
-            ("module." + k, v) for k, v in s.items())}):
+    tensors = {
+        "f32": base.view(3, 4, 5),
+        "f16": base.half(),
+        "bf16": base.bfloat16(),
+        "f64": base.double(),
+        "i64": base.long(),
+        "u8": base.byte(),
+        "bool": base > 7,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "slice": base[7:40:3],
+        "transposed": base.view(6, 10).T,
+        "shared": base[2:5],
+        "images": base.view(1, 5, 3, 4).to(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(base * 2),
+    }
+    for wrap in (
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"state_dict": collections.OrderedDict(("module." + k, v) for k, v in s.items())},
+    ):
         save(wrap(tensors), tmp_path / "t.ckpt", zipped)
         file = Checkpoint(tmp_path / "t.ckpt")
         assert file.config is None and file.keys() == tensors.keys()
         for _ in range(2):
-            assert all(torch.equal(file[k], v) and file[k].dtype == v.dtype for k, v in tensors.items())
-            file.release()                                  # and all is there again
+            assert all(
+                torch.equal(file[k], v) and file[k].dtype == v.dtype for k, v in tensors.items()
+            )
+            file.release()  # and all is there again
 
 
 def foreign_module(name, **members):
@@ -122,14 +158,23 @@ def foreign_module(name, **members):
 
 def lightning_checkpoint(state):
     """All that trainers are known to leave beside the weights."""
-    class ModelCheckpoint: pass                             # noqa: E701
-    class AttributeDict(dict): pass                         # noqa: E701
-    class ListConfig(list): pass                            # noqa: E701
+
+    class ModelCheckpoint:
+        pass  # noqa: E701
+
+    class AttributeDict(dict):
+        pass  # noqa: E701
+
+    class ListConfig(list):
+        pass  # noqa: E701
+
     class DictConfig:
         def __getstate__(self):
             return {"_content": {"lr": 1e-4}, "_metadata": {"ref_type": dict, "key": None}}
+
     class Mode(enum.Enum):
         MIN = "min"
+
     foreign_module("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint=ModelCheckpoint)
     foreign_module("pytorch_lightning.utilities.parsing", AttributeDict=AttributeDict)
     foreign_module("omegaconf.dictconfig", DictConfig=DictConfig, ListConfig=ListConfig, Mode=Mode)
@@ -139,13 +184,38 @@ def lightning_checkpoint(state):
     optimizer.step()
     listed = ListConfig([1, "two"])
     listed.flags = {"readonly": True}
-    return {"epoch": 240, "global_step": 56_000, "pytorch-lightning_version": "1.6.0", "state_dict": state,
-            "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(0.5), "best": np.float64(0.1), "dirpath": "/x"}},
-            "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}],
-            "hparams_name": "kwargs", "hyper_parameters": AttributeDict(
-                config=DictConfig(), sizes=listed, mode=Mode.MIN, path=pathlib.PurePosixPath("/a/b"), dtype=torch.float32,
-                shape=torch.Size([1, 2]), device=torch.device("cpu"), array=np.arange(3), names={"a", "b"}, when=datetime.datetime(2023, 6, 1),
-                options=argparse.Namespace(lr=1), counts=collections.defaultdict(list, a=[1]), cls=torch.optim.AdamW, complex=1 + 2j)}
+    return {
+        "epoch": 240,
+        "global_step": 56_000,
+        "pytorch-lightning_version": "1.6.0",
+        "state_dict": state,
+        "callbacks": {
+            ModelCheckpoint: {
+                "best_model_score": torch.tensor(0.5),
+                "best": np.float64(0.1),
+                "dirpath": "/x",
+            }
+        },
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}],
+        "hparams_name": "kwargs",
+        "hyper_parameters": AttributeDict(
+            config=DictConfig(),
+            sizes=listed,
+            mode=Mode.MIN,
+            path=pathlib.PurePosixPath("/a/b"),
+            dtype=torch.float32,
+            shape=torch.Size([1, 2]),
+            device=torch.device("cpu"),
+            array=np.arange(3),
+            names={"a", "b"},
+            when=datetime.datetime(2023, 6, 1),
+            options=argparse.Namespace(lr=1),
+            counts=collections.defaultdict(list, a=[1]),
+            cls=torch.optim.AdamW,
+            complex=1 + 2j,
+        ),
+    }
 
 
 @both_formats
@@ -178,19 +248,36 @@ print((peak() - before) / own, own)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name, dtype", [("zip.ckpt", "float32"), ("older.ckpt", "float32"), ("w.safetensors", "float32"),
-                                         ("zip.ckpt", "bfloat16")])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("zip.ckpt", "float32"),
+        ("older.ckpt", "float32"),
+        ("w.safetensors", "float32"),
+        ("zip.ckpt", "bfloat16"),
+    ],
+)
 def test_loading_needs_the_networks_own_memory(tmp_path, name, dtype):
     """376 MB of weights, among 376 MB that a trainer left: at most a tenth more than what is kept, whatever the file is."""
-    model = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 3) if i % 2 else torch.nn.Linear(1536, 1536) for i in range(40)])
+    model = torch.nn.Sequential(
+        *[torch.nn.Conv2d(512, 512, 3) if i % 2 else torch.nn.Linear(1536, 1536) for i in range(40)]
+    )
     state = model.state_dict()
     if name.endswith("safetensors"):
         checkpoints.save_tensors(tmp_path / name, state)
     else:
         other = {"state": {i: torch.zeros_like(v) for i, v in enumerate(state.values())}}
-        save({"optimizer_states": [other], "state_dict": state}, tmp_path / name, name.startswith("zip"))
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / name, dtype], capture_output=True, text=True,
-                          cwd=pathlib.Path(checkpoints.__file__).parent)
+        save(
+            {"optimizer_states": [other], "state_dict": state},
+            tmp_path / name,
+            name.startswith("zip"),
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / name, dtype],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(checkpoints.__file__).parent,
+    )
     ratio, own = map(float, done.stdout.split())
     assert own > (1.5e8 if dtype == "bfloat16" else 3e8) and 0.9 < ratio <= 1.1, done.stderr
 
@@ -198,8 +285,19 @@ def test_loading_needs_the_networks_own_memory(tmp_path, name, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # what does not
 
+
 @pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04 cut short", pickle.dumps({"state_dict": {}}), b"\x80\x02]."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"not a checkpoint",
+        b"PK\x03\x04 cut short",
+        pickle.dumps({"state_dict": {}}),
+        b"\x80\x02].",
+    ],
+)
 def test_unreadable_checkpoint_is_one_line(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -220,14 +318,34 @@ def test_a_cut_file_is_refused(tmp_path, zipped):
 
 
 @both_formats
-@pytest.mark.parametrize("offset, size, stride", [(0, (3000,), (2,)), (1, (3000,), (1,)), (-1, (5,), (1,)), (0, (5,), (-1,)),
-                                                  (2 ** 62, (5,), (1,)), (0, (2 ** 40,), (0,)), (0, (5, 5), (1,))])
-def test_a_tensor_that_reaches_outside_its_storage_is_refused(tmp_path, zipped, offset, size, stride):
+@pytest.mark.parametrize(
+    "offset, size, stride",
+    [
+        (0, (3000,), (2,)),
+        (1, (3000,), (1,)),
+        (-1, (5,), (1,)),
+        (0, (5,), (-1,)),
+        (2**62, (5,), (1,)),
+        (0, (2**40,), (0,)),
+        (0, (5, 5), (1,)),
+    ],
+)
+def test_a_tensor_that_reaches_outside_its_storage_is_refused(
+    tmp_path, zipped, offset, size, stride
+):
     class Liar:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (torch.zeros(3000)._typed_storage(), offset, size, stride, False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                torch.zeros(3000)._typed_storage(),
+                offset,
+                size,
+                stride,
+                False,
+                collections.OrderedDict(),
+            )
+
     save({"state_dict": {"a": Liar()}}, tmp_path / "m.ckpt", zipped)
-    if size == (2 ** 40,):                                  # an expanded number is no lie, and costs nothing
+    if size == (2**40,):  # an expanded number is no lie, and costs nothing
         assert Checkpoint(tmp_path / "m.ckpt")["a"].shape == size
         return
     with pytest.raises(CheckpointError, match="m.ckpt"):
@@ -243,7 +361,6 @@ class Call:
     def __reduce__(self):
         return self.call
 
-
     def __call__(self):
         """Only so that a call may be the function of another."""
 
@@ -254,19 +371,27 @@ def inner(folder):
     return folder / "inner.pt"
 
 
-ATTACKS = {                                                 # each leaves a file named `sprung` when the pickle is run
+ATTACKS = {  # each leaves a file named `sprung` when the pickle is run
     "os.system": lambda d: Call(os.system, f"touch {d}/sprung"),
     "eval": lambda d: Call(eval, f"__import__('os').system('touch {d}/sprung')"),
     "exec": lambda d: Call(exec, f"open('{d}/sprung', 'w').close()"),
     "open": lambda d: Call(open, f"{d}/sprung", "w"),
     "subprocess": lambda d: Call(subprocess.call, ["touch", f"{d}/sprung"]),
-    "runpy": lambda d: Call(runpy.run_path, (d / "x.py").write_text(f"open('{d}/sprung', 'w')") and str(d / "x.py")),
+    "runpy": lambda d: Call(
+        runpy.run_path, (d / "x.py").write_text(f"open('{d}/sprung', 'w')") and str(d / "x.py")
+    ),
     "torch.load": lambda d: Call(functools.partial(torch.load, weights_only=False), str(inner(d))),
     "torch's storages": lambda d: Call(torch.storage._load_from_bytes, inner(d).read_bytes()),
-    "pickle.loads": lambda d: Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {d}/sprung"))),
-    "nested reduce": lambda d: Call(Call(getattr, Call(importlib.import_module, "os"), "system"), f"touch {d}/sprung"),
+    "pickle.loads": lambda d: Call(
+        pickle.loads, pickle.dumps(Call(os.system, f"touch {d}/sprung"))
+    ),
+    "nested reduce": lambda d: Call(
+        Call(getattr, Call(importlib.import_module, "os"), "system"), f"touch {d}/sprung"
+    ),
     "partial": lambda d: Call(functools.partial(os.system, f"touch {d}/sprung")),
-    "methodcaller": lambda d: Call(operator.methodcaller("system", f"touch {d}/sprung"), Call(importlib.import_module, "os")),
+    "methodcaller": lambda d: Call(
+        operator.methodcaller("system", f"touch {d}/sprung"), Call(importlib.import_module, "os")
+    ),
     "map": lambda d: Call(list, Call(map, os.system, [f"touch {d}/sprung"])),
 }
 
@@ -277,12 +402,20 @@ ATTACKS = {                                                 # each leaves a file
 def test_attacks_are_refused_and_run_nothing(tmp_path, name, place, zipped):
     weights = {"a": torch.ones(3)}
     attack = ATTACKS[name](tmp_path)
-    content = {"state_dict": {**weights, "b": attack}} if place == "state_dict" else {"state_dict": weights, "callbacks": {"c": [attack]}}
+    content = (
+        {"state_dict": {**weights, "b": attack}}
+        if place == "state_dict"
+        else {"state_dict": weights, "callbacks": {"c": [attack]}}
+    )
     save(content, tmp_path / "trap.ckpt", zipped)
     with pytest.raises(CheckpointError) as e:
         Checkpoint(tmp_path / "trap.ckpt")
     assert not (tmp_path / "sprung").exists()
-    assert "trap.ckpt: not opened" in str(e.value) and "which no weights need" in str(e.value) and "\n" not in str(e.value)
+    assert (
+        "trap.ckpt: not opened" in str(e.value)
+        and "which no weights need" in str(e.value)
+        and "\n" not in str(e.value)
+    )
     torch.load(tmp_path / "trap.ckpt", weights_only=False)  # the attack is a real one
     assert (tmp_path / "sprung").exists()
 
@@ -293,6 +426,7 @@ def test_a_foreign_function_is_not_called(tmp_path):
 
     def boom(*args):
         called.append(args)
+
     foreign_module("foreign_package.inner", boom=boom)
     try:
         save({"state_dict": {"a": torch.ones(3)}, "other": Call(boom, 1)}, tmp_path / "f.ckpt")
@@ -303,7 +437,12 @@ def test_a_foreign_function_is_not_called(tmp_path):
         del sys.modules["foreign_package"], sys.modules["foreign_package.inner"]
 
 
-MACHINE = b"ccheckpoints\nUnpickler\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n"
+MACHINE = (
+    b"ccheckpoints\nUnpickler\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch\nFloatStorage\n",
+)
 STATES = b"(dX\x0a\x00\x00\x00find_classK\x01s", b"(N(dX\x0a\x00\x00\x00find_classK\x01st"
 
 
@@ -312,11 +451,18 @@ STATES = b"(dX\x0a\x00\x00\x00find_classK\x01s", b"(N(dX\x0a\x00\x00\x00find_cla
 @pytest.mark.parametrize("build", [b"b", b"s", b"a"])
 def test_the_machine_itself_cannot_be_changed(tmp_path, target, state, build):
     """BUILD, SETITEM and APPEND on what a name stands for, rather than on an object made of it."""
-    kept = {c: dict(vars(c)) for c in (checkpoints.Unpickler, checkpoints.Described, checkpoints.Dict, checkpoints.Inert)}
-    (tmp_path / "m.ckpt").write_bytes(b"\x80\x02" + target + state + (b"K\x01" if build == b"s" else b"") + build + b".")
+    kept = {
+        c: dict(vars(c))
+        for c in (checkpoints.Unpickler, checkpoints.Described, checkpoints.Dict, checkpoints.Inert)
+    }
+    (tmp_path / "m.ckpt").write_bytes(
+        b"\x80\x02" + target + state + (b"K\x01" if build == b"s" else b"") + build + b"."
+    )
     with pytest.raises(CheckpointError):
         Checkpoint(tmp_path / "m.ckpt")
-    assert kept == {c: dict(vars(c)) for c in kept} and not hasattr(collections.OrderedDict, "find_class")
+    assert kept == {c: dict(vars(c)) for c in kept} and not hasattr(
+        collections.OrderedDict, "find_class"
+    )
 
 
 def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(tmp_path):
@@ -334,19 +480,32 @@ def test_convert(tmp_path, capsys, dtype, share):
     (tmp_path / "in").mkdir()
     checkpoints.save_model(tmp_path / "in" / "align.safetensors", model, asdict(MINI_CLASSIFIER))
     size = (tmp_path / "in" / "align.safetensors").stat().st_size
-    save({"state_dict": {"module." + k: v for k, v in model.state_dict().items()}, "optimizer_states": [torch.zeros(10 ** 6)]},
-         tmp_path / "in" / "ldm_epoch240.ckpt")
+    save(
+        {
+            "state_dict": {"module." + k: v for k, v in model.state_dict().items()},
+            "optimizer_states": [torch.zeros(10**6)],
+        },
+        tmp_path / "in" / "ldm_epoch240.ckpt",
+    )
     ldm.main(["--convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", dtype])
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["align.safetensors", "ldm.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "align.safetensors",
+        "ldm.safetensors",
+    ]
     assert capsys.readouterr().out.count("MB") == 4
     loaded = ldm.Alignment.load(tmp_path / "out" / "align.safetensors")
     assert loaded.config == MINI_CLASSIFIER
     for name in ("align", "ldm"):
         path = tmp_path / "out" / f"{name}.safetensors"
-        assert path.stat().st_mode & 0o044 == (tmp_path / "in").stat().st_mode & 0o044 and path.stat().st_size < (share + 0.1) * size
+        assert (
+            path.stat().st_mode & 0o044 == (tmp_path / "in").stat().st_mode & 0o044
+            and path.stat().st_size < (share + 0.1) * size
+        )
         for key, value in model.state_dict().items():
             kept = value.to(getattr(torch, dtype)) if value.ndim >= 2 else value
-            assert torch.equal(Checkpoint(path)[key], kept) and torch.equal(loaded.state_dict()[key], kept.float())
+            assert torch.equal(Checkpoint(path)[key], kept) and torch.equal(
+                loaded.state_dict()[key], kept.float()
+            )
 
 
 def test_convert_says_what_is_wrong(tmp_path):

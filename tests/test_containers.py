@@ -42,7 +42,9 @@ def picture(path):
 def dubbed(source, tmp_path, start=0.0, duration=None, suffix=None, **options):
     """The source with silence, as `write_video` makes it."""
     out = tmp_path / f"out{suffix or media.output_suffix(source)}"
-    media.write_video(source, torch.zeros(160000), out, {"comment": "ours"}, start, duration, **options)
+    media.write_video(
+        source, torch.zeros(160000), out, {"comment": "ours"}, start, duration, **options
+    )
     return out
 
 
@@ -52,7 +54,18 @@ def display_times(path):
         return [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
 
 
-def encode(path, frames, codec="libx264", muxer=None, rate=25, size=(64, 48), options=None, prepare=None, wav=None, noise=0):
+def encode(
+    path,
+    frames,
+    codec="libx264",
+    muxer=None,
+    rate=25,
+    size=(64, 48),
+    options=None,
+    prepare=None,
+    wav=None,
+    noise=0,
+):
     """A file of grey frames, with noise, encoded at a constant rate; `prepare` may set up the stream. Sound at 48 kHz as MP2."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", format=muxer) as file:
@@ -62,7 +75,9 @@ def encode(path, frames, codec="libx264", muxer=None, rate=25, size=(64, 48), op
             prepare(stream)
         if wav is not None:
             sound = file.add_stream("mp2", rate=48000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.round(32767 * wav[None]).astype("<i2"), format="s16", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.round(32767 * wav[None]).astype("<i2"), format="s16", layout="mono"
+            )
             frame.sample_rate, frame.time_base, frame.pts = 48000, Fraction(1, 48000), 0
             file.mux(sound.encode(frame))
             file.mux(sound.encode(None))
@@ -104,7 +119,11 @@ def with_streams(path, source, add):
     ],
 )
 def test_streams_without_display_times(tmp_path, suffix, muxer, codec):
-    options = {"x265-params": "log-level=none:bframes=2"} if codec == "libx265" else {"bf": "2", "g": "12"}
+    options = (
+        {"x265-params": "log-level=none:bframes=2"}
+        if codec == "libx265"
+        else {"bf": "2", "g": "12"}
+    )
     source = encode(tmp_path / f"a{suffix}", 75, codec, muxer, options=options)
     info = media.probe(source)
     assert info.frames == 75 and info.duration == pytest.approx(3.0, abs=0.002)
@@ -117,12 +136,16 @@ def test_streams_without_display_times(tmp_path, suffix, muxer, codec):
 
 @pytest.mark.parametrize("suffix, muxer", [(".mpg", "mpeg"), (".ts", "mpegts")])
 def test_a_clock_that_starts_over(tmp_path, suffix, muxer):
-    part = encode(tmp_path / f"part{suffix}", 75, "mpeg2video", muxer, wav=clicks(3, [1.0], 48000), noise=20)
+    part = encode(
+        tmp_path / f"part{suffix}", 75, "mpeg2video", muxer, wav=clicks(3, [1.0], 48000), noise=20
+    )
     joined = tmp_path / f"joined{suffix}"
     joined.write_bytes(part.read_bytes() * 2)
     with pytest.warns(UserWarning, match="clock starts over"):
         info = media.probe(joined)
-    assert info.frames == 150 and info.duration == pytest.approx(6.0, abs=0.1)      # sound may end later than the picture
+    assert info.frames == 150 and info.duration == pytest.approx(
+        6.0, abs=0.1
+    )  # sound may end later than the picture
     shown = list(ffmpeg.frames_from(joined, 0.0))
     assert np.diff([moment for moment, _ in shown]).min() > 0.03
     levels = np.array([frame.to_ndarray(format="gray").mean() for _, frame in shown])
@@ -154,14 +177,20 @@ def test_pixels_that_are_not_square(tmp_path, suffix, cut):
 
 def test_an_aspect_that_only_the_container_knows(tmp_path):
     source = encode(tmp_path / "a.mkv", 25, "libvpx", prepare=anamorphic)
-    wide = dubbed(encode(tmp_path / "a.mp4", 25, "libvpx-vp9", prepare=anamorphic), tmp_path, suffix=".webm")
-    assert picture(source)["aspect"] in (1, None), "then VP8 says it itself and this test proves nothing"
+    wide = dubbed(
+        encode(tmp_path / "a.mp4", 25, "libvpx-vp9", prepare=anamorphic), tmp_path, suffix=".webm"
+    )
+    assert picture(source)["aspect"] in (1, None), (
+        "then VP8 says it itself and this test proves nothing"
+    )
     assert picture(wide)["aspect"] == pytest.approx(Fraction(4, 3), rel=0.01)
     assert np.abs(seen(media.read_frames(wide, 25, 16)) - [grey(k) for k in range(25)]).max() < 8
 
 
 @SAID
-@pytest.mark.parametrize("suffix, codec", [(".webm", "libvpx-vp9"), (".mkv", "libx264"), (".mp4", "libx264")])
+@pytest.mark.parametrize(
+    "suffix, codec", [(".webm", "libvpx-vp9"), (".mkv", "libx264"), (".mp4", "libx264")]
+)
 @pytest.mark.parametrize("rate", [30, 50])
 def test_frame_rate_of_a_cut(tmp_path, suffix, codec, rate):
     source = encode(tmp_path / f"a{suffix}", 2 * rate, codec, rate=rate)
@@ -172,7 +201,13 @@ def test_frame_rate_of_a_cut(tmp_path, suffix, codec, rate):
 def test_the_codecs_four_letters(tmp_path):
     quiet = {"x265-params": "log-level=none"}
     for tag in ("hvc1", "hev1"):
-        source = encode(tmp_path / f"{tag}.mp4", 10, "libx265", options=quiet, prepare=lambda s, t=tag: setattr(s, "codec_tag", t))
+        source = encode(
+            tmp_path / f"{tag}.mp4",
+            10,
+            "libx265",
+            options=quiet,
+            prepare=lambda s, t=tag: setattr(s, "codec_tag", t),
+        )
         assert picture(source)["tag"] == tag
         for suffix in (".mp4", ".mov"):
             assert picture(dubbed(source, tmp_path, suffix=suffix))["tag"] == "hvc1"
@@ -182,6 +217,7 @@ def test_the_codecs_four_letters(tmp_path):
     def prores(stream):
         stream.pix_fmt = "yuva444p10le"
         stream.codec_context.codec_tag = "ap4h"
+
     source = encode(tmp_path / "a.mov", 5, "prores_ks", options={"profile": "4444"}, prepare=prores)
     assert picture(source)["tag"] == picture(dubbed(source, tmp_path))["tag"] == "ap4h"
 
@@ -191,23 +227,35 @@ def test_time_code(tmp_path):
     def dnxhr(stream):
         stream.pix_fmt = "yuv422p"
         stream.metadata["timecode"] = "10:00:00:00"
-    source = encode(tmp_path / "a.mov", 50, "dnxhd", size=(256, 144), options={"profile": "dnxhr_sq"}, prepare=dnxhr)
+
+    source = encode(
+        tmp_path / "a.mov",
+        50,
+        "dnxhd",
+        size=(256, 144),
+        options={"profile": "dnxhr_sq"},
+        prepare=dnxhr,
+    )
     assert picture(source)["timecode"] == "10:00:00:00"
     assert picture(dubbed(source, tmp_path))["timecode"] == "10:00:00:00"
     assert picture(dubbed(source, tmp_path, 0.6, 1.0))["timecode"] == "10:00:00:15"
-    h264 = encode(tmp_path / "b.mp4", 50, prepare=lambda s: s.metadata.update(timecode="00:59:59:24"))
+    h264 = encode(
+        tmp_path / "b.mp4", 50, prepare=lambda s: s.metadata.update(timecode="00:59:59:24")
+    )
     for suffix in (".mp4", ".mov", ".mkv"):
         assert picture(dubbed(h264, tmp_path, suffix=suffix))["timecode"] == "00:59:59:24"
-        assert picture(dubbed(h264, tmp_path, 0.04, 1.0, suffix=suffix))["timecode"] == "01:00:00:00"
+        assert (
+            picture(dubbed(h264, tmp_path, 0.04, 1.0, suffix=suffix))["timecode"] == "01:00:00:00"
+        )
 
 
 def test_later_time_codes():
     later = mux.later_timecode
     ntsc = Fraction(30000, 1001)
     assert later("23:59:59:24", 0.04, Fraction(25)) == "00:00:00:00"
-    assert later("00:00:59;29", 1001 / 30000, ntsc) == "00:01:00;02"         # 0 and 1 are dropped
-    assert later("00:09:59;29", 1001 / 30000, ntsc) == "00:10:00;00"         # but for every tenth minute
-    assert later("00:00:00;00", 3600, ntsc) == "01:00:00;00"                 # so that it keeps to the clock
+    assert later("00:00:59;29", 1001 / 30000, ntsc) == "00:01:00;02"  # 0 and 1 are dropped
+    assert later("00:09:59;29", 1001 / 30000, ntsc) == "00:10:00;00"  # but for every tenth minute
+    assert later("00:00:00;00", 3600, ntsc) == "01:00:00;00"  # so that it keeps to the clock
     assert later("00:00:59;59", 1001 / 60000, 2 * ntsc) == "00:01:00;04"
     assert later("01:00:00:00", 2.0, Fraction(24000, 1001)) == "01:00:02:00"
     assert later("nonsense", 2.0, Fraction(25)) == "nonsense"
@@ -235,10 +283,12 @@ JPEG = dict(color_primaries=1, color_trc=1, colorspace=5, color_range=2)
 def test_colours_of_a_cut(tmp_path, suffix, codec, pixels, colours, kept):
     """The planes' own numbers come out again, and what they mean: no conversion, so no 601 for 709, no flattening."""
     source = tmp_path / f"a{suffix}"
-    values = (90, 160, 110)                                              # Y, Cb, Cr at 8 bit
+    values = (90, 160, 110)  # Y, Cb, Cr at 8 bit
     deep = "10" in pixels
     with av.open(str(source), "w") as file:
-        options = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(codec, {"crf": "4"})
+        options = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(
+            codec, {"crf": "4"}
+        )
         stream = file.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 128, 96, pixels
         for name, value in colours.items():
@@ -246,7 +296,11 @@ def test_colours_of_a_cut(tmp_path, suffix, codec, pixels, colours, kept):
         for k in range(50):
             frame = av.VideoFrame(128, 96, pixels)
             for plane, value in zip(frame.planes, values):
-                samples = np.full(plane.buffer_size // (2 if deep else 1), value * (4 if deep else 1), "<u2" if deep else "u1")
+                samples = np.full(
+                    plane.buffer_size // (2 if deep else 1),
+                    value * (4 if deep else 1),
+                    "<u2" if deep else "u1",
+                )
                 plane.update(samples.tobytes())
             for name, code in colours.items():
                 setattr(frame, name, code)
@@ -306,10 +360,14 @@ def test_what_no_container_of_ours_holds_is_encoded_and_said(tmp_path, suffix, c
 def gops(tmp_path_factory):
     """Six seconds, a key frame each second, nothing predicted across it."""
     path = tmp_path_factory.mktemp("gops") / "gops.mp4"
-    return encode(path, 150, options={"x264-params": "keyint=25:min-keyint=25:scenecut=0:bframes=2"})
+    return encode(
+        path, 150, options={"x264-params": "keyint=25:min-keyint=25:scenecut=0:bframes=2"}
+    )
 
 
-@pytest.mark.parametrize("start, duration", [(1.0, 2.0), (1.012, 2.0), (3.0, None), (0.0, 4.0), (2.0, 1.008)])
+@pytest.mark.parametrize(
+    "start, duration", [(1.0, 2.0), (1.012, 2.0), (3.0, None), (0.0, 4.0), (2.0, 1.008)]
+)
 def test_a_cut_at_key_frames_is_copied_and_said(tmp_path, gops, start, duration):
     with pytest.warns(UserWarning, match="key frames; its picture is copied"):
         out = dubbed(gops, tmp_path, start, duration)
@@ -321,8 +379,13 @@ def test_a_cut_at_key_frames_is_copied_and_said(tmp_path, gops, start, duration)
     with av.open(str(out)) as file:
         stream = file.streams.video[0]
         assert float(stream.duration * stream.time_base) == pytest.approx(seconds, abs=0.02)
-    assert np.abs(seen(media.read_frames(out, 25, 16, 0.02, seconds - 0.1)) - [
-        grey(25 * first + k) for k in range(math.ceil((seconds - 0.1) * 25))]).max() < 8
+    assert (
+        np.abs(
+            seen(media.read_frames(out, 25, 16, 0.02, seconds - 0.1))
+            - [grey(25 * first + k) for k in range(math.ceil((seconds - 0.1) * 25))]
+        ).max()
+        < 8
+    )
 
 
 def test_any_other_cut_is_encoded_and_said(tmp_path, gops):
@@ -333,11 +396,17 @@ def test_any_other_cut_is_encoded_and_said(tmp_path, gops):
 
 
 def test_a_cut_that_others_are_predicted_across_is_encoded(tmp_path):
-    source = encode(tmp_path / "a.mp4", 150, options={"x264-params": "keyint=25:min-keyint=25:scenecut=0:open-gop=1:bframes=2"})
+    source = encode(
+        tmp_path / "a.mp4",
+        150,
+        options={"x264-params": "keyint=25:min-keyint=25:scenecut=0:open-gop=1:bframes=2"},
+    )
     assert sum(key for _, _, key in packets(source)) > 3
     with pytest.warns(UserWarning, match="encoded anew"):
         out = dubbed(source, tmp_path, 1.0, 2.0)
-    assert np.abs(seen(media.read_frames(out, 25, 16)) - [grey(25 + k) for k in range(50)]).max() < 8
+    assert (
+        np.abs(seen(media.read_frames(out, 25, 16)) - [grey(25 + k) for k in range(50)]).max() < 8
+    )
 
 
 # ---- other streams -----------------------------------------------------------------------------
@@ -348,13 +417,24 @@ def film(path, subtitles="subrip", tracks=2):
     source = make(path.with_name("plain.mp4"), steady(25, 3), wav=clicks(3, [1.0]), sound="aac")
 
     def add(container):
-        container.set_chapters([
-            {"id": k, "start": 1500 * k, "end": 1500 * (k + 1), "time_base": Fraction(1, 1000), "metadata": {"title": title}}
-            for k, title in enumerate(("One", "Two"))])
+        container.set_chapters(
+            [
+                {
+                    "id": k,
+                    "start": 1500 * k,
+                    "end": 1500 * (k + 1),
+                    "time_base": Fraction(1, 1000),
+                    "metadata": {"title": title},
+                }
+                for k, title in enumerate(("One", "Two"))
+            ]
+        )
         packets = []
         for _ in range(tracks - 1):
             sound = container.add_stream("aac", rate=16000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 48000), np.float32), format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 0
             packets.append((sound, frame))
         if subtitles:
@@ -364,16 +444,23 @@ def film(path, subtitles="subrip", tracks=2):
             text.stream, text.time_base = words, Fraction(1, 1000)
             text.pts = text.dts = 500
             text.duration = 1000
-        coded = [packet for sound, frame in packets for packet in (*sound.encode(frame), *sound.encode(None))]
+        coded = [
+            packet
+            for sound, frame in packets
+            for packet in (*sound.encode(frame), *sound.encode(None))
+        ]
         if path.suffix == ".mkv":
             container.add_attachment("font.ttf", "application/x-truetype-font", b"\0" * 3000)
         return [*coded, *([text] if subtitles else [])]
+
     return with_streams(path, source, add)
 
 
 def streams(path):
     with av.open(str(path)) as file:
-        return [stream.type for stream in file.streams], [c["metadata"].get("title") for c in file.chapters()]
+        return [stream.type for stream in file.streams], [
+            c["metadata"].get("title") for c in file.chapters()
+        ]
 
 
 @pytest.mark.parametrize("suffix, words", [(".mkv", "subrip"), (".mp4", "mov_text")])
@@ -386,14 +473,20 @@ def test_subtitles_chapters_and_attachments(tmp_path, suffix, words):
     assert ("attachment" in kinds) == (suffix == ".mkv")
     with av.open(str(out)) as file:
         stream = file.streams.subtitles[0]
-        words = [p for p in file.demux(stream) if p.size > 2]             # mp4 fills the time before with empty ones
+        words = [
+            p for p in file.demux(stream) if p.size > 2
+        ]  # mp4 fills the time before with empty ones
         assert [float(p.pts * p.time_base) for p in words][0] == pytest.approx(0.5, abs=0.03)
     kept = dubbed(source, tmp_path, keep_tracks=True)
     with av.open(str(kept)) as file:
         assert len(file.streams.audio) == 3
         best = file.streams.best("audio")
-        assert best.index == file.streams.audio[0].index and best.rate == 16000      # ours is what plays
-        assert all(not s.disposition & av.stream.Disposition.default for s in file.streams.audio[1:])
+        assert (
+            best.index == file.streams.audio[0].index and best.rate == 16000
+        )  # ours is what plays
+        assert all(
+            not s.disposition & av.stream.Disposition.default for s in file.streams.audio[1:]
+        )
 
 
 @SAID
@@ -402,16 +495,20 @@ def test_they_move_with_a_cut(tmp_path):
     out = dubbed(source, tmp_path, 0.7, 2.0)
     with av.open(str(out)) as file:
         text = next(p for p in file.demux(file.streams.subtitles[0]) if p.size)
-        assert float(text.pts * text.time_base) == pytest.approx(0, abs=0.02)        # shown since 0.5, until 1.5
+        assert float(text.pts * text.time_base) == pytest.approx(
+            0, abs=0.02
+        )  # shown since 0.5, until 1.5
         assert float(text.duration * text.time_base) == pytest.approx(0.8, abs=0.03)
         ends = [float(c["end"] * c["time_base"]) for c in file.chapters()]
-    first = 1.5 - media.probe(source).start - 0.7                        # Matroska's clock begins with the sound
+    first = 1.5 - media.probe(source).start - 0.7  # Matroska's clock begins with the sound
     assert ends == pytest.approx([first, 2.0], abs=0.03)
 
 
 def test_what_a_container_cannot_take_is_named(tmp_path):
     source = film(tmp_path / "film.mkv", tracks=1)
-    with pytest.warns(UserWarning, match=r"not kept in \.mp4: .*subtitles \(srt, deu\).*attachment \(font.ttf"):
+    with pytest.warns(
+        UserWarning, match=r"not kept in \.mp4: .*subtitles \(srt, deu\).*attachment \(font.ttf"
+    ):
         out = dubbed(source, tmp_path, suffix=".mp4")
     assert streams(out)[0].count("subtitle") == 0
 
@@ -419,8 +516,15 @@ def test_what_a_container_cannot_take_is_named(tmp_path):
 def test_cover_art(tmp_path):
     plain = make(tmp_path / "plain.mp4", steady(25, 1))
     context = av.CodecContext.create("mjpeg", "w")
-    context.width, context.height, context.pix_fmt, context.time_base = 32, 32, "yuvj420p", Fraction(1, 25)
-    frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 200, np.uint8)).reformat(format="yuvj420p")
+    context.width, context.height, context.pix_fmt, context.time_base = (
+        32,
+        32,
+        "yuvj420p",
+        Fraction(1, 25),
+    )
+    frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 200, np.uint8)).reformat(
+        format="yuvj420p"
+    )
     frame.pts = 0
     jpeg = bytes((context.encode(frame) or context.encode(None))[0])
 
@@ -431,10 +535,13 @@ def test_cover_art(tmp_path):
         packet.stream, packet.time_base = cover, TICK
         packet.pts = packet.dts = 0
         return [packet]
+
     source = with_streams(tmp_path / "a.mp4", plain, add)
     for suffix in (".mp4", ".mkv"):
         with av.open(str(dubbed(source, tmp_path, suffix=suffix))) as file:
-            covers = [s for s in file.streams.video if s.disposition & av.stream.Disposition.attached_pic]
+            covers = [
+                s for s in file.streams.video if s.disposition & av.stream.Disposition.attached_pic
+            ]
             assert [bytes(p) for p in file.demux(covers) if p.size] == [jpeg]
 
 
@@ -489,7 +596,7 @@ def test_eight_channels_are_read(tmp_path, suffix, codec, capsys):
     clip = tone(8, "7.1", 2, tmp_path / f"a{suffix}", codec)
     rms = media.read_audio(clip)[4000:12000].square().mean().sqrt().item()
     assert rms == pytest.approx(0.3 / 2, rel=0.1)
-    assert sample.main(["--verify", str(clip)]) == 3                      # once a segmentation fault
+    assert sample.main(["--verify", str(clip)]) == 3  # once a segmentation fault
     assert "not known as ours" in capsys.readouterr().out
 
 
@@ -507,7 +614,7 @@ def test_numbers_that_are_none(tmp_path, suffix, bad):
     with pytest.warns(UserWarning, match="96 samples of its sound are no numbers"):
         wav = media.read_audio(clip)
     assert wav.isfinite().all() and wav.abs().max() < 0.33
-    assert wav[8002:8014].abs().max() < 0.1                               # silence there, a millisecond of it
+    assert wav[8002:8014].abs().max() < 0.1  # silence there, a millisecond of it
     assert wav[2000:7900].square().mean().sqrt() == pytest.approx(0.3 / math.sqrt(2), rel=0.01)
 
 
@@ -530,25 +637,36 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
         (folder / name).write_bytes(clip.read_bytes())
     encode(folder / "g.264", 25, muxer="h264")
     av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8)).save(str(folder / "still.png"))
-    (folder / "notes.nfo").write_text("not a film\n" * 50)                # FFmpeg has a reader for text art
+    (folder / "notes.nfo").write_text("not a film\n" * 50)  # FFmpeg has a reader for text art
     (folder / "labels.json").write_text("{}")
     (folder / "own.foley.mp4").write_bytes(clip.read_bytes())
     (folder / ".hidden.mp4").write_bytes(clip.read_bytes())
     data.write_wav(folder / "sound.wav", torch.zeros(16000))
-    os.symlink(folder, folder / "deep" / "round")                         # a loop
+    os.symlink(folder, folder / "deep" / "round")  # a loop
     (tmp_path / "linked").mkdir()
     os.symlink(folder, tmp_path / "linked" / "inside")
     found = sorted(p.relative_to(folder).as_posix() for p in media.find_videos([folder]))
     assert found == sorted([*names, "g.264"])
     assert len(media.find_videos([tmp_path / "linked"])) == len(names) + 1
-    assert [p.name for p in media.search(folder)[1]] == ["labels.json", "notes.nfo", "sound.wav", "still.png"]
+    assert [p.name for p in media.search(folder)[1]] == [
+        "labels.json",
+        "notes.nfo",
+        "sound.wav",
+        "still.png",
+    ]
     jobs = sample.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
     said = capsys.readouterr().err
-    assert len(jobs) == len(names) + 1 and all(f"{name}: no video" in said for name in ("notes.nfo", "still.png", "sound.wav"))
+    assert len(jobs) == len(names) + 1 and all(
+        f"{name}: no video" in said for name in ("notes.nfo", "still.png", "sound.wav")
+    )
     report = data.prepare(folder, tmp_path / "set")
     assert report.clips == len(names)
     assert sorted((name, reason) for name, reason, _ in report.left_out) == [
-        ("g.264", "no sound track"), ("notes.nfo", "not a video"), ("sound.wav", "not a video"), ("still.png", "not a video")]
+        ("g.264", "no sound track"),
+        ("notes.nfo", "not a video"),
+        ("sound.wav", "not a video"),
+        ("still.png", "not a video"),
+    ]
 
 
 # ---- a decoder that dies -----------------------------------------------------------------------
@@ -577,10 +695,17 @@ def test_a_dead_decoder_ends_one_input_with_one_line(tmp_path, deadly, capsys):
         make(tmp_path / name, steady(25, 1), wav=clicks(1, [0.5]))
     assert sample.main([str(tmp_path), "--steps", "1", "--cg", "0"]) == 1
     said = capsys.readouterr()
-    assert "deadly.mp4: FFmpeg crashed on this file (SIGSEGV)" in said.err and len(said.err.strip().splitlines()) == 1
+    assert (
+        "deadly.mp4: FFmpeg crashed on this file (SIGSEGV)" in said.err
+        and len(said.err.strip().splitlines()) == 1
+    )
     assert sorted(p.name for p in tmp_path.glob("*.foley.*")) == [
-        "a.foley.mp4", "a.foley.wav", "z.foley.mp4", "z.foley.wav"]
-    assert len(list(tmp_path.iterdir())) == 7                             # nothing half-written beside them
+        "a.foley.mp4",
+        "a.foley.wav",
+        "z.foley.mp4",
+        "z.foley.wav",
+    ]
+    assert len(list(tmp_path.iterdir())) == 7  # nothing half-written beside them
 
 
 def test_errors_warnings_and_arrays_come_back(tmp_path):
@@ -591,7 +716,11 @@ def test_errors_warnings_and_arrays_come_back(tmp_path):
     assert caught.value.kind == "TypeError"
     assert isolation.call("common.ffmpeg", "frame_count", 2.0, 4) == 8
     buffer = io.BytesIO()
-    sent = {"x": np.arange(6, dtype=np.int16).reshape(2, 3), "y": [np.zeros((0, 3)), 1, None], "path": Path("a")}
+    sent = {
+        "x": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "y": [np.zeros((0, 3)), 1, None],
+        "path": Path("a"),
+    }
     isolation.send(buffer, sent)
     buffer.seek(0)
     got = isolation.receive(buffer)
@@ -606,13 +735,17 @@ def test_an_interrupted_call_leaves_no_child_behind(monkeypatch):
 
     def interrupted(stream):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(isolation, "receive", interrupted)
         isolation.call("common.ffmpeg", "frame_count", 2.0, 4)
     assert child.poll() == -signal.SIGKILL
-    assert isolation.call("common.ffmpeg", "frame_count", 2.0, 4) == 8    # another one
+    assert isolation.call("common.ffmpeg", "frame_count", 2.0, 4) == 8  # another one
 
 
 def test_the_child_starts_without_torch():
     code = f"{isolation.COMMAND.rsplit('; ', 2)[0]}\nimport sys, common.ffmpeg, common.mux, compat.demo_frames\nprint('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )

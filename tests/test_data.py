@@ -1,4 +1,5 @@
 """data.py: mel and its inverse against goldens and by ear's measures; prepared sets, how they are made, broken, read."""
+
 import atexit
 import dataclasses
 import gc
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 # ---- mel and vocoder -----------------------------------------------------------------------------------------------
 
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -45,7 +47,9 @@ def test_mel_equals_the_golden():
     mel = data.mel(golden["waveform"])
     assert mel.shape == (128, 512)
     assert relative(mel[:, ::4], golden["mel_every4"]) < 1e-4
-    assert relative(mel[:, -3:], golden["mel_last3"]) < 1e-4     # where reflection differs from zero padding
+    assert (
+        relative(mel[:, -3:], golden["mel_last3"]) < 1e-4
+    )  # where reflection differs from zero padding
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 513, 514, 5000, 131072])
@@ -60,7 +64,7 @@ def test_inverse_filterbank_meets_the_mel():
     mel = data.mel(load_file(GOLDEN)["waveform"])[None]
     back = data.mel_basis() @ data.mel_to_magnitude(mel)
     target = torch.where(mel > 0, 10 ** (5 * mel - 4), 0.0)
-    assert relative(back, target) < 0.002                        # librosa's solver leaves 0.049 here
+    assert relative(back, target) < 0.002  # librosa's solver leaves 0.049 here
 
 
 @pytest.mark.parametrize("hz", [250, 1000, 3000])
@@ -68,7 +72,11 @@ def test_a_tone_keeps_its_pitch(hz):
     tone = 0.5 * torch.sin(2 * torch.pi * hz * torch.arange(65536) / 16000)
     back = data.vocode(data.mel(tone))
     assert back.shape == tone.shape
-    peak = torch.fft.rfft(back * torch.hann_window(len(back))).abs().argmax().item() * 16000 / len(back)
+    peak = (
+        torch.fft.rfft(back * torch.hann_window(len(back))).abs().argmax().item()
+        * 16000
+        / len(back)
+    )
     assert abs(peak - hz) < max(0.005 * hz, 4)
     assert 0.5 < back.square().mean().sqrt() / tone.square().mean().sqrt() < 1.5
 
@@ -78,10 +86,12 @@ def test_vocoder_closes_the_circle_and_keeps_onsets():
     mel = data.mel(golden)
     assert (data.mel(data.vocode(mel)) - mel).abs().mean() < 0.03
     times = [0.5, 1.25, 2.0, 3.1]
-    noise = torch.randn(1600, generator=torch.Generator().manual_seed(0)) * torch.exp(-torch.arange(1600) / 300)
+    noise = torch.randn(1600, generator=torch.Generator().manual_seed(0)) * torch.exp(
+        -torch.arange(1600) / 300
+    )
     wav = torch.zeros(65536)
     for time in times:
-        wav[round(time * 16000):][:1600] += 0.3 * noise
+        wav[round(time * 16000) :][:1600] += 0.3 * noise
     back = data.vocode(data.mel(wav))
     assert np.abs(onsets(back) - times).max() < 0.016
 
@@ -91,14 +101,16 @@ def test_silence_stays_silence():
     mel[1, 40:50, 20:30] = 0.6
     back = data.vocode(mel)
     assert back[0].abs().max() == 0 and back[1].abs().max() > 0.001
-    assert back[1, 40 * 256:].abs().max() < 1e-6
+    assert back[1, 40 * 256 :].abs().max() < 1e-6
 
 
 def test_vocoder_does_not_depend_on_the_batch_but_on_the_seed():
     mel = torch.rand(3, 128, 48, generator=torch.Generator().manual_seed(5)) * 0.7
     alone, together = data.vocode(mel[2], seed=3), data.vocode(mel.view(3, 1, 128, 48), seed=3)
     assert together.shape == (3, 1, 48 * 256)
-    assert torch.allclose(alone, together[2, 0], atol=1e-5)         # a third of a 16-bit step: FFT libraries round by batch
+    assert torch.allclose(
+        alone, together[2, 0], atol=1e-5
+    )  # a third of a 16-bit step: FFT libraries round by batch
     assert not torch.allclose(alone, data.vocode(mel[2], seed=4), atol=1e-3)
     assert data.vocode(mel[0], iterations=2, length=5000).shape == (5000,)
     assert data.vocode(mel[0, :, :1], iterations=2).shape == (256,)
@@ -108,27 +120,39 @@ def textbook_griffin_lim(magnitude, iterations, seed):
     """The algorithm as it is written, one whole transform after the other."""
     window = torch.hann_window(1024, dtype=magnitude.dtype)
     samples = magnitude.shape[-1] * 256
-    turn = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(seed)) * (2 * torch.pi)
+    turn = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(seed)) * (
+        2 * torch.pi
+    )
     spectrum = magnitude * torch.polar(torch.ones_like(turn), turn)
     previous = torch.zeros_like(spectrum)
     for _ in range(iterations):
         wav = torch.istft(spectrum, 1024, 256, window=window, length=samples)
-        consistent = torch.stft(wav[:, :-1], 1024, 256, window=window, pad_mode="reflect", return_complex=True)
+        consistent = torch.stft(
+            wav[:, :-1], 1024, 256, window=window, pad_mode="reflect", return_complex=True
+        )
         ahead = consistent + 0.99 * (consistent - previous)
         spectrum = magnitude * ahead / ahead.abs().clamp_min(1e-12)
         previous = consistent
     return torch.istft(spectrum, 1024, 256, window=window, length=samples)
 
 
-@pytest.mark.parametrize("columns", [3, 4, 256, 257, 520])       # a chunk is 256
+@pytest.mark.parametrize("columns", [3, 4, 256, 257, 520])  # a chunk is 256
 def test_griffin_lim_in_chunks_is_the_textbook_one(columns):
     """In float64; what float32 adds grows with the iterations."""
     magnitude = torch.rand(2, 513, columns, generator=torch.Generator().manual_seed(2))
     magnitude[1, :, 1] = 0
     exact = textbook_griffin_lim(magnitude.double(), 32, seed=4)
     assert relative(data.griffin_lim(magnitude.double(), 32, seed=4), exact) < 1e-9
-    assert relative(data.griffin_lim(magnitude, 4, seed=4), textbook_griffin_lim(magnitude.double(), 4, seed=4)) < 1e-5
-    ours, theirs = (data.stft(f(magnitude, 32, seed=4)).abs() for f in (data.griffin_lim, textbook_griffin_lim))
+    assert (
+        relative(
+            data.griffin_lim(magnitude, 4, seed=4),
+            textbook_griffin_lim(magnitude.double(), 4, seed=4),
+        )
+        < 1e-5
+    )
+    ours, theirs = (
+        data.stft(f(magnitude, 32, seed=4)).abs() for f in (data.griffin_lim, textbook_griffin_lim)
+    )
     convergence = [(spectrum - magnitude).norm() / magnitude.norm() for spectrum in (ours, theirs)]
     assert abs(convergence[0] - convergence[1]) < 1e-4
 
@@ -156,14 +180,24 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if torch.is_tensor(t)
+        }
         for t in tree_leaves(out):
-            if torch.is_tensor(t) and t.untyped_storage().nbytes() >= self.least and t.untyped_storage().data_ptr() not in known:
+            if (
+                torch.is_tensor(t)
+                and t.untyped_storage().nbytes() >= self.least
+                and t.untyped_storage().data_ptr() not in known
+            ):
                 self.count += 1
         return out
 
 
-@pytest.mark.parametrize("vocoder, shape", [(data.griffin_lim, (1, 513, 1024)), (data.mel_to_magnitude, (1, 128, 1024))])
+@pytest.mark.parametrize(
+    "vocoder, shape", [(data.griffin_lim, (1, 513, 1024)), (data.mel_to_magnitude, (1, 128, 1024))]
+)
 def test_an_iteration_allocates_no_whole_spectrum(vocoder, shape):
     """Fresh memory of that size, and passes over it, took most of the vocoder's time."""
     counts = []
@@ -176,7 +210,7 @@ def test_an_iteration_allocates_no_whole_spectrum(vocoder, shape):
 
 # ---- prepared sets -------------------------------------------------------------------------------------------------
 
-FPS = 15.625                                     # 1024 samples a frame
+FPS = 15.625  # 1024 samples a frame
 
 
 def flash_clip(path, moment, seconds=3.0):
@@ -202,7 +236,12 @@ def raw(tmp_path_factory):
     return folder
 
 
-REASONS = [("blink.mp4", "too short"), ("broken.mp4", "undecodable"), ("mute.mp4", "no sound track"), ("quiet.mp4", "silent")]
+REASONS = [
+    ("blink.mp4", "too short"),
+    ("broken.mp4", "undecodable"),
+    ("mute.mp4", "no sound track"),
+    ("quiet.mp4", "silent"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +265,41 @@ def splits(root):
     return {name: data.SPLITS[k] for name, k in zip(names(root), opened.index["split"])}
 
 
-def test_the_command_names_what_it_leaves_out_and_workers_change_no_byte(raw, set_of_four, tmp_path):
-    done = subprocess.run([sys.executable, "data.py", "prepare", str(raw), str(tmp_path / "3"), "--size", "32",
-                           "--workers", "3"], capture_output=True, text=True, cwd=ROOT)
+def test_the_command_names_what_it_leaves_out_and_workers_change_no_byte(
+    raw, set_of_four, tmp_path
+):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "data.py",
+            "prepare",
+            str(raw),
+            str(tmp_path / "3"),
+            "--size",
+            "32",
+            "--workers",
+            "3",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "4 clips, 4 of them new" in done.stdout
     summary = done.stderr.splitlines()[-1]
-    assert "left out 4 files (1 no sound track, 1 silent, 1 too short, 1 undecodable)" in summary and "left_out.csv" in summary
+    assert (
+        "left out 4 files (1 no sound track, 1 silent, 1 too short, 1 undecodable)" in summary
+        and "left_out.csv" in summary
+    )
     assert content(tmp_path / "3") == content(set_of_four)
-    assert sorted(content(set_of_four)) == [".lock", "index.bin", "left_out.csv", "names.bin", "set.json", "shard-00000.bin"]
+    assert sorted(content(set_of_four)) == [
+        ".lock",
+        "index.bin",
+        "left_out.csv",
+        "names.bin",
+        "set.json",
+        "shard-00000.bin",
+    ]
     assert names(set_of_four) == ["a.mkv", "c.mp4", "short.mp4", "sub/b.mp4"]
     assert data.Set(set_of_four).left_out() == REASONS
 
@@ -245,21 +310,23 @@ def test_a_set_holds_the_frames_and_the_sound_of_its_files(raw, set_of_four):
     for k, name in enumerate(names(set_of_four)):
         frames, item = data.read_frames(raw / name, FPS, 32), clips[k]
         assert item["video"].shape == frames.shape and item["name"] == name and "label" not in item
-        assert (item["video"].float() - frames.float()).square().mean() < 10             # 38 dB
+        assert (item["video"].float() - frames.float()).square().mean() < 10  # 38 dB
         wav = data.read_audio(raw / name, duration=data.probe(raw / name).duration)
-        assert len(item["wav"]) == len(frames) * 1024 >= len(wav) and not item["wav"][len(wav):].any()
-        assert (item["wav"][:len(wav)] - wav).abs().max() <= 0.5001 / 32767
+        assert (
+            len(item["wav"]) == len(frames) * 1024 >= len(wav) and not item["wav"][len(wav) :].any()
+        )
+        assert (item["wav"][: len(wav)] - wav).abs().max() <= 0.5001 / 32767
 
 
 @pytest.mark.parametrize("size, n", [(64, 5), (50, 3), (224, 2)])
 def test_jpegs_are_close_in_every_colour_and_at_every_size(size, n):
     rng = np.random.default_rng(size)
     coarse = rng.integers(0, 255, (n, size // 8 + 1, size // 8 + 1, 3), np.uint8)
-    images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size]                           # squares of any colour
+    images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size]  # squares of any colour
     back = data.decode_jpegs(list(data.encode_jpegs(images, size)), size)
     assert back.shape == (n, 3, size, size)
     error = back.astype(float) - images.transpose(0, 3, 1, 2)
-    assert np.abs(error.mean((2, 3))).max() < 1.5 and (error ** 2).mean() < 20
+    assert np.abs(error.mean((2, 3))).max() < 1.5 and (error**2).mean() < 20
 
 
 def test_a_picture_that_is_held_is_encoded_once():
@@ -271,11 +338,13 @@ def test_a_picture_that_is_held_is_encoded_once():
 def test_frames_go_to_the_encoder_one_by_one(raw):
     """However long a film is, nobody holds it decoded."""
     taken = []
-    jpegs = data.encode_jpegs((taken.append(k) or np.full((16, 16, 3), k, np.uint8) for k in range(9)), 16)
+    jpegs = data.encode_jpegs(
+        (taken.append(k) or np.full((16, 16, 3), k, np.uint8) for k in range(9)), 16
+    )
     for k in range(1, 4):
         next(jpegs)
         assert len(taken) == k
-    film = ffmpeg.pictures(raw / "c.mp4", 1000, 16)                # would be three thousand frames
+    film = ffmpeg.pictures(raw / "c.mp4", 1000, 16)  # would be three thousand frames
     assert next(film) is next(film)
 
 
@@ -285,8 +354,15 @@ def test_any_stretch_of_a_column_is_what_was_written(tmp_path, monkeypatch):
     rng, written = np.random.default_rng(0), []
     with data.Writer(tmp_path / "set", {"columns": ["a", "sound"], "fps": 1.0}) as writer:
         for k, size in enumerate((0, 3, 40_000, data.BLOCK // 2, data.BLOCK, 60_000)):
-            written.append((rng.integers(0, 255, size, np.uint8), rng.integers(-9, 9, 2 * size).astype("<i2")))
-            writer.add(str(k), "", "train", dict(zip(("a", "sound"), (column.tobytes() for column in written[-1]))))
+            written.append(
+                (rng.integers(0, 255, size, np.uint8), rng.integers(-9, 9, 2 * size).astype("<i2"))
+            )
+            writer.add(
+                str(k),
+                "",
+                "train",
+                dict(zip(("a", "sound"), (column.tobytes() for column in written[-1]))),
+            )
         writer.finish()
     made = data.Set(tmp_path / "set")
     assert len(set(made.index["shard"].tolist())) == 2
@@ -294,7 +370,10 @@ def test_any_stretch_of_a_column_is_what_was_written(tmp_path, monkeypatch):
         for name, column in zip(("a", "sound"), columns):
             assert np.array_equal(made.column(clip, name, column.dtype), column)
             for start, count in rng.integers(0, len(column) + 9, (20, 2)):
-                assert np.array_equal(made.column(clip, name, column.dtype, start, count), column[start:start + count])
+                assert np.array_equal(
+                    made.column(clip, name, column.dtype, start, count),
+                    column[start : start + count],
+                )
 
 
 def test_clips_keep_picture_and_sound_together(set_of_four):
@@ -302,52 +381,70 @@ def test_clips_keep_picture_and_sound_together(set_of_four):
         clips = data.Clips(set_of_four, FPS, 32, frames=20, seed=1)
     assert len(clips) == 3 and clips.left_out == [*REASONS, ("short.mp4", "shorter than 1.28 s")]
     both = 0
-    for index in range(12):                                      # four epochs
+    for index in range(12):  # four epochs
         item = clips[index]
         assert item["video"].shape == (20, 3, 32, 32) and item["wav"].shape == (20480,)
-        assert torch.equal(item["video"], clips[index]["video"]) and torch.equal(item["wav"], clips[index]["wav"])
+        assert torch.equal(item["video"], clips[index]["video"]) and torch.equal(
+            item["wav"], clips[index]["wav"]
+        )
         light = seen(item["video"])
         if light.max() > 120 and item["wav"].abs().max() > 0.4:
             flash, click = light.argmax() / FPS, onsets(item["wav"])[0]
-            assert -1e-3 <= flash - click < 0.041                # the first frame taken within 40 ms of the click
+            assert -1e-3 <= flash - click < 0.041  # the first frame taken within 40 ms of the click
             both += 1
     assert both >= 3 and len({clips[index]["start"] for index in range(12)}) > 4
     whole = data.Clips(set_of_four, FPS, 32)
-    for index in range(12):                                      # a window is that stretch of the whole clip
+    for index in range(12):  # a window is that stretch of the whole clip
         item = clips[index]
         clip = next(c for c in map(whole.__getitem__, range(4)) if c["name"] == item["name"])
         first = round(item["start"] * FPS)
-        assert torch.equal(item["video"], clip["video"][first:first + 20])
-        assert torch.equal(item["wav"], clip["wav"][first * 1024:(first + 20) * 1024])
+        assert torch.equal(item["video"], clip["video"][first : first + 20])
+        assert torch.equal(item["wav"], clip["wav"][first * 1024 : (first + 20) * 1024])
 
 
 def test_a_short_clip_is_padded(set_of_four):
     clips = data.Clips(set_of_four, FPS, 32, frames=20, random_start=False)
     item = next(item for item in map(clips.__getitem__, range(4)) if item["name"] == "short.mp4")
-    assert item["start"] == 0 and item["video"].shape == (20, 3, 32, 32) and torch.equal(item["video"][-1], item["video"][9])
-    assert item["wav"][12000:].abs().max() == 0 and onsets(item["wav"]) == pytest.approx([0.3], abs=2e-3)
+    assert (
+        item["start"] == 0
+        and item["video"].shape == (20, 3, 32, 32)
+        and torch.equal(item["video"][-1], item["video"][9])
+    )
+    assert item["wav"][12000:].abs().max() == 0 and onsets(item["wav"]) == pytest.approx(
+        [0.3], abs=2e-3
+    )
 
 
 def test_clips_in_worker_processes(set_of_four):
     clips = data.Clips(set_of_four, FPS, 32, frames=8, random_start=False)
-    here = [clips[i]["video"] for i in range(len(clips))]        # opens the shard and a decoder here, before the workers start
-    for context, workers in (("fork", 2), ("spawn", 1))[sys.platform == "win32":]:
-        clips[0]                                                 # leaves the files where no worker's last item does
+    here = [
+        clips[i]["video"] for i in range(len(clips))
+    ]  # opens the shard and a decoder here, before the workers start
+    for context, workers in (("fork", 2), ("spawn", 1))[sys.platform == "win32" :]:
+        clips[0]  # leaves the files where no worker's last item does
         at = {name: file.tell() for name, file in clips.set.files.items()}
-        loader = torch.utils.data.DataLoader(clips, batch_size=1, num_workers=workers, multiprocessing_context=context)
+        loader = torch.utils.data.DataLoader(
+            clips, batch_size=1, num_workers=workers, multiprocessing_context=context
+        )
         assert all(torch.equal(a["video"][0], b) for a, b in zip(loader, here, strict=True))
-        assert at == {name: file.tell() for name, file in clips.set.files.items()}      # each process has files of its own
+        assert at == {
+            name: file.tell() for name, file in clips.set.files.items()
+        }  # each process has files of its own
 
 
 # ---- killed, full, extended, damaged -------------------------------------------------------------------------------
+
 
 def small_shards(raw, out, answer, most, held):
     """Three clips to a shard, every clip its own commit, no file larger than `most` bytes; answers with the error's line.
     One that is `held` never finishes: it waits to be killed."""
     if most:
         import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    tqdm.set_lock(threading.RLock())                            # the one of all forks stays locked if one is killed while it draws its bar
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the one of all forks stays locked if one is killed while it draws its bar
     data.SHARD, data.COMMIT = 250_000, 0.0
     if held:
         data.Writer.finish = lambda *_, **__: time.sleep(PATIENCE)
@@ -364,7 +461,7 @@ def preparing(raw, out, most=None, held=False):
     answer, theirs = context.Pipe(duplex=False)
     process = context.Process(target=small_shards, args=(raw, out, theirs, most, held))
     process.start()
-    atexit.register(process.kill)                               # a test that fails must not be waited for
+    atexit.register(process.kill)  # a test that fails must not be waited for
     theirs.close()
     return process, answer
 
@@ -375,7 +472,9 @@ def answered(process, answer):
     return said
 
 
-forks = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no SIGKILL, no limit on file sizes there")
+forks = pytest.mark.skipif(
+    sys.platform == "win32", reason="no fork, no SIGKILL, no limit on file sizes there"
+)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +483,9 @@ def nine(raw, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nine")
     (folder / "raw").mkdir()
     for k in range(9):
-        (folder / "raw" / f"{k}.mp4").write_bytes((raw / ("c.mp4" if k % 2 else "sub/b.mp4")).read_bytes())
+        (folder / "raw" / f"{k}.mp4").write_bytes(
+            (raw / ("c.mp4" if k % 2 else "sub/b.mp4")).read_bytes()
+        )
     (folder / "raw" / "3bad.mp4").write_bytes(b"\0" * 100)
     if sys.platform != "win32":
         assert answered(*preparing(folder / "raw", folder / "set")) == ""
@@ -400,7 +501,9 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
     for clips in (1, 4, 7):
         process, _ = preparing(nine / "raw", out, held=True)
         deadline = time.monotonic() + PATIENCE
-        while not (out / "index.bin").exists() or (out / "index.bin").stat().st_size < clips * record:
+        while (
+            not (out / "index.bin").exists() or (out / "index.bin").stat().st_size < clips * record
+        ):
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.001)
         process.kill()
@@ -422,7 +525,12 @@ def test_a_full_disk_stops_with_one_line_and_goes_on(nine, tmp_path):
     """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
     out = tmp_path / "set"
     error = answered(*preparing(nine / "raw", out, 150_000))
-    assert str(out) in error and "cannot be written" in error and "same command again" in error and "\n" not in error
+    assert (
+        str(out) in error
+        and "cannot be written" in error
+        and "same command again" in error
+        and "\n" not in error
+    )
     assert answered(*preparing(nine / "raw", out)) == ""
     assert content(out) == content(nine / "set")
 
@@ -436,11 +544,11 @@ def test_new_files_are_appended_and_nothing_else_changes(raw, nine, tmp_path):
     first = data.prepare(videos, out, FPS, 32)
     before, was = content(out), splits(out)
     assert (first.clips, first.new) == (4, 4) and [name for name, *_ in first.left_out] == ["7.mp4"]
-    assert set(was.values()) == {"train", "val", "test"}         # four clips give one to each
+    assert set(was.values()) == {"train", "val", "test"}  # four clips give one to each
     again = data.prepare(videos, out, FPS, 32)
     assert (again.clips, again.new) == (4, 0) and content(out) == before
     old = data.Set(out)
-    for k in (0, 1, 7):                                          # one of them has been repaired
+    for k in (0, 1, 7):  # one of them has been repaired
         (videos / f"{k}.mp4").write_bytes((nine / "raw" / f"{k}.mp4").read_bytes())
     more = data.prepare(videos, out, FPS, 32)
     assert (more.clips, more.new, more.left_out) == (7, 3, [])
@@ -448,7 +556,7 @@ def test_new_files_are_appended_and_nothing_else_changes(raw, nine, tmp_path):
     assert all(splits(out)[name] == split for name, split in was.items())
     for name in ("index.bin", "names.bin", "shard-00000.bin"):
         assert content(out)[name].startswith(before[name])
-    assert len(old.index) == 4 and old.text(3, "name") == "8.mp4"        # whoever has it open goes on
+    assert len(old.index) == 4 and old.text(3, "name") == "8.mp4"  # whoever has it open goes on
 
 
 @forks
@@ -484,19 +592,30 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
 
     def damage(clips):
         """The message of each way to read the clips."""
-        for read in (clips.__getitem__, lambda k: next(iter(torch.utils.data.DataLoader(clips, num_workers=1)))):
+        for read in (
+            clips.__getitem__,
+            lambda k: next(iter(torch.utils.data.DataLoader(clips, num_workers=1))),
+        ):
             with pytest.raises(data.MediaError) as caught:
                 read(0)
             yield caught
-    for spoil, words in ((lambda shard: shard.unlink(), "cannot be read"), (lambda shard: os.truncate(shard, 2000), "cut off"),
-                         (lambda shard: shard.write_bytes(b"\7" * shard.stat().st_size), "damaged")):
+
+    for spoil, words in (
+        (lambda shard: shard.unlink(), "cannot be read"),
+        (lambda shard: os.truncate(shard, 2000), "cut off"),
+        (lambda shard: shard.write_bytes(b"\7" * shard.stat().st_size), "damaged"),
+    ):
         shard = fresh()
         clips = data.Clips(root, FPS, 32, frames=8, random_start=False)
         spoil(shard)
         for caught in damage(clips):
             one_line(caught, str(shard), words)
     whole = data.Set(set_of_four)
-    for column, dtype in (("bounds", "<u4"), ("frames", np.uint8), ("sound", "<i2")):            # a single bit, anywhere
+    for column, dtype in (
+        ("bounds", "<u4"),
+        ("frames", np.uint8),
+        ("sound", "<i2"),
+    ):  # a single bit, anywhere
         first, size = map(int, whole.index[3][column])
         for at in (0, size // 2, size - 1):
             bits = bytearray(fresh().read_bytes())
@@ -505,7 +624,7 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
             with pytest.raises(data.MediaError) as caught:
                 data.Set(root).column(3, column, dtype)
             one_line(caught, str(shard), "sub/b.mp4 is damaged")
-            data.Clips(root, FPS, 32)[0]                         # the others are as they were
+            data.Clips(root, FPS, 32)[0]  # the others are as they were
     bits = bytearray(fresh().read_bytes())
     bits[int(whole.index[0]["frames"].sum()) // 2] ^= 4
     shard.write_bytes(bits)
@@ -551,7 +670,7 @@ def test_a_plain_folder_is_prepared_once_beside_the_run(raw, tmp_path, capsys, m
     assert root.parent == cache and names(root) == ["a.mkv"]
     said = capsys.readouterr().err
     assert str(root) in said and "left out 1 files" in said
-    assert data.prepared(root, FPS, 32, cache) == root           # a set is what it is
+    assert data.prepared(root, FPS, 32, cache) == root  # a set is what it is
     before = content(root)
     monkeypatch.chdir(tmp_path)
     assert data.prepared("videos", FPS, 32, cache) == root and content(root) == before
@@ -565,11 +684,16 @@ def test_a_plain_folder_is_prepared_once_beside_the_run(raw, tmp_path, capsys, m
 
 # ---- splits and labels ---------------------------------------------------------------------------------------------
 
+
 def test_the_split_is_a_function_of_the_name():
     found = [data.split_of(f"{k:05d}.mp4") for k in range(20000)]
     share = {split: found.count(split) / 20000 for split in data.SPLITS}
-    assert share["val"] == pytest.approx(0.05, abs=0.005) and share["test"] == pytest.approx(0.05, abs=0.005)
-    assert data.split_of("00000.mp4") == "train" and [k for k in range(60) if found[k] != "train"] == [3, 38, 47, 50, 59]
+    assert share["val"] == pytest.approx(0.05, abs=0.005) and share["test"] == pytest.approx(
+        0.05, abs=0.005
+    )
+    assert data.split_of("00000.mp4") == "train" and [
+        k for k in range(60) if found[k] != "train"
+    ] == [3, 38, 47, 50, 59]
     said = [data.split_of(f"{k:05d}.mp4", "train") for k in range(20000)]
     assert "test" not in said and [s == "val" for s in said] == [s == "val" for s in found]
     assert data.split_of("x", "test") == "test" and data.split_of("x", "val") == "val"
@@ -580,7 +704,9 @@ def test_readers_keep_to_their_split(set_of_four, raw, tmp_path):
     assert sorted(of.values()) == ["test", "train", "train", "val"]
     for split in data.SPLITS:
         clips = data.Clips(set_of_four, FPS, 32, frames=5, split=split)
-        assert sorted(clips[k]["name"] for k in range(len(clips))) == sorted(name for name in of if of[name] == split)
+        assert sorted(clips[k]["name"] for k in range(len(clips))) == sorted(
+            name for name in of if of[name] == split
+        )
         assert [clips.about(k)[2] for k in range(len(clips))] == [split] * len(clips)
         assert len(data.Sounds(set_of_four, 5 * 1024, split=split)) == len(clips)
     (tmp_path / "one").mkdir()
@@ -595,22 +721,35 @@ def test_vggsounds_csv_names_clips_labels_and_splits(raw, tmp_path):
     videos, table = tmp_path / "videos", tmp_path / "vggsound.csv"
     (videos / "more").mkdir(parents=True)
     times = steady(25, 14)
-    make(videos / "more" / "-full_id.mp4", times, wav=clicks(14, [4.5, 12.9]), size=(32, 32))          # to be cut
-    (videos / "cut0_000030.mp4").write_bytes((raw / "c.mp4").read_bytes())                         # cut already
+    make(
+        videos / "more" / "-full_id.mp4", times, wav=clicks(14, [4.5, 12.9]), size=(32, 32)
+    )  # to be cut
+    (videos / "cut0_000030.mp4").write_bytes((raw / "c.mp4").read_bytes())  # cut already
     (videos / "spare.mp4").write_bytes((raw / "c.mp4").read_bytes())
-    table.write_text('-full_id,3,"playing drums, loud",test\n-full_id,12,"playing drums, loud",train\ncut0,30,people sniggering,train\n'
-                     'gone,5,wind noise,test\n\n')
+    table.write_text(
+        '-full_id,3,"playing drums, loud",test\n-full_id,12,"playing drums, loud",train\ncut0,30,people sniggering,train\n'
+        "gone,5,wind noise,test\n\n"
+    )
     report = data.prepare(videos, tmp_path / "set", FPS, 32, 1, table)
     assert (report.clips, report.missing) == (3, 1)
     assert report.left_out == [("spare.mp4", "not in the CSV", "no row of it asks for this file")]
     clips = data.Clips(tmp_path / "set", FPS, 32)
     found = {item["name"]: item for item in map(clips.__getitem__, range(3))}
     assert {name: item["label"] for name, item in found.items()} == {
-        "cut0_000030.mp4": "people sniggering", "more/-full_id_000003.mp4": "playing drums, loud", "more/-full_id_000012.mp4": "playing drums, loud"}
-    assert len(found["more/-full_id_000003.mp4"]["video"]) == 157 and len(found["more/-full_id_000012.mp4"]["video"]) == 32     # 10 s; 2 s
+        "cut0_000030.mp4": "people sniggering",
+        "more/-full_id_000003.mp4": "playing drums, loud",
+        "more/-full_id_000012.mp4": "playing drums, loud",
+    }
+    assert (
+        len(found["more/-full_id_000003.mp4"]["video"]) == 157
+        and len(found["more/-full_id_000012.mp4"]["video"]) == 32
+    )  # 10 s; 2 s
     assert onsets(found["more/-full_id_000003.mp4"]["wav"]) == pytest.approx([1.5, 9.9], abs=2e-3)
     of = splits(tmp_path / "set")
-    assert of["more/-full_id_000003.mp4"] == "test" and {of["cut0_000030.mp4"], of["more/-full_id_000012.mp4"]} == {"train", "val"}
+    assert of["more/-full_id_000003.mp4"] == "test" and {
+        of["cut0_000030.mp4"],
+        of["more/-full_id_000012.mp4"],
+    } == {"train", "val"}
     table.write_text("a,b\n")
     with pytest.raises(data.MediaError) as caught:
         data.prepare(videos, tmp_path / "other", FPS, 32, 1, table)
@@ -618,6 +757,7 @@ def test_vggsounds_csv_names_clips_labels_and_splits(raw, tmp_path):
 
 
 # ---- a set of any size ---------------------------------------------------------------------------------------------
+
 
 def of_many(source, folder, clips):
     """A set whose index says that it has so many clips: those of `source`, again and again."""
@@ -629,11 +769,15 @@ def of_many(source, folder, clips):
     return folder
 
 
-def test_opening_and_drawing_cost_the_same_at_any_number_of_clips(set_of_four, tmp_path, monkeypatch):
+def test_opening_and_drawing_cost_the_same_at_any_number_of_clips(
+    set_of_four, tmp_path, monkeypatch
+):
     stretch, costs = data.Set.stretch, []
-    monkeypatch.setattr(data.Set, "stretch", lambda *args: costs[-1].append(args[3]) or stretch(*args))
+    monkeypatch.setattr(
+        data.Set, "stretch", lambda *args: costs[-1].append(args[3]) or stretch(*args)
+    )
     objects = {}
-    for count in (200, 200, 200_000):                            # the first only warms up
+    for count in (200, 200, 200_000):  # the first only warms up
         root = of_many(set_of_four, tmp_path / f"{count}-{len(costs)}", count)
         gc.collect()
         costs.append([])
@@ -641,8 +785,10 @@ def test_opening_and_drawing_cost_the_same_at_any_number_of_clips(set_of_four, t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             clips = data.Clips(root, FPS, 32, frames=5, split="train", seed=3)
-        objects[count] = sys.getallocatedblocks() - before       # Python's own objects, not the arrays' one block
-        assert costs[-1] == []                                   # nothing but the map has been opened
+        objects[count] = (
+            sys.getallocatedblocks() - before
+        )  # Python's own objects, not the arrays' one block
+        assert costs[-1] == []  # nothing but the map has been opened
         assert clips.clips.nbytes + clips.short.nbytes == 8 * (clips.set.index["split"] == 0).sum()
         assert len(clips) == count // 2
         assert clips[len(clips) - 1]["video"].shape == (5, 3, 32, 32)
@@ -661,9 +807,17 @@ def extracted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "set"
     with data.Writer(folder, FEATURES) as writer:
         for k in range(4):
-            frame = np.arange(160) + 200 * k                                         # (f,)
-            columns = {"features": frame[:, None].repeat(512, 1).astype("<f2"), "sound": frame.astype("<i2").repeat(1024)}
-            writer.add(str(k), "", "test" if k == 2 else "train", {name: column.tobytes() for name, column in columns.items()})
+            frame = np.arange(160) + 200 * k  # (f,)
+            columns = {
+                "features": frame[:, None].repeat(512, 1).astype("<f2"),
+                "sound": frame.astype("<i2").repeat(1024),
+            }
+            writer.add(
+                str(k),
+                "",
+                "test" if k == 2 else "train",
+                {name: column.tobytes() for name, column in columns.items()},
+            )
         writer.finish(needed=())
     return folder
 
@@ -695,7 +849,7 @@ def test_pairs_are_a_function_of_seed_and_index(extracted):
     other = data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=2)
     assert all(torch.equal(a[k]["wav"], b[k]["wav"]) for k in range(12))
     assert any(not torch.equal(a[k]["wav"], other[k]["wav"]) for k in range(12))
-    assert not torch.equal(a[0]["wav"], a[4]["wav"])                                 # the same clip one epoch later
+    assert not torch.equal(a[0]["wav"], a[4]["wav"])  # the same clip one epoch later
 
 
 def test_both_halves_of_a_merged_pair_are_of_the_split(extracted):
@@ -706,7 +860,10 @@ def test_both_halves_of_a_merged_pair_are_of_the_split(extracted):
 
 def test_a_pair_longer_than_its_clip_ends_in_silence(extracted):
     item = data.Pairs(extracted, FPS, 180, split="test")[0]
-    assert item["features"].shape == (180, 512) and (item["features"][160:] == item["features"][159]).all()
+    assert (
+        item["features"].shape == (180, 512)
+        and (item["features"][160:] == item["features"][159]).all()
+    )
 
 
 def test_pairs_name_the_remedy(extracted, tmp_path):
@@ -721,13 +878,15 @@ def test_pairs_name_the_remedy(extracted, tmp_path):
 
 
 def test_sounds_start_on_mel_columns(tmp_path):
-    ramp = (np.arange(3 * data.HOP * 64 + 100) // data.HOP).astype("<i2")             # each sample says its mel column
+    ramp = (np.arange(3 * data.HOP * 64 + 100) // data.HOP).astype(
+        "<i2"
+    )  # each sample says its mel column
     with data.Writer(tmp_path / "set", FEATURES) as writer:
         writer.add("a", "", "train", {"features": b"", "sound": ramp.tobytes()})
         writer.finish()
     sounds = data.Sounds(tmp_path / "set", 64 * data.HOP)
     starts = {int((sounds[k]["wav"][0] * 32767).round()) for k in range(1500)}
-    assert starts == set(range(129))                                                 # every one that fits
+    assert starts == set(range(129))  # every one that fits
     for k in range(5):
         columns = (sounds[k]["wav"] * 32767).round().view(-1, data.HOP)
         assert (columns == columns[:, :1]).all() and (columns[:, 0].diff() == 1).all()
@@ -735,32 +894,62 @@ def test_sounds_start_on_mel_columns(tmp_path):
 
 # ---- extraction ----------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """A small video tower with its weights in a file."""
     torch.manual_seed(0)
-    config = cavp.CAVPConfig(fps=FPS, size=32, video_width=4, video_blocks=(1,) * 4, temporal=(True,) * 5,
-                             audio_widths=(4,) * 6, embed_dim=16)
+    config = cavp.CAVPConfig(
+        fps=FPS,
+        size=32,
+        video_width=4,
+        video_blocks=(1,) * 4,
+        temporal=(True,) * 5,
+        audio_widths=(4,) * 6,
+        embed_dim=16,
+    )
     path = tmp_path_factory.mktemp("cavp") / "last.safetensors"
     save_model(path, cavp.CAVP(config), dataclasses.asdict(config))
     return path
 
 
 def extract(clips, tower, out):
-    cavp.main(["--data", str(clips), "--init", str(tower), "--extract", str(out), "--out", str(out.parent / "run"),
-               "--device", "cpu", "--dtype", "float32"])
+    cavp.main(
+        [
+            "--data",
+            str(clips),
+            "--init",
+            str(tower),
+            "--extract",
+            str(out),
+            "--out",
+            str(out.parent / "run"),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
+    )
 
 
 def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, tmp_path):
     extract(set_of_four, tower, tmp_path / "set")
-    made, clips, model = data.Set(tmp_path / "set"), data.Clips(set_of_four, FPS, 32), cavp.CAVP.load(tower)
+    made, clips, model = (
+        data.Set(tmp_path / "set"),
+        data.Clips(set_of_four, FPS, 32),
+        cavp.CAVP.load(tower),
+    )
     assert splits(tmp_path / "set") == splits(set_of_four)
     for k in range(4):
-        features = torch.from_numpy(made.column(k, "features", "<f2").astype(np.float32)).view(-1, 16)
+        features = torch.from_numpy(made.column(k, "features", "<f2").astype(np.float32)).view(
+            -1, 16
+        )
         item = clips[k]
         assert made.text(k, "name") == item["name"]
         assert (features - model.encode_clip(item["video"])).abs().max() < 1e-3
-        assert torch.equal(torch.from_numpy(made.column(k, "sound", "<i2").astype(np.float32)) / 32767, item["wav"])
+        assert torch.equal(
+            torch.from_numpy(made.column(k, "sound", "<i2").astype(np.float32)) / 32767, item["wav"]
+        )
     pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
     assert pair["features"].shape == (20, 16) and pair["wav"].shape == (data.WINDOW,)
 
@@ -769,26 +958,60 @@ def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tow
     """Three processes for four clips; then two for the one that a set still lacks."""
     extract(set_of_four, tower, tmp_path / "one")
     counted = tmp_path / "counted.py"
-    counted.write_text(f"import os, sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
-                       "def told(*args, **options):\n    os.write(1, b'encoded by %d, ' % training.rank())\n    return encode(*args, **options)\n"
-                       "cavp.CAVP.encode_clip = told\ncavp.main(sys.argv[1:])\n")
+    counted.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
+        "def told(*args, **options):\n    os.write(1, b'encoded by %d, ' % training.rank())\n    return encode(*args, **options)\n"
+        "cavp.CAVP.encode_clip = told\ncavp.main(sys.argv[1:])\n"
+    )
 
     def together(count, out):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), counted,
-                               "--data", set_of_four, "--init", tower, "--extract", out, "--device", "cpu", "--dtype", "float32"],
-                              capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(count),
+                counted,
+                "--data",
+                set_of_four,
+                "--init",
+                tower,
+                "--extract",
+                out,
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=PATIENCE,
+        )
         assert done.returncode == 0, done.stderr
         return sorted(re.findall(r"encoded by (\d)", done.stdout))
-    assert together(3, tmp_path / "three") == ["0", "0", "1", "2"]    # 3: a batch that it does not divide is of no concern
+
+    assert together(3, tmp_path / "three") == [
+        "0",
+        "0",
+        "1",
+        "2",
+    ]  # 3: a batch that it does not divide is of no concern
     assert content(tmp_path / "three") == content(tmp_path / "one")
     rest = shutil.copytree(tmp_path / "one", tmp_path / "rest")
-    (rest / "set.json").write_text(json.dumps(json.loads((rest / "set.json").read_text()) | {"clips": None}, indent=1) + "\n")
+    (rest / "set.json").write_text(
+        json.dumps(json.loads((rest / "set.json").read_text()) | {"clips": None}, indent=1) + "\n"
+    )
     with open(rest / "index.bin", "r+b") as index:
         index.truncate((rest / "index.bin").stat().st_size * 3 // 4)
     assert together(2, rest) == ["0"] and content(rest) == content(tmp_path / "one")
 
 
-def test_an_interrupted_extraction_goes_on_to_the_same_bytes(set_of_four, tower, tmp_path, monkeypatch):
+def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
+    set_of_four, tower, tmp_path, monkeypatch
+):
     extract(set_of_four, tower, tmp_path / "whole")
     encode, calls = cavp.CAVP.encode_clip, []
 
@@ -797,9 +1020,10 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(set_of_four, tower,
         if len(calls) == 3:
             raise KeyboardInterrupt
         return encode(*args, **options)
+
     monkeypatch.setattr(cavp.CAVP, "encode_clip", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         extract(set_of_four, tower, tmp_path / "set")
     extract(set_of_four, tower, tmp_path / "set")
-    assert len(calls) == 5                                       # two, the interrupted one, and the two that were missing
+    assert len(calls) == 5  # two, the interrupted one, and the two that were missing
     assert content(tmp_path / "set") == content(tmp_path / "whole")

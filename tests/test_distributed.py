@@ -1,4 +1,5 @@
 """Many processes, many micro-batches, recomputed activations: every way to lay out a step gives the gradient of the plain one."""
+
 import os
 import re
 import signal
@@ -55,7 +56,13 @@ def free_ports(n):
 
 def start(out, ports, micro, **environment):
     command = [sys.executable, "-c", JOB.format(here=str(HERE)), out, ",".join(ports), str(micro)]
-    return subprocess.Popen([str(c) for c in command], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [str(c) for c in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,10 @@ def jobs(tmp_path_factory):
     for folder in (one, two):
         tiny.autoencoder(folder)
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    running = [start(one, ports, 2), *(start(two, ports, 2, RANK=str(r), LOCAL_RANK=str(r), **meet) for r in (0, 1))]
+    running = [
+        start(one, ports, 2),
+        *(start(two, ports, 2, RANK=str(r), LOCAL_RANK=str(r), **meet) for r in (0, 1)),
+    ]
     for job in running:
         text, _ = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, text[-3000:]
@@ -97,9 +107,12 @@ def test_two_processes_have_the_gradient_of_one(jobs, stage):
 
 @pytest.mark.parametrize("stage", tiny.MAINS)
 def test_every_process_holds_the_same_average(jobs, stage):
-    one, two, other = (load(folder, stage, rank)["ema"] for folder, rank in ((jobs[0], 0), (jobs[1], 0), (jobs[1], 1)))
+    one, two, other = (
+        load(folder, stage, rank)["ema"]
+        for folder, rank in ((jobs[0], 0), (jobs[1], 0), (jobs[1], 1))
+    )
     assert all(torch.equal(two[k], other[k]) for k in two)
-    moved = {k for k in one if "running" in k}                  # norms saw all chunks, in whichever process
+    moved = {k for k in one if "running" in k}  # norms saw all chunks, in whichever process
     assert bool(moved) == (stage == "cavp")
     assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in moved)
     assert not (jobs[1] / stage / "last.safetensors").stat().st_size == 0
@@ -116,17 +129,30 @@ def gradients(monkeypatch, tmp_path):
         seen = {}
 
         def spy_update(args, step, optimizer, ema, model, final=0.0):
-            seen.update({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+            seen.update(
+                {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+            )
             seen["model"] = model
             return update(args, step, optimizer, ema, model, final)
 
         def spy_report(run, **values):
             report(run, **values)
             seen["terms"] = dict(run.totals)
+
         monkeypatch.setattr(training, "update", spy_update)
         monkeypatch.setattr(training.Run, "report", spy_report)
-        tiny.MAINS[stage](tiny.arguments(stage, tmp_path / f"{stage}{next(number)}", 1, 4, tiny.autoencoder(tmp_path), **flags))
+        tiny.MAINS[stage](
+            tiny.arguments(
+                stage,
+                tmp_path / f"{stage}{next(number)}",
+                1,
+                4,
+                tiny.autoencoder(tmp_path),
+                **flags,
+            )
+        )
         return {k: v for k, v in seen.items() if torch.is_tensor(v)}, seen
+
     return run
 
 
@@ -146,19 +172,32 @@ def test_contrastive_chunks_give_the_gradient_through_all_of_them(gradients, mon
         for chunk, seed in zip(chunks, seeds):
             torch.manual_seed(seed)
             features.append(network(*chunk))
-        loss, terms = loss_of(torch.cat([x[0] for x in features]), torch.cat([x[1] for x in features]), model.logit_scale.exp())
+        loss, terms = loss_of(
+            torch.cat([x[0] for x in features]),
+            torch.cat([x[1] for x in features]),
+            model.logit_scale.exp(),
+        )
         (loss + share * sum(x[3] for x in features)).backward()
         return terms
+
     monkeypatch.setattr(cavp, "backward", direct)
     plain, other = gradients("cavp", micro_batch=2)
-    assert apart(plain, cached) < 5e-6                          # sums in another order, in float32
-    assert apart(floats(dict(other["model"].named_buffers())), floats(dict(seen["model"].named_buffers()))) == 0     # moved once a chunk
+    assert apart(plain, cached) < 5e-6  # sums in another order, in float32
+    assert (
+        apart(
+            floats(dict(other["model"].named_buffers())),
+            floats(dict(seen["model"].named_buffers())),
+        )
+        == 0
+    )  # moved once a chunk
     monkeypatch.setattr(training, "seed_of", lambda *_: 0)
-    assert apart(plain, gradients("cavp", micro_batch=2)[0]) > 1e-4                  # dropout is at work here
+    assert apart(plain, gradients("cavp", micro_batch=2)[0]) > 1e-4  # dropout is at work here
 
 
 def test_with_still_norms_any_chunk_gives_the_same(gradients, monkeypatch):
-    monkeypatch.setattr(cavp.CAVP, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
+    monkeypatch.setattr(
+        cavp.CAVP, "train", lambda self, mode=True: torch.nn.Module.train(self, False)
+    )
     whole = gradients("cavp", micro_batch=4)[0]
     for micro in (1, 2):
         assert apart(whole, gradients("cavp", micro_batch=micro)[0]) < 1e-5
@@ -170,24 +209,48 @@ def test_recomputing_keeps_less_and_changes_nothing(gradients, stage):
 
     def run(**flags):
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.numel()) or x, lambda x: x
+        ):
             result = gradients(stage, micro_batch=2, **flags)
         kept.append(sum(sizes))
         return result
+
     plain, again = run(), run(recompute=True)
     assert apart(plain[0], again[0]) < 1e-6
-    assert apart(*(floats(dict(r[1]["model"].named_buffers())) or {"": torch.ones(1)} for r in (plain, again))) < 1e-6
+    assert (
+        apart(
+            *(
+                floats(dict(r[1]["model"].named_buffers())) or {"": torch.ones(1)}
+                for r in (plain, again)
+            )
+        )
+        < 1e-6
+    )
     assert kept[1] < 0.7 * kept[0]
 
 
 def torchrun(stage, out, *extra, code=None):
     """Two processes under torchrun, as a user starts them; `code` runs in each before."""
     script = out.parent / f"{stage}_{out.name}.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport tiny, training, data, os\ntiny.install()\n{code or ''}\n"
-                      f"tiny.MAINS[{stage!r}](sys.argv[1:])\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-               *tiny.arguments(stage, out, 1000, 4, save_every=100), *extra]
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport tiny, training, data, os\ntiny.install()\n{code or ''}\n"
+        f"tiny.MAINS[{stage!r}](sys.argv[1:])\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        *tiny.arguments(stage, out, 1000, 4, save_every=100),
+        *extra,
+    ]
+    return subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def test_sigterm_stops_all_processes_after_the_same_step(tmp_path):
@@ -201,7 +264,9 @@ def test_sigterm_stops_all_processes_after_the_same_step(tmp_path):
     assert len(stopped) == 1, rest
     state = torch.load(tmp_path / "run" / "last.state.pt", weights_only=True)
     assert state["step"] == int(stopped[0]) >= 3
-    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "run" / "last.safetensors").values())
+    assert all(
+        torch.isfinite(v).all() for v in load_file(tmp_path / "run" / "last.safetensors").values()
+    )
 
 
 def test_one_process_that_fails_ends_the_job_with_one_line(tmp_path):
@@ -216,8 +281,11 @@ tiny.Sounds.__getitem__ = gone
     job = torchrun("vae", tmp_path / "run", code=vanish)
     _, text = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
-    assert text.count(b"vae.py: ") == 1 and b"vae.py: set/shard-00001.bin: missing; prepare the set again" in text
-    assert b"training.py" not in text                           # no traceback of ours; torchrun adds its own account
+    assert (
+        text.count(b"vae.py: ") == 1
+        and b"vae.py: set/shard-00001.bin: missing; prepare the set again" in text
+    )
+    assert b"training.py" not in text  # no traceback of ours; torchrun adds its own account
 
 
 def test_a_batch_that_cannot_be_shared_is_one_line(tmp_path):

@@ -1,4 +1,5 @@
 """The scores: onsets of known sounds, one-to-one matching, dealing to wrong videos, the table on a hand-made set."""
+
 import itertools
 import json
 import shutil
@@ -26,7 +27,7 @@ def clicks(times, seconds=4.0):
     burst = 0.5 * rng.standard_normal(1600) * np.exp(-np.arange(1600) / 200)
     for time in times:
         start = round(time * data.SAMPLE_RATE)
-        wav[start:start + 1600] += burst[:len(wav) - start]
+        wav[start : start + 1600] += burst[: len(wav) - start]
     return torch.tensor(wav, dtype=torch.float32)
 
 
@@ -35,7 +36,9 @@ def onsets_of(wav):
 
 
 def times_of(video):
-    return sorted(onset["time"] for onset in json.loads(video.with_suffix(".json").read_text())["onsets"])
+    return sorted(
+        onset["time"] for onset in json.loads(video.with_suffix(".json").read_text())["onsets"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,13 @@ def test_steady_noise_tones_and_silence_have_no_onsets():
     t = torch.arange(64000) / data.SAMPLE_RATE
     noise = torch.randn(64000, generator=torch.Generator().manual_seed(0))
     glide = 0.3 * torch.sin(2 * torch.pi * (300 * t + 200 * t * t))
-    for wav in (torch.zeros(64000), 0.1 * noise, 1e-3 * noise, glide, 0.1 * noise * torch.sin(torch.pi * t / 4)):
+    for wav in (
+        torch.zeros(64000),
+        0.1 * noise,
+        1e-3 * noise,
+        glide,
+        0.1 * noise * torch.sin(torch.pi * t / 4),
+    ):
         assert len(onsets_of(wav)) == 0
 
 
@@ -67,7 +76,7 @@ def test_strength_only_counts_rises():
 
 
 def test_matching_is_one_to_one_and_as_large_as_can_be():
-    assert data.match([1.0, 1.05], [1.02], 0.1) == [(0, 0)]     # two found for one label count once
+    assert data.match([1.0, 1.05], [1.02], 0.1) == [(0, 0)]  # two found for one label count once
     assert data.match([1.0], [1.2], 0.1) == []
     assert len(data.match([1.0, 1.09], [0.95, 1.0], 0.1)) == 2
     rng = np.random.default_rng(0)
@@ -76,7 +85,10 @@ def test_matching_is_one_to_one_and_as_large_as_can_be():
         pairs = data.match(found, labelled, 0.1)
         assert all(abs(found[i] - labelled[j]) <= 0.1 for i, j in pairs)
         assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
-        best = max(sum(abs(a - b) <= 0.1 for a, b in zip(found, order)) for order in itertools.permutations(labelled))
+        best = max(
+            sum(abs(a - b) <= 0.1 for a, b in zip(found, order))
+            for order in itertools.permutations(labelled)
+        )
         assert len(pairs) == best
 
 
@@ -90,8 +102,12 @@ def test_desync_slides_onset_strengths():
     true[[30, 111, 180, 333]] = 1, 0.5, 0.8, 0.9
     for shift in (-25, 0, 8):
         assert evaluate.slide(np.roll(true, shift), true) == pytest.approx(shift * data.COLUMN)
-    assert evaluate.slide(np.roll(true, 8)[:350], true) == pytest.approx(8 * data.COLUMN)         # a shorter sound
-    assert np.isnan(evaluate.slide(np.zeros(400), true)) and np.isnan(evaluate.slide(true, np.zeros(400)))
+    assert evaluate.slide(np.roll(true, 8)[:350], true) == pytest.approx(
+        8 * data.COLUMN
+    )  # a shorter sound
+    assert np.isnan(evaluate.slide(np.zeros(400), true)) and np.isnan(
+        evaluate.slide(true, np.zeros(400))
+    )
 
 
 def test_nobody_keeps_their_own():
@@ -102,36 +118,84 @@ def test_nobody_keeps_their_own():
 
 
 def clip(found, labelled, pairs, close, late=0.0, loudness=0.0, **more):
-    return {"found": found, "labelled": labelled, "pairs_100": pairs, "pairs_50": close, "late": late, "loudness": loudness,
-            "seconds": np.nan, "own": labelled, "pairs_own": pairs, **more}
+    return {
+        "found": found,
+        "labelled": labelled,
+        "pairs_100": pairs,
+        "pairs_50": close,
+        "late": late,
+        "loudness": loudness,
+        "seconds": np.nan,
+        "own": labelled,
+        "pairs_own": pairs,
+        **more,
+    }
 
 
 def test_score_takes_the_papers_figures_once():
     """Features and classes of Melception are drawn again for no interval; its divergence, a number a clip, is."""
     draw = np.random.default_rng(0)
-    rows = [clip(2, 3, 2, 1, melception_made=draw.normal(size=20), melception_true=draw.normal(size=20),
-                 melception_classes=draw.dirichlet(np.ones(5)), melception_kl=float(k)) for k in range(12)]
+    rows = [
+        clip(
+            2,
+            3,
+            2,
+            1,
+            melception_made=draw.normal(size=20),
+            melception_true=draw.normal(size=20),
+            melception_classes=draw.dirichlet(np.ones(5)),
+            melception_kl=float(k),
+        )
+        for k in range(12)
+    ]
     row, intervals = evaluate.score(rows, rows)
     stack = {name: np.stack([r[name] for r in rows]) for name in evaluate.ONCE}
-    assert row["melception_fid"] == pytest.approx(judge.frechet(stack["melception_made"], stack["melception_true"]))
-    assert 1 <= row["melception_is"] <= 5 and row["melception_is_deviation"] > 0 and row["melception_kl"] == 5.5
+    assert row["melception_fid"] == pytest.approx(
+        judge.frechet(stack["melception_made"], stack["melception_true"])
+    )
+    assert (
+        1 <= row["melception_is"] <= 5
+        and row["melception_is_deviation"] > 0
+        and row["melception_kl"] == 5.5
+    )
     assert [name for name in intervals if "melception" in name] == ["melception_kl"]
-    text = {line.split()[0]: line for line in evaluate.table({"ours": row}, {"ours": intervals}).splitlines()[1:]}
-    assert f"{row['melception_fid']:.2f}" in text["melception_fid"] and "±" not in text["melception_fid"] and "±" in text["melception_kl"]
+    text = {
+        line.split()[0]: line
+        for line in evaluate.table({"ours": row}, {"ours": intervals}).splitlines()[1:]
+    }
+    assert (
+        f"{row['melception_fid']:.2f}" in text["melception_fid"]
+        and "±" not in text["melception_fid"]
+        and "±" in text["melception_kl"]
+    )
 
 
 def test_score_pools_onsets_over_clips():
-    rows = [clip(2, 3, 2, 1, 0.3, -6.0, aligned=True, right=1, hits=2), clip(0, 1, 0, 0, np.nan, 4.0, aligned=False, right=0, hits=0),
-            clip(1, 0, 0, 0, -0.1, 0.0, aligned=True, right=2, hits=2)]
+    rows = [
+        clip(2, 3, 2, 1, 0.3, -6.0, aligned=True, right=1, hits=2),
+        clip(0, 1, 0, 0, np.nan, 4.0, aligned=False, right=0, hits=0),
+        clip(1, 0, 0, 0, -0.1, 0.0, aligned=True, right=2, hits=2),
+    ]
     row, intervals = evaluate.score(rows, rows)
-    assert row["precision_100ms"] == pytest.approx(2 / 3) and row["recall_100ms"] == pytest.approx(2 / 4)
-    assert row["onset_f1_100ms"] == pytest.approx(4 / 7) and row["onset_f1_50ms"] == pytest.approx(2 / 7)
-    assert row["onset_count_error"] == pytest.approx(1) and row["loudness_db"] == pytest.approx(10 / 3)
+    assert row["precision_100ms"] == pytest.approx(2 / 3) and row["recall_100ms"] == pytest.approx(
+        2 / 4
+    )
+    assert row["onset_f1_100ms"] == pytest.approx(4 / 7) and row["onset_f1_50ms"] == pytest.approx(
+        2 / 7
+    )
+    assert row["onset_count_error"] == pytest.approx(1) and row["loudness_db"] == pytest.approx(
+        10 / 3
+    )
     assert row["heard_f1_100ms"] == row["onset_f1_100ms"]
-    assert row["desync_ms"] == pytest.approx(200) and row["desync_over_200ms"] == pytest.approx(1 / 2)
+    assert row["desync_ms"] == pytest.approx(200) and row["desync_over_200ms"] == pytest.approx(
+        1 / 2
+    )
     assert row["align_acc"] == pytest.approx(2 / 3) and row["material_acc"] == pytest.approx(3 / 4)
     assert row["clips"] == 3 and row["seconds"] is None
-    assert all(low <= row[name] <= high for name, (low, high) in intervals.items()) and intervals["onset_f1_100ms"][0] == 0
+    assert (
+        all(low <= row[name] <= high for name, (low, high) in intervals.items())
+        and intervals["onset_f1_100ms"][0] == 0
+    )
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -155,7 +219,7 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     made = json.loads((out / "evaluate.json").read_text())
     rows = made["rows"]
     assert list(rows) == ["ours", "ground_truth", "wrong_video", "silence"]
-    assert not any("melception" in column for column in rows["ours"])                    # nobody asked for those
+    assert not any("melception" in column for column in rows["ours"])  # nobody asked for those
     assert rows["ours"]["onset_f1_50ms"] > 0.9 and rows["ground_truth"]["onset_f1_100ms"] > 0.9
     assert rows["wrong_video"]["onset_f1_100ms"] < 0.5 and rows["silence"]["onset_f1_100ms"] == 0
     assert rows["silence"]["desync_ms"] is None and all(row["clips"] == 4 for row in rows.values())
@@ -164,14 +228,34 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     best = next(line for line in text if line.startswith("onset_f1_50ms"))
     low, high = made["intervals"]["ours"]["onset_f1_50ms"]
     assert f"{rows['ours']['onset_f1_50ms']:.3f} ±{(high - low) / 2:.3f}" in best
-    clips = made["clips"]                                                               # from them the table can be had again
-    assert list(clips) == [f"0000{k}.mp4" for k in range(4)] and all(list(clip) == list(rows) for clip in clips.values())
-    pairs, found, labelled = (sum(clip["ours"][k] for clip in clips.values()) for k in ("pairs_50", "found", "labelled"))
+    clips = made["clips"]  # from them the table can be had again
+    assert list(clips) == [f"0000{k}.mp4" for k in range(4)] and all(
+        list(clip) == list(rows) for clip in clips.values()
+    )
+    pairs, found, labelled = (
+        sum(clip["ours"][k] for clip in clips.values()) for k in ("pairs_50", "found", "labelled")
+    )
     assert data.f1(pairs, found, labelled)[2] == pytest.approx(rows["ours"]["onset_f1_50ms"])
-    assert all(clip["silence"]["late"] is None and clip["ours"]["seconds"] is None for clip in clips.values())
+    assert all(
+        clip["silence"]["late"] is None and clip["ours"]["seconds"] is None
+        for clip in clips.values()
+    )
     assert sorted(p.name for p in out.iterdir()) == ["evaluate.json", "evaluate.png"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py"]
-    done = subprocess.run([*torchrun, *flags, "--out", str(tmp_path / "two")], cwd=Path(evaluate.__file__).parent, capture_output=True, text=True)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "evaluate.py",
+    ]
+    done = subprocess.run(
+        [*torchrun, *flags, "--out", str(tmp_path / "two")],
+        cwd=Path(evaluate.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "evaluate.json").read_text())["rows"] == rows
 
@@ -180,7 +264,11 @@ def test_videos_without_labels_are_judged_by_their_own_onsets(foley_set, tmp_pat
     video = tmp_path / "a.mp4"
     shutil.copy(foley_set / "00000.mp4", video)
     case = evaluate.read_case(video, evaluate.Judges())
-    assert case.hits is None and list(case.times) == pytest.approx(list(onsets_of(data.read_audio(video)))) and case.own == case.times
+    assert (
+        case.hits is None
+        and list(case.times) == pytest.approx(list(onsets_of(data.read_audio(video))))
+        and case.own == case.times
+    )
 
 
 def test_labels_and_what_is_heard_are_two_things(tmp_path):
@@ -213,16 +301,33 @@ def test_the_round_trip_goes_through_the_autoencoder(tmp_path):
         assert not len(onsets_of(silent))
     out = tmp_path / "out"
     foley.make_set(tmp_path / "12.0", 2, seed=64, size=64, fps=15.625, duration=12.0)
-    evaluate.main(["--data", str(tmp_path / "12.0"), "--samples", str(tmp_path / "12.0"), "--judges", str(tmp_path), "--out", str(out),
-                   "--round-trip", str(path)])
-    assert json.loads((out / "evaluate.json").read_text())["rows"]["round_trip"]["heard_f1_100ms"] > 0.9
+    evaluate.main(
+        [
+            "--data",
+            str(tmp_path / "12.0"),
+            "--samples",
+            str(tmp_path / "12.0"),
+            "--judges",
+            str(tmp_path),
+            "--out",
+            str(out),
+            "--round-trip",
+            str(path),
+        ]
+    )
+    assert (
+        json.loads((out / "evaluate.json").read_text())["rows"]["round_trip"]["heard_f1_100ms"]
+        > 0.9
+    )
 
 
 def test_a_split_is_that_of_training(foley_set):
     args = types.SimpleNamespace(data=foley_set, split=None, clips=None)
     every = [video.name for video in evaluate.find_clips(args)]
     args.split = "train"
-    assert [video.name for video in evaluate.find_clips(args)] == [name for name in every if data.split_of(name) == "train"]
+    assert [video.name for video in evaluate.find_clips(args)] == [
+        name for name in every if data.split_of(name) == "train"
+    ]
     args.split = "val"
     with pytest.raises(data.MediaError, match="of the split val"):
         evaluate.find_clips(args)
@@ -235,10 +340,15 @@ def test_sounds_of_another_length_are_judged_over_the_clip(tmp_path):
         folder = tmp_path / str(seconds)
         foley.make_set(folder, 1, seed=62, size=64, fps=15.625, duration=seconds)
         case = evaluate.read_case(folder / "00000.mp4", judges)
-        short, long = (evaluate.measure(clicks([0.5, 2.0, 6.0], length).numpy(), case, judges) for length in (7.0, 10.0))
+        short, long = (
+            evaluate.measure(clicks([0.5, 2.0, 6.0], length).numpy(), case, judges)
+            for length in (7.0, 10.0)
+        )
         assert short["found"] == long["found"] == (2 if seconds == 3.0 else 3)
         assert short["aligned"] == long["aligned"]
-        assert evaluate.measure(data.read_audio(folder / "00000.mp4").numpy(), case, judges)["aligned"]
+        assert evaluate.measure(data.read_audio(folder / "00000.mp4").numpy(), case, judges)[
+            "aligned"
+        ]
 
 
 def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
@@ -249,32 +359,83 @@ def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
         asked.append((video.name, seed))
         used.append(settings)
         return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
-    monkeypatch.setattr(evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny"))
+
+    monkeypatch.setattr(
+        evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny")
+    )
     monkeypatch.setattr(evaluate, "generate", generate)
-    flags = ["--data", str(foley_set), "--out", str(tmp_path), "--clips", "3", "--seed", "5", "--keep"]
+    flags = [
+        "--data",
+        str(foley_set),
+        "--out",
+        str(tmp_path),
+        "--clips",
+        "3",
+        "--seed",
+        "5",
+        "--keep",
+    ]
     evaluate.main([*flags, "--judges", str(tmp_path)])
     assert asked == [("00000.mp4", 5), ("00001.mp4", 6), ("00002.mp4", 7)]
-    assert sorted(p.name for p in tmp_path.glob("*.wav")) == [f"0000{k}.foley.wav" for k in range(3)]
-    written = tmp_path / "00000.foley.wav"                          # marked and tagged; the table is of the sound without the mark
-    assert data.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5") and used[0]["mark"] is False
+    assert sorted(p.name for p in tmp_path.glob("*.wav")) == [
+        f"0000{k}.foley.wav" for k in range(3)
+    ]
+    written = (
+        tmp_path / "00000.foley.wav"
+    )  # marked and tagged; the table is of the sound without the mark
+    assert (
+        data.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5")
+        and used[0]["mark"] is False
+    )
     marked = sample.marked(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
     assert (data.read_audio(written) - marked).abs().max() < 1e-4
-    assert json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9
+    assert (
+        json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9
+    )
     asked.clear()
-    evaluate.main(["--data", str(foley_set), "--out", str(tmp_path), "--clips", "2", "--ablate", "guidance", "--judges", str(tmp_path)])
-    assert [(kept["cfg"], kept["cg"]) for kept in used[-8::2]] == [(1.0, 0.0), (1.0, None), (None, 0.0), (None, None)]
-    assert list(json.loads((tmp_path / "evaluate.json").read_text())["rows"])[:4] == ["none", "classifier", "classifier_free", "both"]
+    evaluate.main(
+        [
+            "--data",
+            str(foley_set),
+            "--out",
+            str(tmp_path),
+            "--clips",
+            "2",
+            "--ablate",
+            "guidance",
+            "--judges",
+            str(tmp_path),
+        ]
+    )
+    assert [(kept["cfg"], kept["cg"]) for kept in used[-8::2]] == [
+        (1.0, 0.0),
+        (1.0, None),
+        (None, 0.0),
+        (None, None),
+    ]
+    assert list(json.loads((tmp_path / "evaluate.json").read_text())["rows"])[:4] == [
+        "none",
+        "classifier",
+        "classifier_free",
+        "both",
+    ]
 
 
 def test_mistakes_are_one_line(foley_set, tmp_path):
     (tmp_path / "empty").mkdir()
-    for flags, word in ((["--data", str(tmp_path / "none")], "no such folder"),
-                        (["--data", str(tmp_path / "empty")], "empty"),
-                        (["--data", str(foley_set), "--samples", str(tmp_path / "empty")], "--samples"),
-                        (["--data", str(foley_set), "--weights", str(tmp_path / "empty")], "empty")):
+    for flags, word in (
+        (["--data", str(tmp_path / "none")], "no such folder"),
+        (["--data", str(tmp_path / "empty")], "empty"),
+        (["--data", str(foley_set), "--samples", str(tmp_path / "empty")], "--samples"),
+        (["--data", str(foley_set), "--weights", str(tmp_path / "empty")], "empty"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main([*flags, "--out", str(tmp_path / "out")])
-        assert str(stopped.value).startswith("evaluate.py:") and word in str(stopped.value) and "\n" not in str(stopped.value)
+        assert (
+            str(stopped.value).startswith("evaluate.py:")
+            and word in str(stopped.value)
+            and "\n" not in str(stopped.value)
+        )
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["--data", str(foley_set), "--clips", "1"])
     assert stopped.value.code == 2

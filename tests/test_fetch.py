@@ -1,4 +1,5 @@
 """fetch.py against a server of every bad habit: what is fetched is whole and checked, or one line says why not."""
+
 import contextlib
 import email.utils
 import hashlib
@@ -42,7 +43,7 @@ class Server:
 
     def __init__(self):
         self.body, self.etag, self.script = BODY, '"one"', {}
-        self.requests, self.served = [], 0                  # the headers of each; bytes of bodies sent
+        self.requests, self.served = [], 0  # the headers of each; bytes of bodies sent
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,12 +60,17 @@ class Server:
                 if wanted and fits and not how.get("whole"):
                     at, status = int(wanted[1]) + how.get("shift", 0), 206
                     if at >= len(server.body):
-                        return self.head(416, {"Content-Range": f"bytes */{len(server.body)}", "Content-Length": "0"})
+                        return self.head(
+                            416,
+                            {"Content-Range": f"bytes */{len(server.body)}", "Content-Length": "0"},
+                        )
                     total = how.get("total", len(server.body))
-                    headers = {"Content-Length": str(len(server.body) - at),
-                               "Content-Range": f"bytes {at}-{len(server.body) - 1}/{total}"}
+                    headers = {
+                        "Content-Length": str(len(server.body) - at),
+                        "Content-Range": f"bytes {at}-{len(server.body) - 1}/{total}",
+                    }
                 self.head(status, headers | ({"ETag": server.etag} if server.etag else {}) | extra)
-                self.send(server.body[at:][:how.get("drop", how.get("stall"))], how)
+                self.send(server.body[at:][: how.get("drop", how.get("stall"))], how)
 
             def head(self, status, headers):
                 self.send_response(status)
@@ -78,12 +84,12 @@ class Server:
                     for at in range(0, len(body), 8192):
                         if how.get("hold") and at >= len(body) // 2:
                             how["hold"].wait(PATIENCE)
-                        self.wfile.write(body[at:at + 8192])
-                        server.served += len(body[at:at + 8192])
+                        self.wfile.write(body[at : at + 8192])
+                        server.served += len(body[at : at + 8192])
                         time.sleep(how.get("pause", 0))
                     if "stall" in how:
                         server.released.wait(PATIENCE)
-                except OSError:                             # the client has gone
+                except OSError:  # the client has gone
                     pass
 
             def log_message(self, *_):
@@ -153,9 +159,10 @@ DONE, HALFWAY = {NAME, f"{NAME}.json"}, {f"{NAME}.part", f"{NAME}.part.json"}
 # ---------------------------------------------------------------------------------------------------------------------
 # as it should be
 
+
 def test_plain(server, tmp_path, capsys):
     server.script = {"all": {"headers": server.publish()}}
-    path = get(server, tmp_path / "a" / "b")                # folders that are not there yet
+    path = get(server, tmp_path / "a" / "b")  # folders that are not there yet
     assert path == tmp_path / "a" / "b" / NAME and path.read_bytes() == BODY
     assert left(path.parent) == DONE and len(server.requests) == 1
     assert json.loads(Path(f"{path}.json").read_text()) == {"size": len(BODY), "sha256": SUM}
@@ -169,14 +176,20 @@ def test_offline_afterwards(server, tmp_path):
     server.requests.clear()
     (tmp_path / ".fetch.lock").unlink()
     assert fetch.official(folder=tmp_path, url=server.url, progress=False) == tmp_path
-    assert not server.requests and not (tmp_path / ".fetch.lock").exists()     # a folder that cannot be written will do
+    assert (
+        not server.requests and not (tmp_path / ".fetch.lock").exists()
+    )  # a folder that cannot be written will do
 
 
 def test_bytes_are_on_the_disk_before_they_have_the_name(server, tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(fetch.os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or fsync(fd))
-    monkeypatch.setattr(fetch.os, "replace", lambda a, b: calls.append(Path(b).name) or replace(a, b))
+    monkeypatch.setattr(
+        fetch.os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or fsync(fd)
+    )
+    monkeypatch.setattr(
+        fetch.os, "replace", lambda a, b: calls.append(Path(b).name) or replace(a, b)
+    )
     get(server, tmp_path)
     assert calls[-3:] == [len(BODY), f"{NAME}.json", NAME]
 
@@ -203,7 +216,11 @@ def test_redirect_tells_size_and_sum(server, tmp_path):
     """As the hub does it: its tag on the redirect; the store's ETag is of the same form and another sum."""
     server.etag = f'"{hashlib.sha256(b"a hash of the store").hexdigest()}"'
     there = server.publish(Location=f"{server.url}/store", **{"ETag": None})
-    server.script = {0: {"status": 302, "headers": there}, 1: {"drop": HALF}, 2: {"status": 302, "headers": there}}
+    server.script = {
+        0: {"status": 302, "headers": there},
+        1: {"drop": HALF},
+        2: {"status": 302, "headers": there},
+    }
     assert get(server, tmp_path).read_bytes() == BODY
     assert ranges(server) == [None, None, f"bytes={HALF}-", f"bytes={HALF}-"]
     assert server.requests[3]["If-Range"] == server.etag and server.served == len(BODY)
@@ -225,7 +242,9 @@ def test_command_line(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIFF_FOLEY_URL", server.url)
     assert fetch.main(["--eval", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{SUM}  {tmp_path / name}" for name in (*fetch.OFFICIAL, "eval_classifier.ckpt")]
+    assert lines == [
+        f"{SUM}  {tmp_path / name}" for name in (*fetch.OFFICIAL, "eval_classifier.ckpt")
+    ]
     server.script = {"all": {"status": 404}}
     assert fetch.main(["--out", str(tmp_path / "new")]) == 1
     out, err = capsys.readouterr()
@@ -240,9 +259,14 @@ def test_imports_fast():
 # ---------------------------------------------------------------------------------------------------------------------
 # broken downloads go on
 
+
 @pytest.mark.parametrize("published", [True, False])
 def test_resumes_where_the_connection_dropped(server, tmp_path, published):
-    server.script = {"all": {"headers": server.publish() if published else {}}, 0: {"drop": HALF}, 1: {"drop": 40_000}}
+    server.script = {
+        "all": {"headers": server.publish() if published else {}},
+        0: {"drop": HALF},
+        1: {"drop": 40_000},
+    }
     server.script[0] |= server.script["all"]
     server.script[1] |= server.script["all"]
     assert get(server, tmp_path).read_bytes() == BODY
@@ -257,13 +281,18 @@ def test_resumes_after_silence(server, tmp_path, monkeypatch):
     sleep_by(monkeypatch, lambda _: monkeypatch.setattr(fetch, "TIMEOUT", PATIENCE))
     server.script = {0: {"stall": HALF}}
     assert get(server, tmp_path).read_bytes() == BODY
-    assert ranges(server) == [None, f"bytes={HALF}-"]       # not a byte of what came before the silence is lost
+    assert ranges(server) == [
+        None,
+        f"bytes={HALF}-",
+    ]  # not a byte of what came before the silence is lost
 
 
 def test_any_progress_counts(server, tmp_path):
     """Far more failures than TRIES, each a little further on."""
     server.script = {k: {"drop": 20_000} for k in range(14)}
-    assert get(server, tmp_path).read_bytes() == BODY and len(server.requests) == 15 > 2 * fetch.TRIES
+    assert (
+        get(server, tmp_path).read_bytes() == BODY and len(server.requests) == 15 > 2 * fetch.TRIES
+    )
 
 
 def test_no_progress_ends(server, tmp_path):
@@ -282,7 +311,11 @@ def test_starting_over_and_over_is_no_progress(server, tmp_path):
 def test_file_shorter_than_the_part(server, tmp_path):
     get_half(server, tmp_path)
     server.body = OTHER[:1000]
-    assert get(server, tmp_path).read_bytes() == OTHER[:1000] and ranges(server) == [None, f"bytes={HALF}-", None]
+    assert get(server, tmp_path).read_bytes() == OTHER[:1000] and ranges(server) == [
+        None,
+        f"bytes={HALF}-",
+        None,
+    ]
 
 
 def test_range_ignored(server, tmp_path):
@@ -296,6 +329,7 @@ def test_file_changed_between_attempts(server, tmp_path, monkeypatch):
 
     def change(_):
         server.body, server.etag = OTHER, '"two"'
+
     sleep_by(monkeypatch, change)
     assert get(server, tmp_path).read_bytes() == OTHER
     assert server.requests[1]["If-Range"] == '"one"' and len(server.requests) == 2
@@ -309,8 +343,16 @@ def test_file_changed_and_the_server_does_not_know_if_range(server, tmp_path):
     assert ranges(server) == [None, f"bytes={HALF}-", None]
 
 
-@pytest.mark.parametrize("habit", [{"shift": 1}, {"shift": -1}, {"shift": -HALF}, {"total": 300_001},
-                                   {"headers": {"Content-Range": "?"}}])
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"shift": 1},
+        {"shift": -1},
+        {"shift": -HALF},
+        {"total": 300_001},
+        {"headers": {"Content-Range": "?"}},
+    ],
+)
 def test_continuation_that_does_not_fit_is_never_spliced(server, tmp_path, habit):
     get_half(server, tmp_path)
     server.script = {1: habit}
@@ -321,7 +363,7 @@ def test_continuation_that_does_not_fit_is_never_spliced(server, tmp_path, habit
 @pytest.mark.parametrize("etag", [None, 'W/"one"'])
 def test_without_a_strong_tag_or_a_sum_it_starts_over(server, tmp_path, etag):
     server.etag, server.script = etag, {0: {"drop": HALF}}
-    if etag is None:                                        # nor in a later run
+    if etag is None:  # nor in a later run
         get_half(server, tmp_path)
     assert get(server, tmp_path).read_bytes() == BODY and ranges(server)[-1] is None
 
@@ -336,7 +378,11 @@ def test_published_sum_changed_between_attempts(server, tmp_path):
     server.etag = None
     get_half(server, tmp_path, server.publish())
     server.body, server.script = OTHER, {"all": {"headers": server.publish(OTHER)}}
-    assert get(server, tmp_path).read_bytes() == OTHER and ranges(server) == [None, f"bytes={HALF}-", None]
+    assert get(server, tmp_path).read_bytes() == OTHER and ranges(server) == [
+        None,
+        f"bytes={HALF}-",
+        None,
+    ]
 
 
 def get_half(server, folder, headers=None):
@@ -353,7 +399,11 @@ def test_part_that_is_complete_already(server, tmp_path):
     (tmp_path / f"{NAME}.part").write_bytes(BODY)
     note = {"size": len(BODY), "etag": None, "sha256": SUM}
     (tmp_path / f"{NAME}.part.json").write_text(json.dumps(note))
-    assert get(server, tmp_path).read_bytes() == BODY and not server.requests and left(tmp_path) == DONE
+    assert (
+        get(server, tmp_path).read_bytes() == BODY
+        and not server.requests
+        and left(tmp_path) == DONE
+    )
 
 
 @pytest.mark.parametrize("note", ["", "{}", '{"size": 5, "etag": "\\"one\\"", "sha256": null}'])
@@ -365,6 +415,7 @@ def test_part_of_unknown_origin_is_dropped(server, tmp_path, note):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sizes and sums that contradict each other
+
 
 def test_length_too_large(server, tmp_path):
     server.script = {"all": {"length": len(BODY) + 1000}}
@@ -402,7 +453,7 @@ def test_published_sum_differs(server, tmp_path):
     server.script = {"all": {"headers": server.publish(OTHER)}}
     line = refusal(server, tmp_path)
     assert "published SHA-256" in line and "--weights DIR" in line
-    assert left(tmp_path) == set() and ranges(server) == [None, None]       # one fresh retry
+    assert left(tmp_path) == set() and ranges(server) == [None, None]  # one fresh retry
 
 
 def test_damaged_once(server, tmp_path, monkeypatch, capsys):
@@ -410,6 +461,7 @@ def test_damaged_once(server, tmp_path, monkeypatch, capsys):
 
     def mend(_):
         server.body = BODY
+
     sleep_by(monkeypatch, mend)
     assert get(server, tmp_path).read_bytes() == BODY
     assert left(tmp_path) == DONE and capsys.readouterr().err.count("\n") == 1
@@ -437,8 +489,12 @@ def test_recorded_sum_differs(server, tmp_path, published, capsys):
     server.body, server.etag = OTHER, '"two"'
     server.script = {"all": {"headers": server.publish(OTHER) if published else {}}}
     line = refusal(server, tmp_path)
-    assert SUM in line and f"delete {tmp_path / NAME}.json" in line and left(tmp_path) == {f"{NAME}.json"}
-    (tmp_path / f"{NAME}.json").unlink()                    # the remedy works
+    assert (
+        SUM in line
+        and f"delete {tmp_path / NAME}.json" in line
+        and left(tmp_path) == {f"{NAME}.json"}
+    )
+    (tmp_path / f"{NAME}.json").unlink()  # the remedy works
     assert get(server, tmp_path).read_bytes() == OTHER
 
 
@@ -446,7 +502,11 @@ def test_recorded_sum_differs(server, tmp_path, published, capsys):
 def test_cached_file_of_another_size_is_fetched_anew(server, tmp_path, now, capsys):
     get(server, tmp_path).write_bytes(now)
     capsys.readouterr()
-    assert get(server, tmp_path).read_bytes() == BODY and len(server.requests) == 2 and left(tmp_path) == DONE
+    assert (
+        get(server, tmp_path).read_bytes() == BODY
+        and len(server.requests) == 2
+        and left(tmp_path) == DONE
+    )
     err = capsys.readouterr().err
     assert "fetching it anew" in err and err.count("\n") == 1
 
@@ -461,12 +521,16 @@ def test_bar(server, tmp_path):
     with start(server, tmp_path, stderr=its) as process:
         os.close(its)
         shown = b""
-        with contextlib.suppress(OSError):                  # how a terminal ends
+        with contextlib.suppress(OSError):  # how a terminal ends
             while block := os.read(ours, 4096):
                 shown += block
     os.close(ours)
     shares = [int(share) for share in re.findall(rb"(\d+)%", shown)]
-    assert process.returncode == 0 and shares[-1] == 100 and min(share for share in shares if share) >= 50
+    assert (
+        process.returncode == 0
+        and shares[-1] == 100
+        and min(share for share in shares if share) >= 50
+    )
     assert b"300k/300k" in shown and NAME.encode() in shown
 
 
@@ -474,13 +538,18 @@ def test_file_put_there_by_hand(server, tmp_path, capsys):
     (tmp_path / NAME).write_bytes(OTHER)
     assert get(server, tmp_path).read_bytes() == OTHER and not server.requests
     err = capsys.readouterr().err
-    assert "as it lies here" in err and hashlib.sha256(OTHER).hexdigest() in err and left(tmp_path) == DONE
+    assert (
+        "as it lies here" in err
+        and hashlib.sha256(OTHER).hexdigest() in err
+        and left(tmp_path) == DONE
+    )
     get(server, tmp_path)
-    assert capsys.readouterr().err == ""                    # said once
+    assert capsys.readouterr().err == ""  # said once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # servers and networks that refuse
+
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_refused_at_once(server, tmp_path, status):
@@ -495,12 +564,16 @@ def test_too_many_requests(server, tmp_path, form, monkeypatch):
     waits = []
     sleep_by(monkeypatch, waits.append)
     later = email.utils.formatdate(time.time() + 20, usegmt=True)
-    server.script = {0: {"status": 429, "headers": {"Retry-After": "20" if form == "seconds" else later}}}
+    server.script = {
+        0: {"status": 429, "headers": {"Retry-After": "20" if form == "seconds" else later}}
+    }
     assert get(server, tmp_path).read_bytes() == BODY
     assert len(waits) == 1 and 18 < waits[0] <= 20
 
 
-@pytest.mark.parametrize("value", [None, "soon", "", "-5", "²", "9" * 5000, "Mon, 01 Jan 1990 00:00:00 GMT"])
+@pytest.mark.parametrize(
+    "value", [None, "soon", "", "-5", "²", "9" * 5000, "Mon, 01 Jan 1990 00:00:00 GMT"]
+)
 def test_odd_retry_after(value):
     assert fetch.retry_after(value) <= 0
 
@@ -509,14 +582,17 @@ def test_unavailable_for_ever(server, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(fetch, "BACKOFF", 1.0)
     sleep_by(monkeypatch, waits.append)
-    server.script = {"all": {"status": 503}, 3: {"status": 503, "headers": {"Retry-After": "86400"}}}
+    server.script = {
+        "all": {"status": 503},
+        3: {"status": 503, "headers": {"Retry-After": "86400"}},
+    }
     line = refusal(server, tmp_path)
     assert "503" in line and "--weights DIR" in line and left(tmp_path) == set()
     assert len(server.requests) == fetch.TRIES and waits == [1, 2, 4, fetch.LONGEST, 16]
 
 
 def test_no_network(tmp_path):
-    with socket.socket() as free:                           # a port that nobody listens on
+    with socket.socket() as free:  # a port that nobody listens on
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(FetchError, match="no connection.*refused.*--weights DIR") as caught:
@@ -524,20 +600,31 @@ def test_no_network(tmp_path):
     assert "\n" not in str(caught.value) and left(tmp_path) == set()
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/x", "file:///etc", "here", "http://[", "http://a:b/", "http://a b/"])
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1/x", "file:///etc", "here", "http://[", "http://a:b/", "http://a b/"]
+)
 def test_only_web_addresses(tmp_path, url):
     with pytest.raises(FetchError, match="DIFF_FOLEY_URL an address that begins with https://"):
         fetch.fetch(NAME, tmp_path, url, progress=False)
     assert left(tmp_path) == set()
 
 
-@pytest.mark.parametrize("old, new, fine", [
-    ("https://a/x", "https://b/x", True), ("http://a/x", "http://b/x", True), ("http://a/x", "https://b/x", True),
-    ("https://a/x", "http://b/x", False), ("http://a/x", "ftp://b/x", False), ("http://a/x", "file:///etc/x", False)])
+@pytest.mark.parametrize(
+    "old, new, fine",
+    [
+        ("https://a/x", "https://b/x", True),
+        ("http://a/x", "http://b/x", True),
+        ("http://a/x", "https://b/x", True),
+        ("https://a/x", "http://b/x", False),
+        ("http://a/x", "ftp://b/x", False),
+        ("http://a/x", "file:///etc/x", False),
+    ],
+)
 def test_redirects_stay_safe(old, new, fine):
     def redirect():
         request = urllib.request.Request(old, headers={"Range": "bytes=5-"})
         return fetch.Redirects().redirect_request(request, None, 302, "", {}, new)
+
     if fine:
         assert redirect().full_url == new and redirect().headers["Range"] == "bytes=5-"
     else:
@@ -557,6 +644,7 @@ def test_redirects_in_circles(server, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # disks
+
 
 def test_too_little_space(server, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
@@ -587,13 +675,21 @@ def test_folder_that_cannot_be(server, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
 
+
 def start(server, folder, stderr=subprocess.PIPE):
     """`python fetch.py` for one file in a process of its own."""
     code = f"import sys, fetch; fetch.OFFICIAL = ({NAME!r},); sys.exit(fetch.main(['--out', sys.argv[1]]))"
     env = {**os.environ, "DIFF_FOLEY_URL": server.url}
     # whatever started the tests in the background may have left Ctrl-C ignored, which children inherit
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=stderr, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(what):
@@ -605,7 +701,7 @@ def wait_for(what):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted(server, tmp_path, sent):
-    server.script = {0: {"stall": HALF}}                    # so that it cannot be done before it is stopped
+    server.script = {0: {"stall": HALF}}  # so that it cannot be done before it is stopped
     part, final = tmp_path / f"{NAME}.part", tmp_path / NAME
     with start(server, tmp_path) as process:
         wait_for(lambda: part.exists() and part.stat().st_size > 50_000)
@@ -614,7 +710,10 @@ def test_interrupted(server, tmp_path, sent):
         out, err = process.communicate(timeout=PATIENCE)
     assert out == "" and left(tmp_path) == HALFWAY
     if sent == signal.SIGINT:
-        assert process.returncode == 130 and err == "fetch.py: stopped; the same command goes on from here\n"
+        assert (
+            process.returncode == 130
+            and err == "fetch.py: stopped; the same command goes on from here\n"
+        )
     size = part.stat().st_size
     assert 50_000 < size < len(BODY)
     assert get(server, tmp_path).read_bytes() == BODY
@@ -633,7 +732,11 @@ def test_two_at_once(server, tmp_path):
             hold.set()
             assert second.wait(PATIENCE) == 0 and first.wait(PATIENCE) == 0
             assert first.stdout.read() == second.stdout.read() == f"{SUM}  {tmp_path / NAME}\n"
-    assert (tmp_path / NAME).read_bytes() == BODY and len(server.requests) == 1 and left(tmp_path) == DONE
+    assert (
+        (tmp_path / NAME).read_bytes() == BODY
+        and len(server.requests) == 1
+        and left(tmp_path) == DONE
+    )
 
 
 def test_second_goes_on_where_the_first_was_killed(server, tmp_path):

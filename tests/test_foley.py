@@ -1,4 +1,5 @@
 """The procedural Foley set: the same clip every time, sound where the labels say and only there, materials apart."""
+
 import itertools
 import json
 import os
@@ -33,7 +34,9 @@ def clips():
 def world_of(act, seed, fps=15.625):
     """A world of 8.192 s with one act over the whole width and nothing else."""
     rng = np.random.default_rng(seed)
-    world = foley.World(0.8, foley.Thing.make(rng, "stone", 0.25), np.arange(round(8.192 * fps)) / fps, 8.192)
+    world = foley.World(
+        0.8, foley.Thing.make(rng, "stone", 0.25), np.arange(round(8.192 * fps)) / fps, 8.192
+    )
     act(world, rng, 0.1, 0.9)
     return world
 
@@ -44,11 +47,15 @@ def test_same_seed_same_clip_whatever_came_before():
     again, other = foley.make_clip(3, 5, **SMALL), foley.make_clip(3, 6, **SMALL)
     assert np.array_equal(alone.frames, again.frames) and np.array_equal(alone.wav, again.wav)
     assert json.dumps(alone.labels) == json.dumps(again.labels)
-    assert not np.array_equal(alone.frames, other.frames) and not np.array_equal(alone.wav, other.wav)
+    assert not np.array_equal(alone.frames, other.frames) and not np.array_equal(
+        alone.wav, other.wav
+    )
 
 
 def test_the_shortest_clips(tmp_path):
-    assert foley.make_set(tmp_path, 3, seed=3, size=64, fps=15.625, duration=2.0) == 3          # of 31 frames: 1.984 s
+    assert (
+        foley.make_set(tmp_path, 3, seed=3, size=64, fps=15.625, duration=2.0) == 3
+    )  # of 31 frames: 1.984 s
 
 
 def test_files_do_not_depend_on_the_workers(tmp_path):
@@ -59,20 +66,26 @@ def test_files_do_not_depend_on_the_workers(tmp_path):
         for suffix in (".mp4", ".json"):
             name = f"{index:05d}{suffix}"
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert len(list((tmp_path / "one").iterdir())) == 10             # no temporary file is left
+    assert len(list((tmp_path / "one").iterdir())) == 10  # no temporary file is left
 
 
 def test_file_holds_picture_and_sound_of_equal_length_from_zero(tmp_path):
     clip = foley.make_clip(8, 0, **SMALL)
     foley.write_clip(clip, tmp_path / "a.mp4")
     info, wav = data.probe(tmp_path / "a.mp4"), data.read_audio(tmp_path / "a.mp4").numpy()
-    assert info.frames == 64 and abs(info.duration - 4.096) < 1e-3 and len(wav) == len(clip.wav) == 65536
+    assert (
+        info.frames == 64
+        and abs(info.duration - 4.096) < 1e-3
+        and len(wav) == len(clip.wav) == 65536
+    )
     frames = data.read_frames(tmp_path / "a.mp4", 15.625, 64).permute(0, 2, 3, 1).numpy()
     assert frames.shape == clip.frames.shape
     errors = [np.abs(frames.astype(int) - np.roll(clip.frames, k, 0)).mean() for k in (0, 1, -1)]
-    assert errors[0] < 8 and errors[0] == min(errors)               # every picture in its own place
+    assert errors[0] < 8 and errors[0] == min(errors)  # every picture in its own place
     spectrum = np.fft.rfft(wav, 1 << 18) * np.fft.rfft(clip.wav, 1 << 18).conj()
-    assert abs((np.fft.irfft(spectrum).argmax() + 1000) % (1 << 18) - 1000) <= 16       # and every sample, to 1 ms
+    assert (
+        abs((np.fft.irfft(spectrum).argmax() + 1000) % (1 << 18) - 1000) <= 16
+    )  # and every sample, to 1 ms
 
 
 def test_whole_clips_are_kept_and_strangers_refused(tmp_path, capsys):
@@ -81,14 +94,27 @@ def test_whole_clips_are_kept_and_strangers_refused(tmp_path, capsys):
     before = (tmp_path / "00000.mp4").stat().st_mtime_ns
     (tmp_path / "00001.mp4").unlink()
     assert foley.make_set(tmp_path, 2, **kind) == 2
-    assert (tmp_path / "00000.mp4").stat().st_mtime_ns == before and (tmp_path / "00001.mp4").exists()
-    assert foley.main([str(tmp_path), "--clips", "2", "--seed", "9", "--size", "64", "--duration", "4.096"]) == 1
+    assert (tmp_path / "00000.mp4").stat().st_mtime_ns == before and (
+        tmp_path / "00001.mp4"
+    ).exists()
+    assert (
+        foley.main(
+            [str(tmp_path), "--clips", "2", "--seed", "9", "--size", "64", "--duration", "4.096"]
+        )
+        == 1
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "00000.mp4" in error and "another OUT" in error
 
 
 def test_wrong_usage_and_unwritable_folder_are_one_line(tmp_path, capsys):
-    for flags in (["--size", "63"], ["--clips", "0"], ["--duration", "0.5"], ["--fps", "1000"], ["--seed", "-1"]):
+    for flags in (
+        ["--size", "63"],
+        ["--clips", "0"],
+        ["--duration", "0.5"],
+        ["--fps", "1000"],
+        ["--seed", "-1"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             foley.main([str(tmp_path / "x"), *flags])
         assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
@@ -98,9 +124,25 @@ def test_wrong_usage_and_unwritable_folder_are_one_line(tmp_path, capsys):
 
 
 def test_interrupt_leaves_whole_clips_only(tmp_path):
-    command = [sys.executable, "foley.py", str(tmp_path), "--clips", "500", "--size", "64", "--duration", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(
-        signal.SIGINT, signal.default_int_handler), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "foley.py",
+        str(tmp_path),
+        "--clips",
+        "500",
+        "--size",
+        "64",
+        "--duration",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("*.mp4")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -121,10 +163,12 @@ def test_sound_rises_at_the_labels_and_not_before(clips):
         assert np.abs(clip.wav).max() < 1 and clip.wav.dtype == np.float32
         starts = [round(time * data.SAMPLE_RATE) for time in onset_times(clip)]
         for k in starts:
-            before, after = clip.wav[k - 80:k], clip.wav[k:k + 80]
+            before, after = clip.wav[k - 80 : k], clip.wav[k : k + 80]
             rises.append(10 * np.log10(np.sum(np.diff(after) ** 2) / np.sum(np.diff(before) ** 2)))
         if starts and not any(s["start"] < onset_times(clip)[0] for s in clip.labels["sustained"]):
-            loud = np.flatnonzero(np.abs(clip.wav) > 0.1 * np.abs(clip.wav[:starts[0] + 400]).max())
+            loud = np.flatnonzero(
+                np.abs(clip.wav) > 0.1 * np.abs(clip.wav[: starts[0] + 400]).max()
+            )
             assert 0 <= loud[0] - starts[0] <= 80
     assert len(rises) > 60 and np.percentile(rises, 3) > 3 and np.median(rises) > 15
 
@@ -141,7 +185,9 @@ def agreement(wavs, labelled, tolerance):
 
 
 def test_one_detector_finds_the_labels(clips):
-    assert agreement([clip.wav for clip in clips], [onset_times(clip) for clip in clips], 0.05) >= 0.9
+    assert (
+        agreement([clip.wav for clip in clips], [onset_times(clip) for clip in clips], 0.05) >= 0.9
+    )
 
 
 def test_strengths_spread_over_twenty_decibels_and_onsets_over_the_clip():
@@ -154,7 +200,9 @@ def test_strengths_spread_over_twenty_decibels_and_onsets_over_the_clip():
 
 
 def sounding(index):
-    return foley.make_world(np.random.default_rng([52, index]), np.arange(128) / 15.625, 8.192).audible()
+    return foley.make_world(
+        np.random.default_rng([52, index]), np.arange(128) / 15.625, 8.192
+    ).audible()
 
 
 def test_clips_have_few_impacts_mostly_apart():
@@ -171,18 +219,24 @@ def test_things_that_touch_nothing_make_no_sound():
         for _ in range(3):
             foley.distract(world, rng)
         frames, wav = foley.draw(world, rng, 64), foley.sound(world, rng, 65536)
-        assert not world.audible() and np.sqrt(np.mean(wav ** 2)) < 10 ** (-57 / 20)
+        assert not world.audible() and np.sqrt(np.mean(wav**2)) < 10 ** (-57 / 20)
         assert len(onsets_of(wav)) == 0
-        assert np.abs(np.diff(frames.astype(int), axis=0)).max() > 20               # though it moves
+        assert np.abs(np.diff(frames.astype(int), axis=0)).max() > 20  # though it moves
 
 
 def test_rubbing_is_heard_only_while_it_moves():
-    world = next(w for w in (world_of(foley.act_glide, seed) for seed in range(20)) if w.rubs and not w.audible())
+    world = next(
+        w
+        for w in (world_of(foley.act_glide, seed) for seed in range(20))
+        if w.rubs and not w.audible()
+    )
     wav = foley.sound(world, np.random.default_rng(0), round(world.duration * data.SAMPLE_RATE))
     moving = np.zeros(len(wav), bool)
     for rub in world.rubs:
         start = round(rub.start * data.SAMPLE_RATE)
-        moving[start:start + round((len(rub.speed) / foley.FINE + 0.35) * data.SAMPLE_RATE)] = True      # and its echo
+        moving[start : start + round((len(rub.speed) / foley.FINE + 0.35) * data.SAMPLE_RATE)] = (
+            True  # and its echo
+        )
     assert moving.any() and not moving.all()
     assert np.std(wav[moving]) > 3 * np.std(wav[~moving])
 
@@ -195,12 +249,16 @@ def test_materials_sound_apart():
         wave = foley.ring(foley.Thing.make(rng, material, size), strength, rng)
         power = np.abs(np.fft.rfft(wave, 1 << 16)) ** 2
         hertz = np.fft.rfftfreq(1 << 16, 1 / data.SAMPLE_RATE)
-        energy = np.cumsum(wave ** 2) / np.sum(wave ** 2)
+        energy = np.cumsum(wave**2) / np.sum(wave**2)
         share = np.cumsum(power) / power.sum()
         return [np.log2(hertz[np.searchsorted(share, q)] + 1) for q in (0.2, 0.5, 0.9)] + [
-            np.log2(np.searchsorted(energy, q) + 16) for q in (0.5, 0.95)]
+            np.log2(np.searchsorted(energy, q) + 16) for q in (0.5, 0.95)
+        ]
+
     names = list(foley.MATERIALS)
-    known = np.array([np.mean([features(name, size, 0.5) for size in (0.06, 0.08, 0.1)], 0) for name in names])
+    known = np.array(
+        [np.mean([features(name, size, 0.5) for size in (0.06, 0.08, 0.1)], 0) for name in names]
+    )
     right = {name: 0 for name in names}
     for name, size, strength in itertools.product(names, (0.055, 0.07, 0.09, 0.11), (0.2, 0.8)):
         nearest = names[int(np.abs(known - features(name, size, strength)).sum(1).argmin())]
@@ -214,20 +272,30 @@ def test_materials_look_apart():
 
     def patch(material):
         canvas = np.zeros((1, 32, 32, 3), np.float32)
-        foley.paint(foley.body_sprite(foley.jitter(rng, material), True, 0.3, 0.5, 0.5), canvas, 0, 32, 0)
+        foley.paint(
+            foley.body_sprite(foley.jitter(rng, material), True, 0.3, 0.5, 0.5), canvas, 0, 32, 0
+        )
         inside = canvas[0, 8:24, 8:24].reshape(-1, 3)
         return np.concatenate([inside.mean(0), inside.std(0)])
+
     names = list(foley.MATERIALS)
     known = np.array([np.mean([patch(name) for _ in range(8)], 0) for name in names])
-    right = sum(names[int(((known - patch(name)) ** 2).sum(1).argmin())] == name for name in names for _ in range(10))
+    right = sum(
+        names[int(((known - patch(name)) ** 2).sum(1).argmin())] == name
+        for name in names
+        for _ in range(10)
+    )
     assert right >= 8.5 * len(names)
 
 
 def test_size_lowers_pitch_and_strength_brightens():
     def centroid(size, strength):
-        wave = foley.ring(foley.Thing("wood", size, (1, 1, 1, 1)), strength, np.random.default_rng(0))
+        wave = foley.ring(
+            foley.Thing("wood", size, (1, 1, 1, 1)), strength, np.random.default_rng(0)
+        )
         power = np.abs(np.fft.rfft(wave)) ** 2
         return np.sum(power * np.fft.rfftfreq(len(wave), 1 / data.SAMPLE_RATE)) / power.sum()
+
     assert centroid(0.12, 0.5) < 0.8 * centroid(0.06, 0.5)
     assert centroid(0.08, 0.1) < 0.9 * centroid(0.08, 1.0)
 
@@ -242,7 +310,7 @@ def test_ballistic_contacts_agree_with_the_trajectory():
     first, second = [h.time for h in world.impacts[:2]]
     assert abs(first - (0.5 + np.sqrt(2 * (0.8 - 0.08 - 0.2) / 2.0))) < 1e-9
     height = 0.8 - 0.08 - ball.track(times)[1]
-    assert height.min() > -1e-3                                     # never through the floor
+    assert height.min() > -1e-3  # never through the floor
     for hit in (first, second):
         assert height[round(hit * 1000)] < 2e-3 < height[round(hit * 1000) - 60]
     assert abs((second - first) - 2 * 0.8 * world.impacts[0].speed / 2.0) < 1e-6
@@ -251,21 +319,29 @@ def test_ballistic_contacts_agree_with_the_trajectory():
 def test_balls_meet_where_their_edges_touch_and_keep_momentum():
     a, b = (foley.Thing("wood", size, (1,) * 4) for size in (0.05, 0.1))
     world = foley.World(0.8, b, np.arange(10.0), 1.5)
-    bodies = [foley.Body(a, True, [foley.Piece(0.0, 0.2, 0.4, 0.5, 0, 0, 0)]),
-              foley.Body(b, True, [foley.Piece(0.0, 0.6, 0.4, 0.0, 0, 0, 0)])]
+    bodies = [
+        foley.Body(a, True, [foley.Piece(0.0, 0.2, 0.4, 0.5, 0, 0, 0)]),
+        foley.Body(b, True, [foley.Piece(0.0, 0.6, 0.4, 0.0, 0, 0, 0)]),
+    ]
     foley.simulate(bodies, world, 2.0, -9.0, 9.0, b)
     hit = world.impacts[0]
-    assert hit.kind == "collision" and abs(hit.time - 0.25 / 0.5) < 1e-6 and abs(hit.speed - 0.5) < 1e-6
-    momentum = sum(body.pieces[1].vx * body.thing.size ** 2 for body in bodies)
-    assert abs(momentum - 0.5 * 0.05 ** 2) < 1e-9
+    assert (
+        hit.kind == "collision"
+        and abs(hit.time - 0.25 / 0.5) < 1e-6
+        and abs(hit.speed - 0.5) < 1e-6
+    )
+    momentum = sum(body.pieces[1].vx * body.thing.size**2 for body in bodies)
+    assert abs(momentum - 0.5 * 0.05**2) < 1e-9
 
 
-@pytest.mark.parametrize("act", [foley.act_bodies, foley.act_hammer, foley.act_drip, foley.act_glide])
+@pytest.mark.parametrize(
+    "act", [foley.act_bodies, foley.act_hammer, foley.act_drip, foley.act_glide]
+)
 def test_motion_is_seen_before_every_impact(act):
     """What hits was moving in the picture in the tenth of a second before, by more than a pixel's worth of change."""
     checked = 0
     for seed in range(8):
-        world = world_of(act, seed, fps=125)                            # fine enough to look just before the hit
+        world = world_of(act, seed, fps=125)  # fine enough to look just before the hit
         for hit in world.audible():
             k = int(hit.time * 125)
             canvas = np.zeros((13, 64, 64, 3), np.float32)
@@ -278,8 +354,14 @@ def test_motion_is_seen_before_every_impact(act):
 
 def test_the_other_set_is_of_other_materials():
     """Which a model of the usual set has never met; the usual set's clips stay what they are."""
-    heard = [onset["material"] for index in range(8) for onset in foley.make_clip(5, index, 32, materials="other").labels["onsets"]]
-    assert {*heard} - {"water"} == {*foley.SOLIDS["other"]} and not {*foley.SOLIDS["other"]} & {*foley.SOLIDS["usual"]}
+    heard = [
+        onset["material"]
+        for index in range(8)
+        for onset in foley.make_clip(5, index, 32, materials="other").labels["onsets"]
+    ]
+    assert {*heard} - {"water"} == {*foley.SOLIDS["other"]} and not {*foley.SOLIDS["other"]} & {
+        *foley.SOLIDS["usual"]
+    }
     assert foley.make_clip(5, 0, 32).labels["materials"] == "usual"
 
 

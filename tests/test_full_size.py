@@ -1,7 +1,8 @@
 """The published files' form and size from end to end: 4.3 GB of stand-in weights, made by the rule, deleted afterwards.
 
-    python -m pytest tests/test_full_size.py -rPs        prints every difference and every amount of memory measured
+python -m pytest tests/test_full_size.py -rPs        prints every difference and every amount of memory measured
 """
+
 import json
 import shutil
 import subprocess
@@ -37,11 +38,24 @@ def free_memory():
 
 def lightning(state, epoch):
     """What a trainer leaves: the weights among its own affairs."""
-    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1000), "exp_avg_sq": torch.ones(1000)}
-    return {"epoch": epoch, "global_step": 1000 * epoch, "pytorch-lightning_version": "1.4.2", "state_dict": state,
-            "callbacks": {"ModelCheckpoint{'monitor': 'val/loss'}": {"best_model_score": torch.tensor(0.5)}},
-            "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}],
-            "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}]}
+    moments = {
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.zeros(1000),
+        "exp_avg_sq": torch.ones(1000),
+    }
+    return {
+        "epoch": epoch,
+        "global_step": 1000 * epoch,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": state,
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'val/loss'}": {"best_model_score": torch.tensor(0.5)}
+        },
+        "optimizer_states": [
+            {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+        ],
+        "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 3}],
+    }
 
 
 # A process's peak starts with that of the process which started it, so one that is small has to.
@@ -69,12 +83,17 @@ def published(tmp_path_factory):
     disk, memory = shutil.disk_usage(folder).free, free_memory()
     if disk < DISK or memory is None or memory < MEMORY:
         known = "an unknown amount" if memory is None else f"{memory / 1e9:.1f}"
-        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk at {folder} and {MEMORY / 1e9:.0f} GB of memory: "
-                    f"{disk / 1e9:.1f} and {known} are free")
+        pytest.skip(
+            f"needs {DISK / 1e9:.0f} GB of disk at {folder} and {MEMORY / 1e9:.0f} GB of memory: "
+            f"{disk / 1e9:.1f} and {known} are free"
+        )
     try:
         state = {f"module.{k}": v for k, v in rule.fill(cavp.CAVP()).state_dict().items()}
         torch.save(lightning(state, 66), folder / "cavp_epoch66.ckpt")
-        torch.save(lightning(rule.fill(ldm.Alignment()).state_dict(), 30), folder / "double_guidance_classifier.ckpt")
+        torch.save(
+            lightning(rule.fill(ldm.Alignment()).state_dict(), 30),
+            folder / "double_guidance_classifier.ckpt",
+        )
         with torch.device("meta"):
             model = ldm.LDM()
         torch.save(lightning(rule.fill(model).state_dict(), 240), folder / "ldm_epoch240.ckpt")
@@ -98,8 +117,10 @@ def converted(published, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Three seconds in which something moves."""
+
     def square(image, k):
-        image[10:30, k % 40:k % 40 + 20] = 220
+        image[10:30, k % 40 : k % 40 + 20] = 220
+
     return make(tmp_path_factory.mktemp("clip") / "clip.mp4", steady(25, 3), draw=square)
 
 
@@ -114,7 +135,10 @@ def dub(clip, weights, out, *flags):
     line = json.loads(output)
     print(*err, f"peak {peak / 2**20:.0f} MiB", sep="\n")
     assert line["windows"] == 1 and line["seconds"] == 3.0 and line["score"] < 0
-    assert abs(data.probe(line["output"]).duration - 3.0) < 0.04 and data.probe(line["output"]).has_audio
+    assert (
+        abs(data.probe(line["output"]).duration - 3.0) < 0.04
+        and data.probe(line["output"]).has_audio
+    )
     wav = data.read_audio(line["wav"])
     assert len(wav) == 3 * data.SAMPLE_RATE and wav.isfinite().all() and wav.abs().max() > 0
     assert line["profile"]["total"]["peak_mib"] == pytest.approx(peak / 2**20, rel=0.02)
@@ -131,12 +155,17 @@ def test_published_files_give_the_official_numbers(published):
     models = sample.load_models(published, "cpu", dtype=torch.float32)
     features = models.cavp.encode_video(rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224))
     rule.close("features", features, rule.recorded("cavp")["video32.norm_nopool"])
-    features, x = rule.normal("in.sample.feat", 1, 32, 512)[0], rule.normal("in.sample.x_T", 1, 4, 16, 64)
+    features, x = (
+        rule.normal("in.sample.feat", 1, 32, 512)[0],
+        rule.normal("in.sample.x_T", 1, 4, 16, 64),
+    )
     for cg, name in ((0.0, "dpm5.cfg4.5"), (50.0, "dpm5.cfg4.5.cg50")):
         latents = []
-        mels = official.draw(features, models, x, 5, 4.5, cg, progress=lambda i, z: latents.append(z))
+        mels = official.draw(
+            features, models, x, 5, 4.5, cg, progress=lambda i, z: latents.append(z)
+        )
         rule.close(name, latents[-1], golden[name], 1e-3)
-        if cg:      # the recorded mel is that of the run without classifier
+        if cg:  # the recorded mel is that of the run without classifier
             decoded = models.ldm.vae.decode(golden[name] / ldm.LATENT_SCALE)[:, 0]
         else:
             decoded = golden[f"{name}.decoded_channel0"]
@@ -144,12 +173,19 @@ def test_published_files_give_the_official_numbers(published):
 
 
 def test_converted_files_are_half_the_size_and_the_weights_rounded(published, converted):
-    assert sorted(p.name for p in converted.iterdir()) == ["align.safetensors", "cavp.safetensors", "ldm.safetensors"]
+    assert sorted(p.name for p in converted.iterdir()) == [
+        "align.safetensors",
+        "cavp.safetensors",
+        "ldm.safetensors",
+    ]
     print(f"{size(converted) / 1e9:.2f} GB of {size(published) / 1e9:.2f} GB")
     assert 0.49 < size(converted) / size(published) < 0.51
     for name, cls in (("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("align", ldm.Alignment)):
         stem = {stem for stem, ours in checkpoints.PUBLISHED.items() if ours == name}.pop()
-        file, loaded = Checkpoint(published / f"{stem}.ckpt"), cls.load(converted / f"{name}.safetensors").state_dict()
+        file, loaded = (
+            Checkpoint(published / f"{stem}.ckpt"),
+            cls.load(converted / f"{name}.safetensors").state_dict(),
+        )
         assert file.keys() == loaded.keys()
         for key, own in loaded.items():
             rounded = file[key].bfloat16().float() if file[key].ndim >= 2 else file[key]

@@ -1,4 +1,5 @@
 """The judge: which moments it learns from, that it learns, and the distances against plain readings of their formulas."""
+
 import json
 from pathlib import Path
 
@@ -19,8 +20,21 @@ def hit(time, material):
 
 
 def test_moments_of_which_nobody_could_tell_are_left_out():
-    onsets = [hit(1.0, "wood"), hit(1.2, "glass"), hit(2.0, "metal"), hit(2.1, "metal"), hit(3.0, "wood"), hit(3.5, "glass")]
-    assert judge.clear_hits(onsets) == [(75, "glass"), (125, "metal"), (131, "metal"), (188, "wood"), (219, "glass")]
+    onsets = [
+        hit(1.0, "wood"),
+        hit(1.2, "glass"),
+        hit(2.0, "metal"),
+        hit(2.1, "metal"),
+        hit(3.0, "wood"),
+        hit(3.5, "glass"),
+    ]
+    assert judge.clear_hits(onsets) == [
+        (75, "glass"),
+        (125, "metal"),
+        (131, "metal"),
+        (188, "wood"),
+        (219, "glass"),
+    ]
 
 
 def test_quiet_moments_hold_no_hit():
@@ -43,24 +57,39 @@ def test_a_moment_at_the_ends_is_padded_with_silence():
 def test_distances_are_their_formulas():
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(200, 6)), draw.normal(size=(300, 6)) @ draw.normal(size=(6, 6)) + 1
-    values, vectors = np.linalg.eig(np.cov(a.T) @ np.cov(b.T))                           # the root of a product, not symmetric
+    values, vectors = np.linalg.eig(
+        np.cov(a.T) @ np.cov(b.T)
+    )  # the root of a product, not symmetric
     root = (vectors * np.sqrt(values.astype(complex))) @ np.linalg.inv(vectors)
-    plain = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
-    assert judge.frechet(a, b) == pytest.approx(plain, rel=1e-9) and judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    plain = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a.T) + np.cov(b.T) - 2 * root.real
+    )
+    assert judge.frechet(a, b) == pytest.approx(plain, rel=1e-9) and judge.frechet(
+        a, a
+    ) == pytest.approx(0, abs=1e-9)
     p = draw.dirichlet(np.ones(5), 50)
     mean = [sum(row[k] for row in p) / 50 for k in range(5)]
     plain = np.exp(sum(row[k] * np.log(row[k] / mean[k]) for row in p for k in range(5)) / 50)
-    assert judge.inception_score(p) == pytest.approx(plain) and judge.inception_score(np.eye(5)) == pytest.approx(5)
-    assert judge.divergence(p, p).max() == pytest.approx(0, abs=1e-12) and (judge.divergence(p, p[::-1]) > 0).all()
+    assert judge.inception_score(p) == pytest.approx(plain) and judge.inception_score(
+        np.eye(5)
+    ) == pytest.approx(5)
+    assert (
+        judge.divergence(p, p).max() == pytest.approx(0, abs=1e-12)
+        and (judge.divergence(p, p[::-1]) > 0).all()
+    )
 
 
-KINDS = {"low": 300, "high": 3000, "noise": None}              # Hz of a decaying tone
+KINDS = {"low": 300, "high": 3000, "noise": None}  # Hz of a decaying tone
 
 
 def strike(kind, rng):
     """A tenth of a second of one kind, float32."""
     seconds = np.arange(data.SAMPLE_RATE // 10) / data.SAMPLE_RATE
-    wave = rng.standard_normal(len(seconds)) if KINDS[kind] is None else np.sin(2 * np.pi * KINDS[kind] * seconds)
+    wave = (
+        rng.standard_normal(len(seconds))
+        if KINDS[kind] is None
+        else np.sin(2 * np.pi * KINDS[kind] * seconds)
+    )
     return (0.3 * wave * np.exp(-seconds / 0.03)).astype(np.float32)
 
 
@@ -69,11 +98,13 @@ def make_strikes(folder, clips):
     rng = np.random.default_rng(0)
     for number in range(clips):
         wav = 1e-4 * rng.standard_normal(8 * data.SAMPLE_RATE).astype(np.float32)
-        onsets = [hit(0.5 + 0.8 * k, str(kind)) for k, kind in enumerate(rng.permutation(3 * [*KINDS]))]
+        onsets = [
+            hit(0.5 + 0.8 * k, str(kind)) for k, kind in enumerate(rng.permutation(3 * [*KINDS]))
+        ]
         for onset in onsets:
             wave = strike(onset["material"], rng)
             at = round(onset["time"] * data.SAMPLE_RATE)
-            wav[at:at + len(wave)] += wave
+            wav[at : at + len(wave)] += wave
         video = make_video(folder / f"{number:05d}.mp4", 8, fps=5, sound=wav)
         video.with_suffix(".json").write_text(json.dumps({"onsets": onsets}))
 
@@ -81,15 +112,33 @@ def make_strikes(folder, clips):
 def test_it_learns_and_loads(tmp_path):
     """Trained for a moment on few clips it knows their hits; its file says what the classes are."""
     make_strikes(tmp_path / "clips", 6)
-    judge.main(["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "run"), "--steps", "160", "--batch", "16", "--lr", "2e-3",
-                "--warmup", "10", "--dtype", "float32"])
+    judge.main(
+        [
+            "--data",
+            str(tmp_path / "clips"),
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "160",
+            "--batch",
+            "16",
+            "--lr",
+            "2e-3",
+            "--warmup",
+            "10",
+            "--dtype",
+            "float32",
+        ]
+    )
     model = judge.Judge.load(tmp_path / "run" / "last.safetensors")
     assert model.config.classes == (judge.NOTHING, *sorted(KINDS))
     right = total = 0
     for video in sorted((tmp_path / "clips").glob("*.mp4")):
         hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
-        right += sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits, strict=True))
+        right += sum(
+            model.config.classes[k] == name for k, (_, name) in zip(heard, hits, strict=True)
+        )
         total += len(hits)
     print(f"{right} of {total} hits")
     assert total == 54 and right > 0.8 * total
@@ -101,7 +150,13 @@ def test_it_learns_and_loads(tmp_path):
 
 def test_clips_without_labels_or_with_others_are_named(tmp_path):
     foley.make_set(tmp_path, 1, seed=3, size=64, fps=15.625, duration=2.0)
-    for text in ('[]', '{"onsets": [{"material": "wood"}]}', '{"onsets": [{"time": "soon"}]}', "{", '{"onsets": 1}'):
+    for text in (
+        "[]",
+        '{"onsets": [{"material": "wood"}]}',
+        '{"onsets": [{"time": "soon"}]}',
+        "{",
+        '{"onsets": 1}',
+    ):
         (tmp_path / "00000.json").write_text(text)
         with pytest.raises(data.MediaError, match="00000.json: not the labels"):
             judge.Moments(tmp_path)
@@ -121,6 +176,9 @@ def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
     for video in sorted(tmp_path.glob("*.mp4")):
         hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
-        right, total = right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)), total + len(hits)
+        right, total = (
+            right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)),
+            total + len(hits),
+        )
         assert set(model.hear(torch.zeros(128, 512), [100, 300])) == {0}
     assert total > 20 and right / total > 0.8

@@ -2,6 +2,7 @@
 
 Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the interpreting one runs.
 """
+
 import collections
 import os
 import subprocess
@@ -27,8 +28,21 @@ triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux
 @triton
 @pytest.mark.parametrize("name", ["attention", "group_norm", "transformer", "networks"])
 def test_in_the_interpreter(name):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{name}.py"], cwd=ROOT,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"tests/kernels/test_{name}.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
@@ -39,10 +53,22 @@ def other_triton(request, tmp_path_factory):
     if request.param is None:
         return {}
     folder = tmp_path_factory.mktemp("triton")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={request.param}"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        folder,
+        f"triton=={request.param}",
+    ]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"triton {request.param} cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"triton {request.param} cannot be fetched: {done.stderr.strip().splitlines()[-1]}"
+        )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -51,17 +77,46 @@ def other_triton(request, tmp_path_factory):
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_gate(target, other_triton):
     """Every shipped configuration compiles for the target and keeps the rules."""
-    done = subprocess.run([sys.executable, "-m", "kernels.gate", "--target", str(target)], cwd=ROOT, env={**os.environ, **other_triton},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.gate", "--target", str(target)],
+        cwd=ROOT,
+        env={**os.environ, **other_triton},
+        capture_output=True,
+        text=True,
+    )
     print(done.stdout)
-    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILS" in line) + done.stderr[-1000:]
+    assert done.returncode == 0, (
+        "\n".join(line for line in done.stdout.splitlines() if "FAILS" in line)
+        + done.stderr[-1000:]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # how many operations a step is
 
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "unsqueeze", "squeeze", "as_strided",
-         "detach", "alias", "chunk", "unbind", "split_with_sizes", "lift_fresh", "empty", "empty_like", "new_empty"}
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "detach",
+    "alias",
+    "chunk",
+    "unbind",
+    "split_with_sizes",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "new_empty",
+}
 
 
 class Count(TorchDispatchMode):
@@ -80,11 +135,15 @@ class Count(TorchDispatchMode):
         return out.contiguous(memory_format=torch.channels_last) if name == "convolution" else out
 
 
-FORMAT = {"attention": torch.contiguous_format, "group_norm": torch.channels_last}       # of what the kernels give for such input
+FORMAT = {
+    "attention": torch.contiguous_format,
+    "group_norm": torch.channels_last,
+}  # of what the kernels give for such input
 
 
 def fused(counter, name, reference):
     """A stand-in of a kernel on the meta device: one operation."""
+
     def run(*args, **kwargs):
         with torch.utils._python_dispatch._disable_current_modes():
             out = reference(*args, **kwargs)
@@ -92,16 +151,26 @@ def fused(counter, name, reference):
                 out = out.contiguous(memory_format=FORMAT[name])
         counter.ops[name] += 1
         return out
+
     return run
 
 
 def count_forward(monkeypatch):
     with torch.device("meta"):
-        unet, x, t, context = ldm.UNet(ldm.UNetConfig()), torch.empty(2, 4, 16, 64), torch.empty(2), torch.empty(2, 32, 768)
+        unet, x, t, context = (
+            ldm.UNet(ldm.UNetConfig()),
+            torch.empty(2, 4, 16, 64),
+            torch.empty(2),
+            torch.empty(2, 32, 768),
+        )
     unet = unet.to(memory_format=torch.channels_last).requires_grad_(False).fuse()
     known, counter = unet.prepare(context, t), Count()
-    for module, name, reference in ((ldm, "attention", attention.attention_ref), (vae, "group_norm", group_norm.group_norm_ref),
-                                    (ldm, "add_layer_norm", transformer.add_layer_norm_ref), (ldm, "geglu", transformer.geglu_ref)):
+    for module, name, reference in (
+        (ldm, "attention", attention.attention_ref),
+        (vae, "group_norm", group_norm.group_norm_ref),
+        (ldm, "add_layer_norm", transformer.add_layer_norm_ref),
+        (ldm, "geglu", transformer.geglu_ref),
+    ):
         monkeypatch.setattr(module, name, fused(counter, name, reference))
     with counter, torch.no_grad():
         unet(x, t, known)
@@ -112,13 +181,20 @@ def count_forward(monkeypatch):
 def test_training_on_a_cpu_avoids_the_fused_attentions_slow_backward(monkeypatch):
     """In bfloat16 autocast with gradients: plain products, and as good as bfloat16 allows. Everything else: the fused one."""
     draw = torch.Generator().manual_seed(0)
-    exact = [torch.randn(2, n, 3, 32, generator=draw).bfloat16().double().requires_grad_() for n in (40, 24, 24)]
+    exact = [
+        torch.randn(2, n, 3, 32, generator=draw).bfloat16().double().requires_grad_()
+        for n in (40, 24, 24)
+    ]
     weight = torch.randn(2, 40, 3, 32, generator=draw).bfloat16().double()
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
     true = attention.attention_ref(*exact)
     true = [true, *torch.autograd.grad(true, exact, weight)]
     calls, fused_one = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(1) or fused_one(*x))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x: calls.append(1) or fused_one(*x),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         out = attention.attention_ref(*half)
         assert not calls and out.dtype == torch.bfloat16 and out.is_contiguous()
@@ -133,49 +209,80 @@ def test_training_on_a_cpu_avoids_the_fused_attentions_slow_backward(monkeypatch
 def test_operations_of_a_unet_forward(monkeypatch):
     """Official, eager: 880. Each costs a launch, which at one clip is what a step costs."""
     ops = count_forward(monkeypatch)
-    assert [ops[k] for k in ("group_norm", "attention", "add_layer_norm", "geglu")] == [61, 32, 32, 16]
+    assert [ops[k] for k in ("group_norm", "attention", "add_layer_norm", "geglu")] == [
+        61,
+        32,
+        32,
+        16,
+    ]
     assert ops["cat"] == 0 and sum(ops.values()) <= 395
 
 
 def test_operations_of_the_solver(monkeypatch):
     """Official: 352 a step."""
     counter, x = Count(), torch.zeros(1, 4, 16, 64)
-    ldm.log_alpha(torch.zeros(1))                               # whose table is made once
+    ldm.log_alpha(torch.zeros(1))  # whose table is made once
     monkeypatch.setattr(diffusion, "multistep", fused(counter, "multistep", solver.multistep_ref))
     with counter:
         ldm.dpm_solver(lambda x, t: x, x, 15)
         few = sum(counter.ops.values())
         counter.ops.clear()
         ldm.dpm_solver(lambda x, t: x, x, 25)
-    assert sum(counter.ops.values()) - few == 10                # one a step; the tables are the same for any number of steps
+    assert (
+        sum(counter.ops.values()) - few == 10
+    )  # one a step; the tables are the same for any number of steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a CPU's own order of weights
 
-SMALL = ldm.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16)
+SMALL = ldm.UNetConfig(
+    width=32, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16
+)
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not packed.possible(torch.float32), reason="no oneDNN here")
 def test_fused_and_packed_networks_give_the_same():
     """Also for batches of another size than the one that the weights were ordered for."""
-    unet, decoder = rule.fill(ldm.UNet(SMALL), "model.diffusion_model."), rule.fill(vae.AutoencoderKL(vae.PRESETS["mini"]), "vae.")
-    x, context, t = rule.normal("x", 4, 4, 16, 64), rule.normal("c", 4, 32, 32), torch.full((4,), 400.0)
+    unet, decoder = (
+        rule.fill(ldm.UNet(SMALL), "model.diffusion_model."),
+        rule.fill(vae.AutoencoderKL(vae.PRESETS["mini"]), "vae."),
+    )
+    x, context, t = (
+        rule.normal("x", 4, 4, 16, 64),
+        rule.normal("c", 4, 32, 32),
+        torch.full((4,), 400.0),
+    )
     plain, mel = unet(x, t, context), decoder.decode(x)
-    layers = [layer for network in (unet, decoder) for layer in network.modules() if type(layer) in (torch.nn.Conv2d, torch.nn.Linear)]
+    layers = [
+        layer
+        for network in (unet, decoder)
+        for layer in network.modules()
+        if type(layer) in (torch.nn.Conv2d, torch.nn.Linear)
+    ]
     packed.pack(unet.fuse()), packed.pack(decoder)
     for b in (2, 1, 4):
         rule.close(f"U-Net, {b} of 4", unet(x[:b], t[:b], context[:b]), plain[:b], 1e-5)
         rule.close(f"decoder, {b} of 4", decoder.decode(x[:b]), mel[:b], 1e-5)
-    assert sum(p.is_mkldnn for network in (unet, decoder) for p in network.parameters()) > len(layers) // 2
+    assert (
+        sum(p.is_mkldnn for network in (unet, decoder) for p in network.parameters())
+        > len(layers) // 2
+    )
 
 
 @torch.no_grad()
 def test_fused_networks_in_bfloat16_stay_as_near(fresh):
-    unet, x, context, t = rule.fill(ldm.UNet(SMALL), "model."), rule.normal("x", 2, 4, 16, 64), rule.normal("c", 2, 32, 32), torch.full((2,), 400.0)
+    unet, x, context, t = (
+        rule.fill(ldm.UNet(SMALL), "model."),
+        rule.normal("x", 2, 4, 16, 64),
+        rule.normal("c", 2, 32, 32),
+        torch.full((2,), 400.0),
+    )
     plain = unet(x, t, context)
-    rule.close("U-Net in bfloat16", packed.pack(unet.bfloat16().fuse())(x, t, context).float(), plain, 0.02)
+    rule.close(
+        "U-Net in bfloat16", packed.pack(unet.bfloat16().fuse())(x, t, context).float(), plain, 0.02
+    )
     assert not any(p.is_mkldnn for p in unet.parameters())
 
 
@@ -188,17 +295,29 @@ def test_nothing_is_packed_where_torch_is_chosen(fresh):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("module", [attention, group_norm, transformer])
-def test_a_benchmark_times_ours_before_anything_is_compiled(module, backward, tmp_path, monkeypatch):
+def test_a_benchmark_times_ours_before_anything_is_compiled(
+    module, backward, tmp_path, monkeypatch
+):
     """All of it but the clock, which is a GPU's: the calls and their gradients run, compiled rows come last, one that fails costs no other."""
-    for name, small in (("UNET", ((2, 8, 16, 4),)), ("TIMED", ((4, 4, 64, 0), (4, 4, 64, 32))), ("SITES", ((16, 32),))):
+    for name, small in (
+        ("UNET", ((2, 8, 16, 4),)),
+        ("TIMED", ((4, 4, 64, 0), (4, 4, 64, 32))),
+        ("SITES", ((16, 32),)),
+    ):
         if hasattr(module, name) and (name != "SITES" or module is transformer):
             monkeypatch.setattr(module, name, small)
     monkeypatch.setattr(benchmark, "graph_us", lambda function, calls=20: (function(), 2.0)[1])
-    monkeypatch.setattr(benchmark, "compiled", lambda reference, mode: reference if reference is not transformer.geglu_ref else None)
+    monkeypatch.setattr(
+        benchmark,
+        "compiled",
+        lambda reference, mode: reference if reference is not transformer.geglu_ref else None,
+    )
     rows = list(benchmark.measure(lambda b: module.timed(b, "cpu"), [1, 2], backward, "mode"))
     done = [row for row in rows if "ours_us" in row]
-    assert rows[:len(done)] == done and all(row["gb_s"] > 0 for row in done)
-    assert len(done) == {attention: 4, group_norm: 4, transformer: 0 if backward else 6}[module] and len(rows) == 2 * len(done)
+    assert rows[: len(done)] == done and all(row["gb_s"] > 0 for row in done)
+    assert len(done) == {attention: 4, group_norm: 4, transformer: 0 if backward else 6}[
+        module
+    ] and len(rows) == 2 * len(done)
     assert sum("error" in row for row in rows) == (2 if done and module is transformer else 0)
     benchmark.draw({"benchmark": "b", "device": "d"}, rows, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
@@ -206,17 +325,24 @@ def test_a_benchmark_times_ours_before_anything_is_compiled(module, backward, tm
 
 @pytest.mark.parametrize("name", ["attention", "group_norm", "transformer"])
 def test_times_need_a_gpu(name):
-    done = subprocess.run([sys.executable, "-m", f"kernels.{name}"], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"kernels.{name}"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "without an NVIDIA GPU" in done.stderr
 
 
 def test_flops_and_bytes_are_those_of_the_problem():
-    site = next(iter(attention.timed(2, "cpu")))                # 2 batches, 8 heads, 1024 queries of 40
+    site = next(iter(attention.timed(2, "cpu")))  # 2 batches, 8 heads, 1024 queries of 40
     assert site.flops == 4 * 2 * 8 * 1024 * 1024 * 40 and site.nbytes == 4 * 2 * 1024 * 8 * 40 * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # choosing
+
 
 @pytest.fixture
 def fresh(monkeypatch):
@@ -237,7 +363,9 @@ def test_choice(fresh, monkeypatch):
 def test_a_broken_kernel_is_said_once_and_done_without(fresh, monkeypatch):
     monkeypatch.setattr(kernels, "triton", object())
     monkeypatch.setattr(kernels, "INTERPRETED", True)
-    assert kernels.active(torch.zeros(1)) and not kernels.active(torch.zeros(1, dtype=torch.float64))
+    assert kernels.active(torch.zeros(1)) and not kernels.active(
+        torch.zeros(1, dtype=torch.float64)
+    )
     with pytest.warns(UserWarning, match="going on with torch's own"):
         kernels.failed("attention", RuntimeError("no such\ndevice"))
     assert not kernels.active(torch.zeros(1))
@@ -249,5 +377,7 @@ def test_a_broken_kernel_is_said_once_and_done_without(fresh, monkeypatch):
 def test_importing_the_networks_does_not_import_triton():
     """Half a second and 60 MB that a CPU has no use for."""
     code = "import sys, ldm, vae, cavp; sys.exit('triton' in sys.modules)"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env).returncode == 0

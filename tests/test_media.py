@@ -2,6 +2,7 @@
 
 Every clip is made here with PyAV: frame k is one grey, so that what was read says which frame it was.
 """
+
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def clicks(seconds, times, rate=16000):
     wav = np.zeros(round(seconds * rate), np.float32)
     for time in times:
         at = round(time * rate)
-        wav[at:at + rate // 500] = 0.8
+        wav[at : at + rate // 500] = 0.8
     return wav
 
 
@@ -40,8 +41,22 @@ def onsets(wav):
     return rise[np.diff(rise, prepend=-8000) > 4000] / 16000
 
 
-def make(path, times, levels=None, wav=None, rate=16000, size=(64, 48), codec="libx264", sound="aac", late=0.0,
-         draw=None, options=None, layout="mono", tags=None, tick=TICK):
+def make(
+    path,
+    times,
+    levels=None,
+    wav=None,
+    rate=16000,
+    size=(64, 48),
+    codec="libx264",
+    sound="aac",
+    late=0.0,
+    draw=None,
+    options=None,
+    layout="mono",
+    tags=None,
+    tick=TICK,
+):
     """A video whose frame k is shown from times[k]; the last of `times` is the end. Sound (n,) starts `late`."""
     with av.open(str(path), "w") as file:
         video = file.add_stream(codec, rate=1000, options={"g": "12", **(options or {})})
@@ -49,7 +64,9 @@ def make(path, times, levels=None, wav=None, rate=16000, size=(64, 48), codec="l
         video.pix_fmt = "yuv420p"
         track = None if wav is None else file.add_stream(sound, rate=rate, layout=layout)
         file.metadata.update(tags or {})
-        lengths = {round(a / tick): round(b / tick) - round(a / tick) for a, b in zip(times, times[1:])}
+        lengths = {
+            round(a / tick): round(b / tick) - round(a / tick) for a, b in zip(times, times[1:])
+        }
 
         def mux(packets):
             for packet in packets:
@@ -57,7 +74,9 @@ def make(path, times, levels=None, wav=None, rate=16000, size=(64, 48), codec="l
                 file.mux_one(packet)
 
         for k, time in enumerate(times[:-1]):
-            image = np.full((size[1], size[0], 3), grey(k) if levels is None else levels[k], np.uint8)
+            image = np.full(
+                (size[1], size[0], 3), grey(k) if levels is None else levels[k], np.uint8
+            )
             if draw:
                 draw(image, k)
             frame = av.VideoFrame.from_ndarray(image)
@@ -66,7 +85,11 @@ def make(path, times, levels=None, wav=None, rate=16000, size=(64, 48), codec="l
         mux(video.encode(None))
         if track is not None:
             frame = av.AudioFrame.from_ndarray(np.atleast_2d(wav), format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(late * rate)
+            frame.sample_rate, frame.time_base, frame.pts = (
+                rate,
+                Fraction(1, rate),
+                round(late * rate),
+            )
             file.mux(track.encode(frame))
             file.mux(track.encode(None))
     return path
@@ -84,19 +107,27 @@ def seen(frames):
 def shown(times, moments):
     """Levels a viewer sees at these moments; the time stamps are whole ticks."""
     stamps = [round(time / TICK) for time in times[:-1]]
-    return [grey(int(np.searchsorted(stamps, float(moment / TICK) + 0.5, "right")) - 1) for moment in moments]
+    return [
+        grey(int(np.searchsorted(stamps, float(moment / TICK) + 0.5, "right")) - 1)
+        for moment in moments
+    ]
 
 
 def packets(path):
     """(bytes, presentation time, key) of the video packets, times from the first."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
-        found = [(bytes(p), p.pts * p.time_base, p.is_keyframe) for p in file.demux(stream) if p.dts is not None]
+        found = [
+            (bytes(p), p.pts * p.time_base, p.is_keyframe)
+            for p in file.demux(stream)
+            if p.dts is not None
+        ]
     zero = min(time for _, time, _ in found)
     return [(content, float(time - zero), key) for content, time, key in found]
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("fps", [1, 12, 25, 30000 / 1001, 120, 240])
 @pytest.mark.parametrize("asked", [4, 15.625, 30])
@@ -105,7 +136,10 @@ def test_frames_by_presentation_time(tmp_path, fps, asked):
     clip = make(tmp_path / "a.mp4", times)
     frames = media.read_frames(clip, asked, 16)
     moments = np.arange(len(frames)) / asked
-    assert frames.shape == (int(np.ceil(times[-1] * asked - 1e-6)), 3, 16, 16) and frames.dtype == torch.uint8
+    assert (
+        frames.shape == (int(np.ceil(times[-1] * asked - 1e-6)), 3, 16, 16)
+        and frames.dtype == torch.uint8
+    )
     assert np.abs(seen(frames) - shown(times, moments)).max() < 6
     assert media.probe(clip).fps == pytest.approx(fps, rel=1e-3)
 
@@ -116,10 +150,17 @@ def test_variable_rate_start_and_seek(tmp_path, suffix):
     times = [0.0, *np.cumsum(steps).tolist()]
     clip = make(tmp_path / f"vfr{suffix}", times)
     assert media.probe(clip).duration == pytest.approx(times[-1], abs=0.01)
-    for start, duration in ((0.0, None), (0.333, 2.0), (6.2, 1.0), (times[-1] - 0.01, None)):       # 6.2: by seeking
+    for start, duration in (
+        (0.0, None),
+        (0.333, 2.0),
+        (6.2, 1.0),
+        (times[-1] - 0.01, None),
+    ):  # 6.2: by seeking
         frames = media.read_frames(clip, 50, 16, start, duration)
         moments = start + np.arange(len(frames)) / 50
-        late = np.array([min(abs(moment - time) for time in times) < 1e-3 for moment in moments])    # on a boundary
+        late = np.array(
+            [min(abs(moment - time) for time in times) < 1e-3 for moment in moments]
+        )  # on a boundary
         assert np.abs(seen(frames) - shown(times, moments))[~late].max(initial=0) < 6
         assert len(frames) == np.ceil(min(duration or 99, times[-1] - start) * 50 - 1e-2)
 
@@ -134,7 +175,10 @@ def test_the_clock_starts_at_the_first_shown_picture(tmp_path):
 
 def test_rotation_is_applied(tmp_path):
     def corner(image, k):
-        image[:image.shape[0] // 2, :image.shape[1] // 2] = 230      # bright: upper left, before turning
+        image[: image.shape[0] // 2, : image.shape[1] // 2] = (
+            230  # bright: upper left, before turning
+        )
+
     plain = make(tmp_path / "plain.mp4", steady(10, 0.5), levels=[30] * 5, draw=corner)
     places = {}
     for degrees in (0, 90, 180, -90):
@@ -153,24 +197,34 @@ def test_rotation_is_applied(tmp_path):
         assert (info.width, info.height) == ((64, 48) if degrees in (0, 180) else (48, 64))
         copy = tmp_path / f"turned{degrees}.foley.mp4"
         media.write_video(turned, torch.zeros(1), copy)
-        torch.testing.assert_close(media.read_frames(copy, 10, 32), media.read_frames(turned, 10, 32))
+        torch.testing.assert_close(
+            media.read_frames(copy, 10, 32), media.read_frames(turned, 10, 32)
+        )
         cut = tmp_path / f"turned{degrees}.cut.mp4"
         media.write_video(turned, torch.zeros(1), cut, start=0.2)
-        assert (media.read_frames(cut, 10, 32)[0].float() - media.read_frames(turned, 10, 32)[2].float()).abs().mean() < 8
-    assert places[0] == 0 and places[180] == 3                   # upper left, lower right
-    assert {places[90], places[-90]} == {1, 2} and places[90] == 2      # 90 turns counter-clockwise: lower left
+        assert (
+            media.read_frames(cut, 10, 32)[0].float() - media.read_frames(turned, 10, 32)[2].float()
+        ).abs().mean() < 8
+    assert places[0] == 0 and places[180] == 3  # upper left, lower right
+    assert {places[90], places[-90]} == {1, 2} and places[
+        90
+    ] == 2  # 90 turns counter-clockwise: lower left
 
 
 def test_shrinking_is_antialiased(tmp_path):
     def stripes(image, k):
         image[:, ::2] = 200
         image[:, 1::2] = 50
-    clip = make(tmp_path / "fine.mp4", [0, 0.5, 1], draw=stripes, size=(640, 480), options={"qp": "1"})
+
+    clip = make(
+        tmp_path / "fine.mp4", [0, 0.5, 1], draw=stripes, size=(640, 480), options={"qp": "1"}
+    )
     frame = media.read_frames(clip, 2, 32)[0].float()
     assert frame.std() < 6 and abs(frame.mean() - 125) < 8
 
 
 # ---- sound ---------------------------------------------------------------------------------------------------------
+
 
 def test_late_sound_starts_late(tmp_path):
     clip = make(tmp_path / "a.mp4", steady(25, 2), wav=clicks(1.5, [0.1, 0.6]), late=0.4)
@@ -182,13 +236,23 @@ def test_late_sound_starts_late(tmp_path):
     assert len(beyond) == 16000 and beyond.abs().max() < 0.01
 
 
-@pytest.mark.parametrize("suffix,codec,rate,layout", [
-    ("mp4", "aac", 44100, "stereo"), ("mkv", "pcm_u8", 8000, "mono"), ("mkv", "pcm_s24le", 48000, "stereo"),
-    ("mov", "pcm_alaw", 8000, "mono"), ("mkv", "libopus", 48000, "5.1"), ("mkv", "flac", 22050, "5.1")])
+@pytest.mark.parametrize(
+    "suffix,codec,rate,layout",
+    [
+        ("mp4", "aac", 44100, "stereo"),
+        ("mkv", "pcm_u8", 8000, "mono"),
+        ("mkv", "pcm_s24le", 48000, "stereo"),
+        ("mov", "pcm_alaw", 8000, "mono"),
+        ("mkv", "libopus", 48000, "5.1"),
+        ("mkv", "flac", 22050, "5.1"),
+    ],
+)
 def test_sound_of_any_kind(tmp_path, suffix, codec, rate, layout):
     channels = av.AudioLayout(layout).nb_channels
     wav = np.repeat(clicks(7, [0.5, 1.3, 6.5], rate)[None], channels, 0)
-    clip = make(tmp_path / f"a.{suffix}", steady(5, 7), wav=wav, rate=rate, sound=codec, layout=layout)
+    clip = make(
+        tmp_path / f"a.{suffix}", steady(5, 7), wav=wav, rate=rate, sound=codec, layout=layout
+    )
     back = media.read_audio(clip)
     assert back.dtype == torch.float32 and 0.4 < back.abs().max() <= 1
     assert onsets(back) == pytest.approx([0.5, 1.3, 6.5], abs=2e-3)
@@ -197,17 +261,31 @@ def test_sound_of_any_kind(tmp_path, suffix, codec, rate, layout):
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("suffix,codec", [(".mp4", "libx264"), (".mov", "libx264"), (".mkv", "libx264"),
-                                          (".webm", "libvpx"), (".avi", "mpeg4"), (".ts", "libx264")])
+
+@pytest.mark.parametrize(
+    "suffix,codec",
+    [
+        (".mp4", "libx264"),
+        (".mov", "libx264"),
+        (".mkv", "libx264"),
+        (".webm", "libvpx"),
+        (".avi", "mpeg4"),
+        (".ts", "libx264"),
+    ],
+)
 def test_written_video(tmp_path, suffix, codec):
-    tick = Fraction(1, 25) if codec == "mpeg4" else TICK         # it has no finer clock than 1/65535
-    source = make(tmp_path / f"a{suffix}", steady(25, 3), codec=codec, tags={"title": "rain"}, tick=tick)
+    tick = Fraction(1, 25) if codec == "mpeg4" else TICK  # it has no finer clock than 1/65535
+    source = make(
+        tmp_path / f"a{suffix}", steady(25, 3), codec=codec, tags={"title": "rain"}, tick=tick
+    )
     out = tmp_path / f"a.foley{media.output_suffix(source)}"
     info = media.probe(source)
-    media.write_video(source, torch.from_numpy(clicks(9, [0.01, 0.5, 2.95])), out, {"comment": "made"})
+    media.write_video(
+        source, torch.from_numpy(clicks(9, [0.01, 0.5, 2.95])), out, {"comment": "made"}
+    )
     for (a, at, key), (b, bt, bkey) in zip(packets(source), packets(out), strict=True):
         assert at == pytest.approx(bt, abs=1.1e-3) and key == bkey
-        assert a == b or suffix == ".ts"                         # .ts has start codes where mp4 has lengths
+        assert a == b or suffix == ".ts"  # .ts has start codes where mp4 has lengths
     made = media.probe(out)
     assert made.duration == pytest.approx(info.duration, abs=1e-3)
     wav = media.read_audio(out)
@@ -228,7 +306,7 @@ def test_b_frames_and_variable_rate_are_copied(tmp_path):
 
 
 def test_packets_that_no_muxer_takes_are_encoded_anew(tmp_path):
-    times = [k * 0.0004 for k in range(200)]                     # several in one millisecond, Matroska's clock
+    times = [k * 0.0004 for k in range(200)]  # several in one millisecond, Matroska's clock
     source = make(tmp_path / "a.mkv", times, options={"bf": "0"})
     with pytest.warns(UserWarning, match="encoded anew"):
         media.write_video(source, torch.from_numpy(clicks(1, [0.03])), tmp_path / "b.mp4")
@@ -257,7 +335,7 @@ def test_animated_gif_becomes_mp4(tmp_path):
         track.width, track.height, track.pix_fmt = 33, 21, "rgb8"
         for k in range(8):
             image = np.full((21, 33, 3), 30 * k, np.uint8)
-            image[k:k + 5, :5] = 255 - 30 * k
+            image[k : k + 5, :5] = 255 - 30 * k
             file.mux(track.encode(av.VideoFrame.from_ndarray(image)))
         file.mux(track.encode(None))
     info = media.probe(tmp_path / "a.gif")
@@ -277,9 +355,10 @@ def test_wav_round_trip(tmp_path):
 
 # ---- bad files -----------------------------------------------------------------------------------------------------
 
+
 def one_line(caught, *words):
     message = str(caught.value)
-    assert "\n" not in message and ";" in message                # the reason; the remedy
+    assert "\n" not in message and ";" in message  # the reason; the remedy
     assert all(word in message for word in words), message
 
 
@@ -287,21 +366,33 @@ def bad_files(folder):
     good = make(folder / "good.mp4", steady(25, 2), wav=clicks(2, [1.0]))
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("not a video\n" * 50)
-    (folder / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n")
-    (folder / "cut.mp4").write_bytes(good.read_bytes()[:1500])   # the index was at the end
+    (folder / "playlist.mp4").write_text(
+        "#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n"
+    )
+    (folder / "cut.mp4").write_bytes(good.read_bytes()[:1500])  # the index was at the end
     media.write_wav(folder / "sound.wav", torch.zeros(16000))
     os.rename(folder / "sound.wav", folder / "sound.mp4")
     with av.open(str(folder / "image.png"), "w", format="image2") as file:
         track = file.add_stream("png", rate=1)
         track.width, track.height, track.pix_fmt = 8, 8, "rgb24"
         file.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8))))
-    with av.open(str(folder / "hollow.mkv"), "w") as file:       # a track of pictures, and not one picture
+    with av.open(
+        str(folder / "hollow.mkv"), "w"
+    ) as file:  # a track of pictures, and not one picture
         file.add_stream("libx264", rate=25)
         file.start_encoding()
     (folder / "folder").mkdir()
-    return {"missing.mp4": "no such file", "empty.mp4": "empty", "text.mp4": "not a video", "playlist.mp4": "",
-            "cut.mp4": "cut off", "sound.mp4": "no picture", "image.png": "still image", "hollow.mkv": "",
-            "folder": "folder"}
+    return {
+        "missing.mp4": "no such file",
+        "empty.mp4": "empty",
+        "text.mp4": "not a video",
+        "playlist.mp4": "",
+        "cut.mp4": "cut off",
+        "sound.mp4": "no picture",
+        "image.png": "still image",
+        "hollow.mkv": "",
+        "folder": "folder",
+    }
 
 
 def test_bad_files_each_say_one_line(tmp_path):
@@ -327,16 +418,19 @@ def test_a_truncated_file_gives_what_decodes(tmp_path, suffix):
 
     def noise(image, k):
         image[:] = rng.integers(0, 255, image.shape)
+
     whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
     make(tmp_path / "a.mp4", steady(25, 2), draw=noise)
-    media.write_video(tmp_path / "a.mp4", torch.zeros(10), whole)         # the index comes first
-    cut.write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
+    media.write_video(tmp_path / "a.mp4", torch.zeros(10), whole)  # the index comes first
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.warns(UserWarning, match="cut off"):
         frames = media.read_frames(cut, 25, 16)
     assert 10 < len(frames) < 40
     assert torch.equal(frames[:10], media.read_frames(whole, 25, 16)[:10])
     media.write_video(cut, torch.zeros(10), tmp_path / f"out{suffix}")
-    assert media.probe(tmp_path / f"out{suffix}").duration == pytest.approx(media.probe(cut).duration, abs=0.041)
+    assert media.probe(tmp_path / f"out{suffix}").duration == pytest.approx(
+        media.probe(cut).duration, abs=0.041
+    )
 
 
 def test_nothing_half_written(tmp_path):
@@ -361,8 +455,13 @@ def test_nothing_half_written(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
 def test_a_full_disk_leaves_nothing(tmp_path):
     """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
-    make(tmp_path / "a.mp4", steady(25, 2), draw=lambda image, k: np.copyto(image, np.random.default_rng(k).integers(
-        0, 255, image.shape, np.uint8)))
+    make(
+        tmp_path / "a.mp4",
+        steady(25, 2),
+        draw=lambda image, k: np.copyto(
+            image, np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
+        ),
+    )
     code = f"""
 import resource, sys, torch
 from common import media
@@ -374,9 +473,16 @@ for name, write in (("b.mp4", video), ("b.mkv", video), ("b.webm", video), ("b.w
     except media.MediaError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["b.mp4", "b.mkv", "b.webm", "b.wav"], done.stderr
+    assert [line.split(":")[0] for line in lines] == ["b.mp4", "b.mkv", "b.webm", "b.wav"], (
+        done.stderr
+    )
     assert all("cannot be written" in line for line in lines)
     assert os.listdir(tmp_path) == ["a.mp4"]

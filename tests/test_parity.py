@@ -1,7 +1,8 @@
 """The networks against the official code's recorded outputs, float32, under the same stand-in weights; and checkpoints in and out.
 
-    python -m pytest tests/test_parity.py -rP        prints every difference measured
+python -m pytest tests/test_parity.py -rP        prints every difference measured
 """
+
 import collections
 import copy
 import gc
@@ -30,17 +31,22 @@ def network(cls, config, prefix):
     """The paper preset's network of weights alone, without the seconds its random initialization would take."""
     with torch.device("meta"):
         model = cls(config)
-    return rule.fill(model, prefix).to(memory_format=torch.channels_last)         # as `load` leaves it; convolutions are faster so
+    return rule.fill(model, prefix).to(
+        memory_format=torch.channels_last
+    )  # as `load` leaves it; convolutions are faster so
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # keys and shapes
 
+
 def shapes(model):
     return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name, cls", [("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("classifier", ldm.Alignment)])
+@pytest.mark.parametrize(
+    "name, cls", [("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("classifier", ldm.Alignment)]
+)
 def test_keys_and_shapes(name, cls):
     with torch.device("meta"):
         model = cls()
@@ -49,12 +55,15 @@ def test_keys_and_shapes(name, cls):
 
 def test_evaluation_classifier_is_the_classifier_and_the_autoencoder():
     with torch.device("meta"):
-        both = shapes(ldm.Alignment()) | {f"first_stage_model.{k}": v for k, v in shapes(vae.AutoencoderKL()).items()}
+        both = shapes(ldm.Alignment()) | {
+            f"first_stage_model.{k}": v for k, v in shapes(vae.AutoencoderKL()).items()
+        }
     assert both == rule.official_keys("eval_classifier")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CAVP
+
 
 @pytest.fixture(scope="module")
 def towers():
@@ -66,13 +75,18 @@ def pattern(frames):
     i = torch.arange(frames, dtype=torch.float64)[:, None, None, None]
     c = torch.arange(3, dtype=torch.float64)[:, None, None]
     y, x = torch.meshgrid(*[torch.arange(224, dtype=torch.float64) / 224] * 2, indexing="ij")
-    v = 0.5 + 0.5 * torch.sin(2 * torch.pi * ((1 + c) * x + (0.5 + 0.25 * i) * y + 0.11 * i * i / 8)) * torch.cos(0.7 * i + c)
+    v = 0.5 + 0.5 * torch.sin(
+        2 * torch.pi * ((1 + c) * x + (0.5 + 0.25 * i) * y + 0.11 * i * i / 8)
+    ) * torch.cos(0.7 * i + c)
     return v.float()[None]
 
 
-VIDEOS = {"video16": lambda: rule.uniform("in.cavp.video16", 1, 16, 3, 224, 224),
-          "video32": lambda: rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224),
-          "pattern16": lambda: pattern(16), "pattern32": lambda: pattern(32)}
+VIDEOS = {
+    "video16": lambda: rule.uniform("in.cavp.video16", 1, 16, 3, 224, 224),
+    "video32": lambda: rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224),
+    "pattern16": lambda: pattern(16),
+    "pattern32": lambda: pattern(32),
+}
 SPECTROGRAMS = {"spec512": (1, 128, 512), "spec256x2": (2, 128, 256)}
 
 
@@ -85,10 +99,16 @@ def check_features(name, raw):
     if pooled.ndim == 2:
         rule.close(f"{name} unit pooled", cavp.finish(raw, 16, True), golden[f"{name}.norm_pool"])
         rule.close(f"{name} pooled", pooled, official)
-    else:                                               # two windows: the official code leaves them as (b, 512, 2) ...
+    else:  # two windows: the official code leaves them as (b, 512, 2) ...
         rule.close(f"{name} pooled", pooled, official.transpose(1, 2))
-        rule.close(f"{name} official unit pooled", F.normalize(official, dim=-1), golden[f"{name}.norm_pool"])
-        unit = cavp.finish(raw, 16, True)               # ... and normalizes over the windows, not the features; ours are unit vectors
+        rule.close(
+            f"{name} official unit pooled",
+            F.normalize(official, dim=-1),
+            golden[f"{name}.norm_pool"],
+        )
+        unit = cavp.finish(
+            raw, 16, True
+        )  # ... and normalizes over the windows, not the features; ours are unit vectors
         assert torch.allclose(unit.norm(dim=-1), torch.ones(1, 2), atol=1e-5)
         rule.close(f"{name} unit pooled", unit, F.normalize(official.transpose(1, 2), dim=-1))
 
@@ -104,17 +124,26 @@ def test_cavp_video(towers, name):
 def test_cavp_audio(towers, name):
     mel = rule.uniform(f"in.cavp.{name}", *SPECTROGRAMS[name])
     check_features(name, towers.encode_audio(mel, normalize=False))
-    rule.close(f"{name} unit, in one call", towers.encode_audio(mel), rule.recorded("cavp")[f"{name}.norm_nopool"])
+    rule.close(
+        f"{name} unit, in one call",
+        towers.encode_audio(mel),
+        rule.recorded("cavp")[f"{name}.norm_nopool"],
+    )
 
 
 def test_cavp_temperature(towers):
-    rule.close("exp(logit_scale)", towers.logit_scale.exp(), rule.recorded("cavp")["logit_scale_exp"], 1e-6)
+    rule.close(
+        "exp(logit_scale)", towers.logit_scale.exp(), rule.recorded("cavp")["logit_scale_exp"], 1e-6
+    )
 
 
 def test_cavp_loss():
     golden = rule.recorded("loss")
     video = rule.normal("in.loss.video", 12, 512)
-    a, b = F.normalize(video, dim=-1), F.normalize(video + 3 * rule.normal("in.loss.spec", 12, 512), dim=-1)
+    a, b = (
+        F.normalize(video, dim=-1),
+        F.normalize(video + 3 * rule.normal("in.loss.spec", 12, 512), dim=-1),
+    )
     inter, intra = cavp.contrastive_loss(a, b, 1 / 0.07, clips=3)
     rule.close("L_inter", inter[None], golden["extra_contrast_loss"])
     rule.close("L_intra", intra[None], golden["intra_contrast_loss"])
@@ -140,24 +169,32 @@ def test_context_is_exactly_how_far_a_frame_reaches():
     video = rule.uniform("reach", 1, 24, 3, 32, 32)
     other = video.clone()
     other[:, 12] += 1
-    changed = (model.encode_video(video, normalize=False) != model.encode_video(other, normalize=False)).any(-1)[0]
+    changed = (
+        model.encode_video(video, normalize=False) != model.encode_video(other, normalize=False)
+    ).any(-1)[0]
     reach = (torch.arange(24) - 12).abs()
     assert model.context == 3 and torch.equal(changed, reach <= 3)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel, stride", [((1, 7, 7), 2), ((1, 3, 3), 1), ((1, 3, 3), 2), ((3, 1, 1), 1), ((1, 1, 1), 2)])
+@pytest.mark.parametrize(
+    "kernel, stride",
+    [((1, 7, 7), 2), ((1, 3, 3), 1), ((1, 3, 3), 2), ((3, 1, 1), 1), ((1, 1, 1), 2)],
+)
 def test_folded_convolution_is_the_3d_one(kernel, stride):
     unit = rule.fill(cavp.ConvUnit(6, 10, kernel, stride), "unit.")
-    video = rule.uniform("folded", 2, 6, 5, 12, 14)                                # (b, c, f, h, w)
+    video = rule.uniform("folded", 2, 6, 5, 12, 14)  # (b, c, f, h, w)
     bn = unit.bn
-    expected = F.batch_norm(unit.conv(video), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-5)
+    expected = F.batch_norm(
+        unit.conv(video), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-5
+    )
     got = unit(video.transpose(1, 2).flatten(0, 1), frames=5).unflatten(0, (2, 5)).transpose(1, 2)
     rule.close(f"ConvUnit {kernel} stride {stride}", got, expected, 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # autoencoder, conditioners, schedule
+
 
 @pytest.fixture(scope="module")
 def autoencoder():
@@ -176,20 +213,29 @@ def test_autoencoder_encode(autoencoder):
 def test_autoencoder_decode(autoencoder):
     """A latent as it is, and a sampler's result at the one scale."""
     golden = rule.recorded("sample")
-    rule.close("decode", autoencoder.decode(rule.normal("in.vae.latent", 1, 4, 16, 64)), rule.recorded("vae")["decode.image"])
+    rule.close(
+        "decode",
+        autoencoder.decode(rule.normal("in.vae.latent", 1, 4, 16, 64)),
+        rule.recorded("vae")["decode.image"],
+    )
     sampled = autoencoder.decode(golden["dpm5.cfg4.5"] / ldm.LATENT_SCALE)[:, 0]
     rule.close("decode a sample", sampled, golden["dpm5.cfg4.5.decoded_channel0"])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, width, prefix", [("ldm_cond", 768, "cond_stage_model."), ("cls_cond", 512, "cond_model.")])
+@pytest.mark.parametrize(
+    "name, width, prefix",
+    [("ldm_cond", 768, "cond_stage_model."), ("cls_cond", 512, "cond_model.")],
+)
 def test_conditioners(name, width, prefix):
     golden = rule.recorded("cond")
     model = network(lambda c: ldm.Conditioner(512, c, 40), width, prefix)
     rule.close(name, model(rule.normal("in.cond.feat", 2, 32, 512)), golden[f"{name}.embed"])
-    rule.close(f"{name} of zero features", model(torch.zeros(1, 32, 512)), golden[f"{name}.embed_of_zero"])
+    rule.close(
+        f"{name} of zero features", model(torch.zeros(1, 32, 512)), golden[f"{name}.embed_of_zero"]
+    )
     with pytest.raises(RuntimeError):
-        model(torch.zeros(1, 41, 512))                      # there are 40 positions
+        model(torch.zeros(1, 41, 512))  # there are 40 positions
 
 
 def test_schedule():
@@ -203,6 +249,7 @@ def test_schedule():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # U-Net, classifier, and a whole sampling run
+
 
 @pytest.fixture(scope="module")
 def unet():
@@ -221,30 +268,62 @@ INT_T, FLOAT_T = torch.tensor([10, 700]), torch.tensor([10.5, 699.25])
 @torch.no_grad()
 def test_time_embedding(unet):
     golden = rule.recorded("unet")
-    rule.close("time embedding, fractional", ldm.timestep_embedding(FLOAT_T, 320), golden["time_embedding_320"])
-    rule.close("time embedding, through its MLP", unet.time_embed(ldm.timestep_embedding(INT_T, 320)), golden["time_embed_of_int_t"])
+    rule.close(
+        "time embedding, fractional",
+        ldm.timestep_embedding(FLOAT_T, 320),
+        golden["time_embedding_320"],
+    )
+    rule.close(
+        "time embedding, through its MLP",
+        unet.time_embed(ldm.timestep_embedding(INT_T, 320)),
+        golden["time_embed_of_int_t"],
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, t, zero", [("eps", INT_T, False), ("eps_float_t", FLOAT_T, False), ("eps_zero_context", INT_T, True)])
+@pytest.mark.parametrize(
+    "name, t, zero",
+    [("eps", INT_T, False), ("eps_float_t", FLOAT_T, False), ("eps_zero_context", INT_T, True)],
+)
 def test_unet(unet, name, t, zero):
     x, context = rule.normal("in.unet.x", 2, 4, 16, 64), rule.normal("in.unet.context", 2, 32, 768)
     rule.close(name, unet(x, t, context * (not zero)), rule.recorded("unet")[name])
 
 
-@pytest.mark.parametrize("path, project", [("trained_path", True), ("official_guidance_path", False)])
+@pytest.mark.parametrize(
+    "path, project", [("trained_path", True), ("official_guidance_path", False)]
+)
 def test_classifier(classifier, path, project):
     golden = rule.recorded("classifier")
     x, features = rule.normal("in.cls.x", 2, 4, 16, 64), rule.normal("in.cls.feat", 2, 32, 512)
-    rule.close(f"{path} logit", classifier.logit(x, INT_T, features, project), golden[f"{path}.logit"])
-    rule.close(f"{path} probability", classifier(x, INT_T, features, project), golden[f"{path}.prob"])
-    rule.close(f"{path} log p", classifier.log_prob(x, INT_T, features, project), golden[f"{path}.prob"].log())
-    rule.close(f"{path} gradient", classifier.grad_log_prob(x, INT_T, features, project), golden[f"{path}.grad_log_prob"])
+    rule.close(
+        f"{path} logit", classifier.logit(x, INT_T, features, project), golden[f"{path}.logit"]
+    )
+    rule.close(
+        f"{path} probability", classifier(x, INT_T, features, project), golden[f"{path}.prob"]
+    )
+    rule.close(
+        f"{path} log p",
+        classifier.log_prob(x, INT_T, features, project),
+        golden[f"{path}.prob"].log(),
+    )
+    rule.close(
+        f"{path} gradient",
+        classifier.grad_log_prob(x, INT_T, features, project),
+        golden[f"{path}.grad_log_prob"],
+    )
     if project:
-        rule.close(f"{path} probability at t 0", classifier(x, torch.zeros(2), features), golden[f"{path}.prob_t0"])
+        rule.close(
+            f"{path} probability at t 0",
+            classifier(x, torch.zeros(2), features),
+            golden[f"{path}.prob_t0"],
+        )
     else:
-        rule.close(f"{path} gradient, fractional t", classifier.grad_log_prob(x, FLOAT_T, features, project),
-                   golden[f"{path}.grad_log_prob_float_t"])
+        rule.close(
+            f"{path} gradient, fractional t",
+            classifier.grad_log_prob(x, FLOAT_T, features, project),
+            golden[f"{path}.grad_log_prob_float_t"],
+        )
 
 
 def test_log_probability_does_not_underflow(classifier):
@@ -262,18 +341,27 @@ def test_log_probability_does_not_underflow(classifier):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cg, project, name", [(50, False, "dpm5.cfg4.5.cg50"), (5000, True, "dpm5.cfg4.5.cg5000.with_cond_model")])
+@pytest.mark.parametrize(
+    "cg, project, name",
+    [(50, False, "dpm5.cfg4.5.cg50"), (5000, True, "dpm5.cfg4.5.cg5000.with_cond_model")],
+)
 def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
     """The official demo's guidance as it is; and the classifier used as it was trained, at a scale where nothing else matters."""
     golden = rule.recorded("sample")
-    x, features = rule.normal("in.sample.x_T", 1, 4, 16, 64), rule.normal("in.sample.feat", 1, 32, 512)
+    x, features = (
+        rule.normal("in.sample.x_T", 1, 4, 16, 64),
+        rule.normal("in.sample.feat", 1, 32, 512),
+    )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
-    eps_fn = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, classifier, features, cg, project)
+    eps_fn = ldm.guided_eps(
+        unet, context, torch.zeros_like(context), 4.5, classifier, features, cg, project
+    )
     rule.close(name, ldm.dpm_solver(eps_fn, x, 5), golden[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bfloat16: what `sample.py` uses on a GPU, and on a CPU that computes in it
+
 
 def rounded(model):
     """A copy with every weight rounded."""
@@ -286,6 +374,7 @@ def rounded(model):
 @torch.no_grad()
 def test_bfloat16_stages(towers, autoencoder, unet, classifier):
     """Stated rather than gated: the bound only tells rounding, of 8 bits over as many layers, from a mistake."""
+
     def close(name, ours, official, bound=0.05):
         rule.close(f"bfloat16 {name}", ours.float(), official, bound)
 
@@ -293,22 +382,54 @@ def test_bfloat16_stages(towers, autoencoder, unet, classifier):
     folded = cavp.CAVP()
     folded.load_state_dict(towers.state_dict())
     folded = folded.eval().fold().bfloat16()
-    close("CAVP video", folded.encode_video(video.bfloat16()), rule.recorded("cavp")["pattern32.norm_nopool"])
+    close(
+        "CAVP video",
+        folded.encode_video(video.bfloat16()),
+        rule.recorded("cavp")["pattern32.norm_nopool"],
+    )
     mel = rule.uniform("in.cavp.spec512", *SPECTROGRAMS["spec512"])
-    close("CAVP audio", rounded(towers).encode_audio(mel.bfloat16()), rule.recorded("cavp")["spec512.norm_nopool"])
+    close(
+        "CAVP audio",
+        rounded(towers).encode_audio(mel.bfloat16()),
+        rule.recorded("cavp")["spec512.norm_nopool"],
+    )
     small = rounded(autoencoder)
-    close("encode mean", small.encode(rule.uniform("in.vae.image", 1, 3, 128, 512).bfloat16())[0], rule.recorded("vae")["encode.mean"])
-    close("decode", small.decode(rule.normal("in.vae.latent", 1, 4, 16, 64).bfloat16()), rule.recorded("vae")["decode.image"])
+    close(
+        "encode mean",
+        small.encode(rule.uniform("in.vae.image", 1, 3, 128, 512).bfloat16())[0],
+        rule.recorded("vae")["encode.mean"],
+    )
+    close(
+        "decode",
+        small.decode(rule.normal("in.vae.latent", 1, 4, 16, 64).bfloat16()),
+        rule.recorded("vae")["decode.image"],
+    )
     x, features = rule.normal("in.cls.x", 2, 4, 16, 64), rule.normal("in.cls.feat", 2, 32, 512)
     alignment, golden = rounded(classifier), rule.recorded("classifier")
     close("classifier probability", alignment(x, INT_T, features), golden["trained_path.prob"])
-    close("classifier gradient", alignment.grad_log_prob(x, INT_T, features), golden["trained_path.grad_log_prob"], 0.2)
+    close(
+        "classifier gradient",
+        alignment.grad_log_prob(x, INT_T, features),
+        golden["trained_path.grad_log_prob"],
+        0.2,
+    )
     net, x = rounded(unet), rule.normal("in.unet.x", 2, 4, 16, 64)
-    close("U-Net", net(x, INT_T, rule.normal("in.unet.context", 2, 32, 768)), rule.recorded("unet")["eps"])
-    x, features = rule.normal("in.sample.x_T", 1, 4, 16, 64), rule.normal("in.sample.feat", 1, 32, 512)
+    close(
+        "U-Net",
+        net(x, INT_T, rule.normal("in.unet.context", 2, 32, 768)),
+        rule.recorded("unet")["eps"],
+    )
+    x, features = (
+        rule.normal("in.sample.x_T", 1, 4, 16, 64),
+        rule.normal("in.sample.feat", 1, 32, 512),
+    )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
-    eps = ldm.guided_eps(net, context, torch.zeros_like(context), 4.5, alignment, features, 50, project=False)
-    close("five guided steps", ldm.dpm_solver(eps, x, 5), rule.recorded("sample")["dpm5.cfg4.5.cg50"])
+    eps = ldm.guided_eps(
+        net, context, torch.zeros_like(context), 4.5, alignment, features, 50, project=False
+    )
+    close(
+        "five guided steps", ldm.dpm_solver(eps, x, 5), rule.recorded("sample")["dpm5.cfg4.5.cg50"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,8 +448,13 @@ def test_plain_readings_agree():
     unet = rule.fill(ldm.UNet(NARROW), "model.diffusion_model.")
     inputs = rule.normal("x", 2, 4, 16, 16), FLOAT_T, rule.normal("context", 2, 5, 16)
     rule.close("U-Net", unet(*inputs), plainly(copy.deepcopy(unet))(*inputs), 1e-5)
-    autoencoder, z = rule.fill(vae.AutoencoderKL(vae.VAEConfig(width=16, groups=8))), rule.normal("z", 1, 4, 16, 16)
-    rule.close("decoder", autoencoder.decode(z), plainly(copy.deepcopy(autoencoder)).decode(z), 1e-5)
+    autoencoder, z = (
+        rule.fill(vae.AutoencoderKL(vae.VAEConfig(width=16, groups=8))),
+        rule.normal("z", 1, 4, 16, 16),
+    )
+    rule.close(
+        "decoder", autoencoder.decode(z), plainly(copy.deepcopy(autoencoder)).decode(z), 1e-5
+    )
 
 
 @torch.no_grad()
@@ -342,9 +468,17 @@ def test_frames_at_once_change_nothing(monkeypatch):
 def test_a_clip_prepares_its_condition_once():
     """Keys and values of every cross-attention, and the conditioners, are computed once for all steps and both guidances."""
     calls = collections.Counter()
-    unet, classifier = rule.fill(ldm.UNet(NARROW), "model.diffusion_model."), rule.fill(ldm.Alignment(MINI_CLASSIFIER))
-    watched = [m for net in (unet, classifier) for block in net.modules() if isinstance(block, ldm.TransformerBlock)
-               for m in (block.attn2.to_k, block.attn2.to_v)] + [classifier.cond_model]
+    unet, classifier = (
+        rule.fill(ldm.UNet(NARROW), "model.diffusion_model."),
+        rule.fill(ldm.Alignment(MINI_CLASSIFIER)),
+    )
+    watched = [
+        m
+        for net in (unet, classifier)
+        for block in net.modules()
+        if isinstance(block, ldm.TransformerBlock)
+        for m in (block.attn2.to_k, block.attn2.to_v)
+    ] + [classifier.cond_model]
     for module in watched:
         module.register_forward_hook(lambda m, *_: calls.update([m]))
     context, features = rule.normal("context", 1, 128, 16), rule.normal("features", 1, 128, 512)
@@ -358,6 +492,7 @@ def test_a_clip_prepares_its_condition_once():
 
 MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
 
+
 @torch.no_grad()
 def test_calibration_keeps_the_sound_and_scales_the_latents():
     model = rule.fill(vae.AutoencoderKL(vae.PRESETS["mini"]))
@@ -370,8 +505,12 @@ def test_calibration_keeps_the_sound_and_scales_the_latents():
     assert after.mean((0, 2, 3)).abs().max() < 1e-4
     rule.close("latent deviation", after.std((0, 2, 3)) * ldm.LATENT_SCALE, torch.ones(4), 1e-5)
     # the posterior's spread moves with the latents
-    rule.close("spread", (logvar_after / 2).exp() / after.std((0, 2, 3), keepdim=True),
-               (logvar / 2).exp() / before.std((0, 2, 3), keepdim=True), 1e-5)
+    rule.close(
+        "spread",
+        (logvar_after / 2).exp() / after.std((0, 2, 3), keepdim=True),
+        (logvar / 2).exp() / before.std((0, 2, 3), keepdim=True),
+        1e-5,
+    )
 
 
 @torch.no_grad()

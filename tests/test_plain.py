@@ -1,4 +1,5 @@
 """The yardstick measures the same work: a plain reading of a network gives that network's numbers. Of both forms, published and mini."""
+
 import copy
 from dataclasses import replace
 
@@ -20,10 +21,15 @@ def inputs(name):
 
     def normal(*shape):
         return torch.randn(shape, generator=rng, dtype=torch.float64)
+
     if name == "cavp":
         return [torch.rand(2, 16, 3, 16, 16, generator=rng, dtype=torch.float64)]
     if name == "unet":
-        return [normal(2, 4, 16, 64), torch.tensor([500.0, 3.0], dtype=torch.float64), normal(2, 128, 16)]
+        return [
+            normal(2, 4, 16, 64),
+            torch.tensor([500.0, 3.0], dtype=torch.float64),
+            normal(2, 128, 16),
+        ]
     return [normal(2, 4, 16, 8)]
 
 
@@ -36,14 +42,18 @@ def network(kind):
     return vae.AutoencoderKL(tiny.VAE), "decode"
 
 
-@pytest.mark.parametrize("kind", ["cavp mini", "cavp published", "unet mini", "unet published", "vae mini"])
+@pytest.mark.parametrize(
+    "kind", ["cavp mini", "cavp published", "unet mini", "unet published", "vae mini"]
+)
 def test_a_plain_reading_gives_the_networks_own_numbers(kind):
     """In float64, where only a mistake shows. In float32 the two round differently, torch's GroupNorm of channels-last maps by as
     much as 5e-4 where a map's mean is a hundred times its deviation, as with such random weights it can be."""
     torch.manual_seed(0)
     ours, method = network(kind)
     for p in ours.parameters():
-        torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)           # some begin as zero: nothing must hide
+        torch.nn.init.normal_(
+            p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
+        )  # some begin as zero: nothing must hide
     ours = ours.double().eval()
     theirs = plainly(copy.deepcopy(ours))
     given = inputs(kind.split()[0])
@@ -63,6 +73,13 @@ def test_a_plain_classifier_has_the_same_gradient(form, prepared):
     for p in ours.parameters():
         torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     theirs = plainly(copy.deepcopy(ours))
-    x, t, features = torch.randn(2, 4, 16, 64), torch.tensor([500.0, 3.0]), torch.randn(2, 128, tiny.TIME["feature_dim"])
-    y, z = (model.grad_log_prob(x, t, model.prepare(features) if prepared else features) for model in (ours, theirs))
+    x, t, features = (
+        torch.randn(2, 4, 16, 64),
+        torch.tensor([500.0, 3.0]),
+        torch.randn(2, 128, tiny.TIME["feature_dim"]),
+    )
+    y, z = (
+        model.grad_log_prob(x, t, model.prepare(features) if prepared else features)
+        for model in (ours, theirs)
+    )
     assert y.abs().max() > 1e-6 and (y - z).abs().max() < 1e-4 * y.abs().max()

@@ -1,4 +1,5 @@
 """Whatever ends a run, it goes on as if nothing had happened, or says in one line what to do; and what is fixed stays fixed."""
+
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import training
 from bounds import PATIENCE
 
 HERE = Path(__file__).resolve().parent
-STEPS = 6                                                       # a checkpoint after 2, 4 and 6
+STEPS = 6  # a checkpoint after 2, 4 and 6
 # where the kill comes: code that runs in the process of the run, before it
 KILL = "def die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 MOMENTS = {
@@ -76,7 +77,10 @@ replace, os.replace = os.replace, one
 def rows(out):
     """What was logged, without what depends on the clock."""
     clock = ("seconds", "clips_per_second", "waiting", "memory_gb")
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (out / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in (out / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def state(out, name="last.state.pt"):
@@ -105,7 +109,9 @@ def same_run(a, b):
     """Weights, moving average, optimizer, log, what the run began with."""
     one, other = state(a), state(b)
     assert rows(a) == rows(b)
-    assert all(equal(one[k], other[k]) for k in ("model", "ema", "updates", "optimizer", "step", "totals"))
+    assert all(
+        equal(one[k], other[k]) for k in ("model", "ema", "updates", "optimizer", "step", "totals")
+    )
     one, other = (load_file(out / "last.safetensors") for out in (a, b))
     assert equal(one, other)
     assert started_from(a) == started_from(b)
@@ -123,9 +129,12 @@ def whole(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 tiny.install(patch.setattr)
                 patch.setattr(training, "draw", lambda out, pictures: None)
-                tiny.MAINS[stage](tiny.arguments(stage, home / stage, STEPS, 2, first_stage, save_every=2))
+                tiny.MAINS[stage](
+                    tiny.arguments(stage, home / stage, STEPS, 2, first_stage, save_every=2)
+                )
             done[stage] = home / stage
         return done[stage]
+
     return whole
 
 
@@ -136,8 +145,13 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "draw", lambda out, pictures: None)
 
     def run(stage, name, steps=STEPS, **flags):
-        tiny.MAINS[stage](tiny.arguments(stage, tmp_path / name, steps, 2, tiny.autoencoder(tmp_path), save_every=2, **flags))
+        tiny.MAINS[stage](
+            tiny.arguments(
+                stage, tmp_path / name, steps, 2, tiny.autoencoder(tmp_path), save_every=2, **flags
+            )
+        )
         return tmp_path / name
+
     return run
 
 
@@ -152,19 +166,32 @@ def failing(run, *args, **flags):
 
 def in_a_process(stage, args, before):
     """A run in a process of its own, in which the code `before` ran first."""
-    code = (f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
-            f"training.draw = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])")
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE)
+    code = (
+        f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
+        f"training.draw = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
 
 
 def killed(stage, out, moment):
     """A run that a real SIGKILL ends, in a process of its own."""
-    args = tiny.arguments(stage, out, STEPS, 2, out.parent / "first_stage.safetensors", save_every=2)
+    args = tiny.arguments(
+        stage, out, STEPS, 2, out.parent / "first_stage.safetensors", save_every=2
+    )
     done = in_a_process(stage, args, KILL + MOMENTS[moment])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("stage, moment", [("vae", m) for m in MOMENTS] + [(s, "with the state half written") for s in ("cavp", "ldm", "align")])
+@pytest.mark.parametrize(
+    "stage, moment",
+    [("vae", m) for m in MOMENTS]
+    + [(s, "with the state half written") for s in ("cavp", "ldm", "align")],
+)
 def test_a_killed_run_goes_on_bit_for_bit(whole, run, tmp_path, stage, moment):
     tiny.autoencoder(tmp_path)
     killed(stage, tmp_path / "killed", moment)
@@ -181,6 +208,7 @@ def test_ctrl_c_leaves_no_trace(whole, run, monkeypatch, stage):
         if self.step == 2:
             signal.raise_signal(signal.SIGINT)
         report(self, **values)
+
     monkeypatch.setattr(training.Run, "report", interrupt)
     assert state(run(stage, "stopped"))["step"] == 3
     monkeypatch.setattr(training.Run, "report", report)
@@ -192,7 +220,9 @@ def test_validation_disturbs_nothing(run, monkeypatch, stage):
     seen = run(stage, "seen", steps=4)
     monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
     unseen = run(stage, "unseen", steps=4)
-    assert equal(state(seen)["model"], state(unseen)["model"]) and equal(load_file(seen / "last.safetensors"), load_file(unseen / "last.safetensors"))
+    assert equal(state(seen)["model"], state(unseen)["model"]) and equal(
+        load_file(seen / "last.safetensors"), load_file(unseen / "last.safetensors")
+    )
     validated = [row["step"] for row in rows(seen) if any(k.startswith("val_") for k in row)]
     assert validated == [2, 4] and len(rows(unseen)) == 1
 
@@ -208,15 +238,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, run, capsys, d
     path = out / "last.state.pt"
     content = bytearray(path.read_bytes())
     if damage == "cut":
-        content = content[:len(content) * 3 // 4]
-    else:                                                       # one bit of a tensor
+        content = content[: len(content) * 3 // 4]
+    else:  # one bit of a tensor
         with zipfile.ZipFile(path) as archive:
             tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
             tensor = archive.read(max(tensors, key=lambda entry: entry.file_size))
         content[content.find(tensor) + len(tensor) // 2] ^= 1
     path.write_bytes(content)
     run("vae", "damaged", resume=True)
-    said = [line for line in capsys.readouterr().err.splitlines() if "damaged/last.state.pt: damaged" in line]
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "damaged/last.state.pt: damaged" in line
+    ]
     assert len(said) == 1
     assert equal(state(whole("vae"))["model"], state(out)["model"])
 
@@ -236,10 +270,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(run, monkeypatch):
     def broken(self, draw, samples):
         seen.append(0)
         return sound(self, draw, samples) * (float("nan") if len(seen) > bad else 1)
+
     monkeypatch.setattr(tiny.Drawn, "sound", broken)
     monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
     monkeypatch.setattr(tiny.vae, "calibrated", lambda model, *_: model)
-    bad = 8                                                     # two clips a step: the fifth step
+    bad = 8  # two clips a step: the fifth step
     line = failing(run, "vae", "broken")
     assert "step 5" in line and "from step 4" in line and "--lr" in line
     assert equal(state(good)["model"], state(good.with_name("broken"))["model"])
@@ -276,9 +311,14 @@ tiny.Sounds.__getitem__ = gone
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_that_vanished_is_one_line(tmp_path, workers):
     """In a process of its own, which must end too: a reader that is still there then must not keep it."""
-    done = in_a_process("vae", tiny.arguments("vae", tmp_path / "run", STEPS, 2, workers=workers), VANISH)
+    done = in_a_process(
+        "vae", tiny.arguments("vae", tmp_path / "run", STEPS, 2, workers=workers), VANISH
+    )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "vae.py: set/shard-00001.bin: missing; prepare the set again"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "vae.py: set/shard-00001.bin: missing; prepare the set again"
+    )
 
 
 def test_a_reader_that_dies_is_one_line(run, monkeypatch):
@@ -288,6 +328,7 @@ def test_a_reader_that_dies_is_one_line(run, monkeypatch):
         if index >= 6 and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return item(self, index)
+
     monkeypatch.setattr(tiny.Sounds, "__getitem__", dies)
     line = failing(run, "vae", "dead", workers=1)
     assert "died" in line and "--workers" in line and "--resume" in line
@@ -303,24 +344,38 @@ def test_changed_flags_are_told(run, capsys):
 def test_another_networks_state_is_one_line(run, monkeypatch):
     out = run("vae", "run", steps=2)
     monkeypatch.setitem(tiny.vae.PRESETS, "mini", tiny.replace(tiny.VAE, width=16))
-    (out / "last.safetensors").unlink()                         # which would have said what the network looks like
+    (out / "last.safetensors").unlink()  # which would have said what the network looks like
     assert "last.state.pt" in failing(run, "vae", "run", steps=4, resume=True)
 
 
 def test_a_note_stays_with_the_weights(run):
     """--note need not be given again when a run goes on."""
-    assert started_from(run("vae", "noted", steps=2, note="clips of seed 5"))[2] == "clips of seed 5"
+    assert (
+        started_from(run("vae", "noted", steps=2, note="clips of seed 5"))[2] == "clips of seed 5"
+    )
     assert started_from(run("vae", "noted", steps=4, resume=True))[2] == "clips of seed 5"
-    assert started_from(run("vae", "noted", steps=6, resume=True, note="and of seed 6"))[2] == "and of seed 6"
+    assert (
+        started_from(run("vae", "noted", steps=6, resume=True, note="and of seed 6"))[2]
+        == "and of seed 6"
+    )
     assert started_from(run("vae", "without", steps=2))[2] is None
 
 
 def test_frozen_parts_stay_and_the_rest_moves(run, monkeypatch):
     """The video tower of CAVP, with its norms' statistics; from weights that a run has left."""
     begun = run("cavp", "begun", steps=2) / "last.safetensors"
-    a, b = load_file(begun), load_file(run("cavp", "frozen", steps=2, init=begun, freeze="video_encoder") / "last.safetensors")
+    a, b = (
+        load_file(begun),
+        load_file(
+            run("cavp", "frozen", steps=2, init=begun, freeze="video_encoder") / "last.safetensors"
+        ),
+    )
     for k in a:
-        assert torch.equal(a[k], b[k]) == (k.startswith("video_encoder") or k.endswith("num_batches_tracked") and torch.equal(a[k], b[k])), k
+        assert torch.equal(a[k], b[k]) == (
+            k.startswith("video_encoder")
+            or k.endswith("num_batches_tracked")
+            and torch.equal(a[k], b[k])
+        ), k
     monkeypatch.setattr(tiny, "MAINS", {**tiny.MAINS, "vae": tiny.cavp.main})
     with pytest.raises(SystemExit) as e:
         run("cavp", "misspelt", freeze="video_tower")
@@ -333,8 +388,11 @@ def test_adapters_change_matrices_by_a_low_rank_and_nothing_else(run, stage):
     begun = run(stage, "begun", steps=2) / "last.safetensors"
     straight = run(stage, "straight", steps=4, init=begun, lora=2, lr=0.01, warmup=1)
     again = shutil.copytree(straight, straight.parent / "again")
-    (again / "last.state.pt").unlink()                          # then there is the one of step 2
-    same_run(straight, run(stage, again.name, steps=4, init=begun, lora=2, lr=0.01, warmup=1, resume=True))
+    (again / "last.state.pt").unlink()  # then there is the one of step 2
+    same_run(
+        straight,
+        run(stage, again.name, steps=4, init=begun, lora=2, lr=0.01, warmup=1, resume=True),
+    )
     a, b = load_file(begun), load_file(straight / "last.safetensors")
     assert a.keys() == b.keys()
     adapted = 0
@@ -349,14 +407,19 @@ def test_adapters_change_matrices_by_a_low_rank_and_nothing_else(run, stage):
     assert adapted > 10
     with pytest.raises(SystemExit, match="--lora"):
         run(stage, "from nothing", lora=2)
-    with pytest.raises(SystemExit, match="the run in .*straight has --lora 2; give the same command again with --resume"):
+    with pytest.raises(
+        SystemExit,
+        match="the run in .*straight has --lora 2; give the same command again with --resume",
+    ):
         run(stage, "straight", steps=6, init=begun, lr=0.01, resume=True)
     with pytest.raises(SystemExit, match="the run in .*begun has no --lora; give the same command"):
         run(stage, "begun", steps=6, init=begun, lora=2, resume=True)
 
 
 def test_a_run_that_diverges_says_what_to_do(run):
-    with pytest.raises(SystemExit, match="not finite; nothing is saved yet; start again with a lower --lr$"):
+    with pytest.raises(
+        SystemExit, match="not finite; nothing is saved yet; start again with a lower --lr$"
+    ):
         run("cavp", "wild", steps=8, lr=1e30, warmup=1)
 
 
@@ -377,7 +440,9 @@ def test_what_a_loss_is_made_of_is_what_the_flags_say(run):
     are the other's times alpha-bar, at most 1; --by-energy weighs them; --shift draws other noise levels."""
     with_it, without = (rows(run("cavp", f"temporal {k}", steps=2, temporal=k))[0] for k in (1, 0))
     assert with_it["intra"] > 0 and without["intra"] == 0
-    even, published = (rows(run("ldm", f"v-loss {k}", steps=2, v_loss=k))[0]["loss"] for k in (1, 0))
+    even, published = (
+        rows(run("ldm", f"v-loss {k}", steps=2, v_loss=k))[0]["loss"] for k in (1, 0)
+    )
     assert even > 1.2 * published
     assert rows(run("ldm", "by energy 0", steps=2, by_energy=0))[0]["loss"] != even
     assert rows(run("ldm", "shift 30", steps=2, shift=30))[0]["loss"] != even

@@ -1,5 +1,6 @@
 """The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are tiny and random, but
 of the real classes."""
+
 import json
 import math
 import shutil
@@ -28,7 +29,16 @@ from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 FPS = 15.625
-UNET = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=8, groups=4, aligned=2)
+UNET = UNetConfig(
+    width=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(2,),
+    heads=2,
+    context_dim=8,
+    groups=4,
+    aligned=2,
+)
 TIME = dict(fps=FPS, frames=128, positions=128, feature_dim=16)
 
 
@@ -44,10 +54,22 @@ def shuffled(model, seed):
 @pytest.fixture(scope="session")
 def models():
     torch.manual_seed(0)
-    cavp = CAVP(CAVPConfig(fps=FPS, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(True,) * 5,
-                           audio_widths=(4,) * 6, embed_dim=16))
+    cavp = CAVP(
+        CAVPConfig(
+            fps=FPS,
+            size=16,
+            video_width=4,
+            video_blocks=(1, 1, 1, 1),
+            temporal=(True,) * 5,
+            audio_widths=(4,) * 6,
+            embed_dim=16,
+        )
+    )
     vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    ldm, align = LDM(LDMConfig(**TIME, unet=UNET, vae=vae)), Alignment(AlignmentConfig(**TIME, unet=UNET))
+    ldm, align = (
+        LDM(LDMConfig(**TIME, unet=UNET, vae=vae)),
+        Alignment(AlignmentConfig(**TIME, unet=UNET)),
+    )
     return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
 
 
@@ -64,13 +86,19 @@ def make_video(path, seconds, fps=25, flashes=(), sound=None, size=32):
     """A dark picture that turns white for 0.1 s at each flash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "30", "bf": "0"})
+        stream = out.add_stream(
+            "libx264", rate=fps, options={"preset": "ultrafast", "crf": "30", "bf": "0"}
+        )
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
-        track = out.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
+        track = (
+            out.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
+        )
         for i in range(round(seconds * fps)):
             white = any(f - 1e-6 <= i / fps < f + 0.1 for f in flashes)
-            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 250 if white else 10, np.uint8), "rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((size, size, 3), 250 if white else 10, np.uint8), "rgb24"
+            )
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if track:
@@ -85,7 +113,9 @@ def make_video(path, seconds, fps=25, flashes=(), sound=None, size=32):
 def clip(tmp_path_factory):
     """Two seconds with sound of their own, a 1 kHz tone."""
     tone = 0.25 * np.sin(2 * np.pi * 1000 * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE)
-    return make_video(tmp_path_factory.mktemp("clip") / "clip.mp4", 2, flashes=(0.4, 1.2), sound=tone)
+    return make_video(
+        tmp_path_factory.mktemp("clip") / "clip.mp4", 2, flashes=(0.4, 1.2), sound=tone
+    )
 
 
 def run(capsys, *argv):
@@ -101,17 +131,24 @@ def run(capsys, *argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # windows
 
+
 @pytest.mark.parametrize("fps", [15.625, 4.0, 12.5, 24.0, 25.0, 30.0])
 def test_windows_cover_overlap_and_never_slip(fps):
     frame = Fraction(SAMPLE_RATE) / Fraction(fps)
     lengths = [1, 4800, WINDOW - 1, WINDOW, WINDOW + 1, 20 * SAMPLE_RATE, 600 * SAMPLE_RATE]
-    lengths += torch.randint(1, 600 * SAMPLE_RATE, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    lengths += torch.randint(
+        1, 600 * SAMPLE_RATE, (60,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     for samples in lengths:
         starts = sample.plan_windows(samples, fps)
         assert starts[0] == 0 and starts[-1] + WINDOW >= samples
-        assert all(s % HOP == 0 and (s / frame).denominator == 1 for s in starts)       # whole columns, whole features
+        assert all(
+            s % HOP == 0 and (s / frame).denominator == 1 for s in starts
+        )  # whole columns, whole features
         assert all(b - a <= WINDOW - SAMPLE_RATE and b > a for a, b in zip(starts, starts[1:]))
-        assert len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4          # no window mostly past the end
+        assert (
+            len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4
+        )  # no window mostly past the end
         if fps == 15.625:
             assert all(s % sample.LATENT == 0 for s in starts)
 
@@ -129,10 +166,13 @@ def test_weights_sum_to_one_inside_their_windows():
     for seconds in (3, 8.5, 9.7, 16.3, 20, 61.7, 300, 3600):
         starts = sample.plan_windows(round(seconds * SAMPLE_RATE), 15.625)
         weights = sample.fade_weights(starts)
-        assert weights.shape == (len(starts), 512)              # of an hour no more than of its windows: 1 MB, not 450
+        assert weights.shape == (
+            len(starts),
+            512,
+        )  # of an hour no more than of its windows: 1 MB, not 450
         total = torch.zeros(starts[-1] // HOP + 512)
         for row, start in zip(weights, starts):
-            total[start // HOP:][:512] += row
+            total[start // HOP :][:512] += row
             assert row.max() == 1
         assert weights.min() >= 0 and torch.allclose(total, torch.ones_like(total))
 
@@ -140,13 +180,13 @@ def test_weights_sum_to_one_inside_their_windows():
 def test_join_keeps_what_windows_agree_on_and_sums_amplitudes():
     starts = sample.plan_windows(20 * SAMPLE_RATE, 15.625)
     whole = torch.rand(128, starts[-1] // HOP + 512, generator=torch.Generator().manual_seed(0))
-    mels = torch.stack([whole[:, s // HOP:][:, :512] for s in starts])
+    mels = torch.stack([whole[:, s // HOP :][:, :512] for s in starts])
     assert torch.allclose(sample.join_windows(mels, starts), whole, atol=1e-5)
-    mels[0] = 0.0                                               # half-way through the fade the other one's half is left
+    mels[0] = 0.0  # half-way through the fade the other one's half is left
     middle = (starts[1] + WINDOW) // 2 // HOP
     joined = sample.join_windows(mels, starts)
     there = slice(middle - 1, middle + 1)
-    loss = 20 * 5 * (whole - joined)[:, there][whole[:, there] > 0.5]                       # dB, well above the floor
+    loss = 20 * 5 * (whole - joined)[:, there][whole[:, there] > 0.5]  # dB, well above the floor
     assert loss.min() > 5 and loss.max() < 7
 
 
@@ -154,16 +194,18 @@ def test_noise_is_shared_where_windows_overlap_and_between_lengths():
     field = sample.noise_field(3, 0, 500)
     assert torch.equal(field[..., :96], sample.noise_field(3, 0, 96))
     for seed, candidate in ((3, 1), (4, 0)):
-        assert abs((field * sample.noise_field(seed, candidate, 500)).mean()) < 0.03        # independent
+        assert abs((field * sample.noise_field(seed, candidate, 500)).mean()) < 0.03  # independent
     assert abs(field.std() - 1) < 0.02 and abs(field.mean()) < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # time: a model that sounds a click in the very columns whose frame is white
 
+
 class Seer:
     """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a column; a mel with
     four columns a frame."""
+
     config = SimpleNamespace(fps=FPS, size=8, frames=128)
     context = 0
 
@@ -183,21 +225,27 @@ class Seer:
         return ((x - log_alpha(t).exp().view(shape) * clean) / sigma(t).view(shape)).float()
 
     def decode(self, z):
-        lit = torch.stack([z[:, 0, 0], z[:, 0, 1]], dim=-1).flatten(1) > 0.5                # (b, 128)
-        first = torch.cat([lit[:, :1], lit[:, 1:] & ~lit[:, :-1]], dim=1)                   # a hit where white begins
+        lit = torch.stack([z[:, 0, 0], z[:, 0, 1]], dim=-1).flatten(1) > 0.5  # (b, 128)
+        first = torch.cat(
+            [lit[:, :1], lit[:, 1:] & ~lit[:, :-1]], dim=1
+        )  # a hit where white begins
         mel = torch.zeros(len(z), 128, 512)
         mel[:, :, 0::4] = 0.8 * first[:, None]
         return mel
 
 
 def test_hits_stay_in_time_for_five_minutes(tmp_path):
-    flashes = [1.0 + 2.56 * k for k in range(120)]                                          # to 305.6 s
-    flashes = [round(f * FPS) / FPS for f in flashes]                                       # on frames of the model
+    flashes = [1.0 + 2.56 * k for k in range(120)]  # to 305.6 s
+    flashes = [round(f * FPS) / FPS for f in flashes]  # on frames of the model
     video = make_video(tmp_path / "long.mp4", 308.0, Fraction(125, 8), flashes, size=16)
     seer = Seer()
     starts = sample.plan_windows(308 * SAMPLE_RATE, FPS)
-    features = sample.video_features(video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0)
-    mels, scores = sample.draw(features, starts, sample.Models(seer, seer, None), steps=10, cfg=1.0, cg=0.0, batch=8)
+    features = sample.video_features(
+        video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0
+    )
+    mels, scores = sample.draw(
+        features, starts, sample.Models(seer, seer, None), steps=10, cfg=1.0, cg=0.0, batch=8
+    )
     assert scores is None
     heard = sample.join_windows(mels[0], starts).amax(0) > 0.5
     times = heard.nonzero().flatten() * HOP / SAMPLE_RATE
@@ -211,18 +259,21 @@ def test_long_sound_is_vocoded_in_spans_without_slip_or_hole(monkeypatch):
     wav = 0.02 * torch.randn(1000 * HOP, generator=generator)
     clicks = [int(k) for k in torch.arange(8000, 250_000, 11_000)]
     for k in clicks:
-        wav[k:k + 64] += 0.5
+        wav[k : k + 64] += 0.5
     out = sample.vocode(data.mel(wav), 1000 * HOP - 77)
     assert out.shape == (1000 * HOP - 77,)
     for k in clicks:
-        near = out[max(0, k - 4000):k + 4000].abs()
+        near = out[max(0, k - 4000) : k + 4000].abs()
         assert abs(int(near.argmax()) - min(k, 4000)) < 256
-    level = torch.stack([w.square().mean().sqrt() for w in torch.cat([out, torch.zeros(77)]).split(2560)])
-    assert level.min() > 0.01                                       # no hole where spans meet
+    level = torch.stack(
+        [w.square().mean().sqrt() for w in torch.cat([out, torch.zeros(77)]).split(2560)]
+    )
+    assert level.min() > 0.01  # no hole where spans meet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generate
+
 
 @pytest.mark.parametrize("seconds", [0.32, 8.0, 20.0])
 def test_sound_is_exactly_as_long_as_the_picture(models, tmp_path, seconds):
@@ -236,12 +287,14 @@ def test_sound_is_exactly_as_long_as_the_picture(models, tmp_path, seconds):
 def test_same_seed_same_sound_at_any_batch(models, tmp_path):
     video = make_video(tmp_path / "clip.mp4", 20, flashes=(3, 9, 15))
     one = sample.generate(video, models, seed=5, steps=3, batch=1, candidates=2, keep_all=True)
-    all_at_once = sample.generate(video, models, seed=5, steps=3, batch=6, candidates=2, keep_all=True)
+    all_at_once = sample.generate(
+        video, models, seed=5, steps=3, batch=6, candidates=2, keep_all=True
+    )
     assert len(one.starts) == 3
     for k in range(2):
         assert (one.wavs[k] - all_at_once.wavs[k]).norm() < 1e-2 * one.wavs[k].norm()
     alone = sample.generate(video, models, seed=5, steps=3, batch=1)
-    assert torch.equal(alone.wav, one.wavs[0])                      # however many candidates there are
+    assert torch.equal(alone.wav, one.wavs[0])  # however many candidates there are
     other = sample.generate(video, models, seed=6, steps=3, batch=1)
     assert (alone.wav - other.wav).norm() > 0.1 * alone.wav.norm()
 
@@ -256,9 +309,16 @@ def test_the_picture_matters_and_features_do_not_depend_on_spans(models, tmp_pat
 
 
 def test_best_candidate_is_the_highest_score_and_scores_see_the_picture(models, tmp_path):
-    a, b = make_video(tmp_path / "a.mp4", 2, flashes=(1.0,)), make_video(tmp_path / "b.mp4", 2, flashes=(0.1, 0.5, 1.7))
+    a, b = (
+        make_video(tmp_path / "a.mp4", 2, flashes=(1.0,)),
+        make_video(tmp_path / "b.mp4", 2, flashes=(0.1, 0.5, 1.7)),
+    )
     ra = sample.generate(a, models, steps=2, candidates=3, keep_all=True)
-    assert ra.best == int(np.argmax(ra.scores)) and len(set(ra.scores)) == 3 and torch.equal(ra.wav, ra.wavs[ra.best])
+    assert (
+        ra.best == int(np.argmax(ra.scores))
+        and len(set(ra.scores)) == 3
+        and torch.equal(ra.wav, ra.wavs[ra.best])
+    )
     assert sample.generate(b, models, steps=2, candidates=3).scores != ra.scores
 
 
@@ -276,8 +336,11 @@ def test_guidance_scales_are_the_weights_own_unless_given(models, clip):
     assert torch.equal(own.wav, sample.generate(clip, models, steps=2, **scales).wav)
     for off in ({"cg": 0.0}, {"cfg": 1.0}):
         assert not torch.equal(own.wav, sample.generate(clip, models, steps=2, **off).wav)
-    assert sample.parse_arguments(["x.mp4"]).cg is None and sample.parse_arguments(["x.mp4"]).cfg is None
-    assert (LDMConfig().guidance, AlignmentConfig().guidance) == (4.5, 50.0)      # the paper's
+    assert (
+        sample.parse_arguments(["x.mp4"]).cg is None
+        and sample.parse_arguments(["x.mp4"]).cfg is None
+    )
+    assert (LDMConfig().guidance, AlignmentConfig().guidance) == (4.5, 50.0)  # the paper's
 
 
 def test_without_classifier_guidance_must_be_off(models, clip):
@@ -287,22 +350,26 @@ def test_without_classifier_guidance_must_be_off(models, clip):
     assert sample.generate(clip, without, steps=1, cg=0.0).scores == [None]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(sampler="euler"), 'sampler "euler": not one of dpm, ddim, plms'),
-    (dict(sampler=None), "sampler None: not one of dpm, ddim, plms"),
-    (dict(steps=0), "steps 0: not a whole number from 1 to 1000"),
-    (dict(steps=2.5), "steps 2.5: not a whole number from 1 to 1000"),
-    (dict(steps=True), "steps True: not a whole number from 1 to 1000"),
-    (dict(steps=1000, sampler="ddim"), "steps 1000: not a whole number from 1 to 999"),
-    (dict(cfg="4.5"), 'cfg "4.5": not a number from 0 up'),
-    (dict(cfg=math.nan), "cfg nan: not a number from 0 up"),
-    (dict(cg=-1), "cg -1: not a number from 0 up"),
-    (dict(candidates=0), "candidates 0: not a whole number from 1 to 1000"),
-    (dict(seed=-1), "seed -1: not a whole number from 0 to "),
-    (dict(start=-0.5), "start -0.5: not a number from 0 up"),
-    (dict(start=None), "start None: not a number from 0 up"),
-    (dict(duration=0), "duration 0: not a number from 0.001 up"),
-    (dict(batch=0), "batch 0: not a whole number from 1 to 4096")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(sampler="euler"), 'sampler "euler": not one of dpm, ddim, plms'),
+        (dict(sampler=None), "sampler None: not one of dpm, ddim, plms"),
+        (dict(steps=0), "steps 0: not a whole number from 1 to 1000"),
+        (dict(steps=2.5), "steps 2.5: not a whole number from 1 to 1000"),
+        (dict(steps=True), "steps True: not a whole number from 1 to 1000"),
+        (dict(steps=1000, sampler="ddim"), "steps 1000: not a whole number from 1 to 999"),
+        (dict(cfg="4.5"), 'cfg "4.5": not a number from 0 up'),
+        (dict(cfg=math.nan), "cfg nan: not a number from 0 up"),
+        (dict(cg=-1), "cg -1: not a number from 0 up"),
+        (dict(candidates=0), "candidates 0: not a whole number from 1 to 1000"),
+        (dict(seed=-1), "seed -1: not a whole number from 0 to "),
+        (dict(start=-0.5), "start -0.5: not a number from 0 up"),
+        (dict(start=None), "start None: not a number from 0 up"),
+        (dict(duration=0), "duration 0: not a number from 0.001 up"),
+        (dict(batch=0), "batch 0: not a whole number from 1 to 4096"),
+    ],
+)
 def test_wrong_arguments_are_one_line(models, clip, wrong, message):
     with pytest.raises(ValueError) as error:
         sample.generate(clip, models, **wrong)
@@ -311,12 +378,17 @@ def test_wrong_arguments_are_one_line(models, clip, wrong, message):
 
 def test_numbers_of_numpy_are_numbers(models, clip):
     plain = sample.generate(clip, models, steps=2, seed=3, cfg=2.0)
-    assert torch.equal(sample.generate(clip, models, steps=np.int64(2), seed=np.int32(3), cfg=np.float32(2)).wav, plain.wav)
+    assert torch.equal(
+        sample.generate(clip, models, steps=np.int64(2), seed=np.int32(3), cfg=np.float32(2)).wav,
+        plain.wav,
+    )
 
 
 def test_models_are_loaded_where_they_can_run(weights, monkeypatch):
     assert sample.load_models(weights).device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert sample.find_device("cpu") == sample.find_device(torch.device("cpu")) == torch.device("cpu")
+    assert (
+        sample.find_device("cpu") == sample.find_device(torch.device("cpu")) == torch.device("cpu")
+    )
     for name in ("gpu", "mps", None, 0.5):
         with pytest.raises(ValueError, match=r"^device .*: not one of auto, cpu, cuda$"):
             sample.load_models(weights, device=name)
@@ -332,6 +404,7 @@ def test_models_are_loaded_where_they_can_run(weights, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
+
 def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_path):
     out = tmp_path / "new" / "folder"
     flags = ("--out", out, "--weights", weights, "--steps", 2)
@@ -339,69 +412,138 @@ def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_pat
     assert status == 0
     line = json.loads(lines[0])
     assert set(line) == {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
-    assert line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
+    assert (
+        line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
+    )
     assert {p.name for p in out.iterdir()} == {"clip.foley.mp4", "clip.foley.wav", "clip.foley.png"}
-    stages = ["loading", "decode", "features", "sampling", "autoencoder", "vocoder", "writing", "plot", "total"]
+    stages = [
+        "loading",
+        "decode",
+        "features",
+        "sampling",
+        "autoencoder",
+        "vocoder",
+        "writing",
+        "plot",
+        "total",
+    ]
     assert list(line["profile"]) == stages and [e.split()[0] for e in err] == ["stage"] + stages
     parts = sum(line["profile"][s]["seconds"] for s in stages[1:-1])
     assert 0 < parts <= line["profile"]["total"]["seconds"]
     assert all(row["peak_mib"] > 50 for row in line["profile"].values())
     assert abs(data.probe(line["output"]).duration - 2.0) < 0.04
-    assert abs(len(data.read_audio(line["output"])) - 2 * SAMPLE_RATE) <= 1024             # an AAC frame
+    assert abs(len(data.read_audio(line["output"])) - 2 * SAMPLE_RATE) <= 1024  # an AAC frame
     for name in (line["output"], line["wav"]):
-        assert data.read_tags(name)["comment"].startswith("AI-generated sound: diff-foley tiny, seed 0")
+        assert data.read_tags(name)["comment"].startswith(
+            "AI-generated sound: diff-foley tiny, seed 0"
+        )
 
 
 def test_plot_marks_what_is_labelled_and_what_is_heard(clip, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
+
     shown = shutil.copy(clip, tmp_path / "shown.mp4")
-    (tmp_path / "shown.json").write_text(json.dumps({"onsets": [{"time": 0.75, "material": "wood"}, {"time": 1.5, "material": "wood"}]}))
+    (tmp_path / "shown.json").write_text(
+        json.dumps(
+            {"onsets": [{"time": 0.75, "material": "wood"}, {"time": 1.5, "material": "wood"}]}
+        )
+    )
     wav = torch.zeros(2 * SAMPLE_RATE)
-    wav[SAMPLE_RATE:SAMPLE_RATE + 800] = 0.5 * torch.randn(800, generator=torch.Generator().manual_seed(0))
+    wav[SAMPLE_RATE : SAMPLE_RATE + 800] = 0.5 * torch.randn(
+        800, generator=torch.Generator().manual_seed(0)
+    )
     result = sample.Result(wav, {0: wav}, [None], 0, data.mel(wav), [0], 2.0, None)
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs)))
-    for start, path in ((0.25, shown), (0.0, clip)):            # the second has no labels beside it
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs)),
+    )
+    for start, path in ((0.25, shown), (0.0, clip)):  # the second has no labels beside it
         sample.draw_plot(tmp_path / "shown.png", path, result, start)
-    marks = [[list(events.get_positions()) for events in figure.axes[1].collections] for figure in figures]
+    marks = [
+        [list(events.get_positions()) for events in figure.axes[1].collections]
+        for figure in figures
+    ]
     names = [[label.get_text() for label in figure.axes[1].get_yticklabels()] for figure in figures]
     assert names == [["heard", "labelled"], ["heard"]]
-    assert marks[0][1] == [0.5, 1.25] and marks[0][0] == pytest.approx([1.0], abs=0.03) == marks[1][0]
+    assert (
+        marks[0][1] == [0.5, 1.25] and marks[0][0] == pytest.approx([1.0], abs=0.03) == marks[1][0]
+    )
 
 
 def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, tmp_path):
-    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json",
-                           "--candidates", 3, "--keep-all")
+    status, lines, _ = run(
+        capsys,
+        clip,
+        "--out",
+        tmp_path,
+        "--weights",
+        weights,
+        "--steps",
+        1,
+        "--json",
+        "--candidates",
+        3,
+        "--keep-all",
+    )
     line = json.loads(lines[0])
     assert status == 0 and len(line["candidates"]) == 3
     assert line["score"] == max(c["score"] for c in line["candidates"])
     best = max(line["candidates"], key=lambda c: c["score"])
     assert Path(best["wav"]).read_bytes() == Path(line["wav"]).read_bytes()
-    assert [Path(c["wav"]).name for c in line["candidates"]] == [f"clip.foley.{k}.wav" for k in range(3)]
+    assert [Path(c["wav"]).name for c in line["candidates"]] == [
+        f"clip.foley.{k}.wav" for k in range(3)
+    ]
     assert len({Path(c["wav"]).read_bytes() for c in line["candidates"]}) == 3
 
 
 def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
     """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is worth."""
-    status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", "--candidates", 2, "--keep-all")
+    status, lines, _ = run(
+        capsys,
+        clip,
+        "--out",
+        tmp_path,
+        "--weights",
+        weights,
+        "--steps",
+        1,
+        "--json",
+        "--candidates",
+        2,
+        "--keep-all",
+    )
     line, models = json.loads(lines[0]), sample.load_models(str(weights), "cpu")
     drawn = sample.generate(clip, models, steps=1, candidates=2, keep_all=True, mark=False)
     result = sample.generate(clip, models, steps=1, candidates=2, keep_all=True)
     assert result.marked and not drawn.marked and torch.equal(result.wav, result.wavs[result.best])
     assert all(torch.equal(result.wavs[k], sample.marked(wav)) for k, wav in drawn.wavs.items())
     for k, wav in drawn.wavs.items():
-        written, marked = data.read_audio(line["candidates"][k]["wav"]), sample.limit(watermark.mark(wav))
+        written, marked = (
+            data.read_audio(line["candidates"][k]["wav"]),
+            sample.limit(watermark.mark(wav)),
+        )
         assert (written - marked).abs().max() < 1e-4 and (written - wav).abs().max() > 1e-3
-    sound, best = data.read_audio(line["output"])[:len(drawn.wav)], sample.limit(watermark.mark(drawn.wav))
-    assert (sound - best).norm() < 0.9 * (sound - drawn.wav).norm()            # of the video only the codec's noise is left
+    sound, best = (
+        data.read_audio(line["output"])[: len(drawn.wav)],
+        sample.limit(watermark.mark(drawn.wav)),
+    )
+    assert (sound - best).norm() < 0.9 * (
+        sound - drawn.wav
+    ).norm()  # of the video only the codec's noise is left
 
 
 def test_keep_audio_mixes_the_clips_own_sound(capsys, clip, weights, tmp_path):
     def tone(*flags):
-        status, lines, _ = run(capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", *flags)
+        status, lines, _ = run(
+            capsys, clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--json", *flags
+        )
         assert status == 0
         with av.open(json.loads(lines[0])["wav"]) as media:
-            wav = np.concatenate([f.to_ndarray().ravel() for f in media.decode(audio=0)]).astype(float)
+            wav = np.concatenate([f.to_ndarray().ravel() for f in media.decode(audio=0)]).astype(
+                float
+            )
         assert len(wav) == 2 * SAMPLE_RATE
         wave = np.exp(-2j * np.pi * 1000 * np.arange(len(wav)) / SAMPLE_RATE)
         return abs((wav * wave).mean()) / 32768 * 2
@@ -420,16 +562,19 @@ def test_two_inputs_of_one_name_are_told_apart(capsys, clip, weights, tmp_path):
     assert status == 1 and len(lines) == 2 and len(err) == 1 and "rename" in err[0]
     assert "output" in json.loads(lines[0]) and "error" in json.loads(lines[1])
     status, lines, err = run(capsys, tmp_path / "a", tmp_path / "a" / "clip.mp4", *flags)
-    assert status == 0 and len(lines) == 1                          # named twice, done once
+    assert status == 0 and len(lines) == 1  # named twice, done once
     status, lines, err = run(capsys, tmp_path / "a", *flags)
-    assert status == 0 and len(lines) == 1                          # its own output is no input; written over
+    assert status == 0 and len(lines) == 1  # its own output is no input; written over
 
 
 def test_another_input_does_not_change_a_sound(capsys, clip, weights, tmp_path):
     other = make_video(tmp_path / "in" / "before.mp4", 1.0)
     sounds = []
     for inputs, out in (([clip], "one"), ([other, clip], "two")):
-        assert run(capsys, *inputs, "--out", tmp_path / out, "--weights", weights, "--steps", 2)[0] == 0
+        assert (
+            run(capsys, *inputs, "--out", tmp_path / out, "--weights", weights, "--steps", 2)[0]
+            == 0
+        )
         sounds.append((tmp_path / out / "clip.foley.wav").read_bytes())
     assert sounds[0] == sounds[1]
 
@@ -437,13 +582,16 @@ def test_another_input_does_not_change_a_sound(capsys, clip, weights, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # mistakes
 
+
 def bad_files(folder):
     folder.mkdir()
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is no film\n" * 50)
     (folder / "folder").mkdir()
     data.write_wav(folder / "sound.wav", torch.zeros(1600))
-    return [folder / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "folder", "sound.wav")]
+    return [
+        folder / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "folder", "sound.wav")
+    ]
 
 
 def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_path):
@@ -455,12 +603,17 @@ def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_pat
         assert message.startswith(f"sample.py: {path}: ") and ";" in message
         assert set(json.loads(line)) == {"input", "error"}
     assert "output" in json.loads(lines[-1])
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.foley.mp4", "clip.foley.wav"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "clip.foley.mp4",
+        "clip.foley.wav",
+    ]
 
 
 def test_an_output_folder_that_is_a_file(capsys, clip, weights, tmp_path):
     (tmp_path / "out").write_text("x")
-    status, lines, err = run(capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1)
+    status, lines, err = run(
+        capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1
+    )
     assert status == 1 and not lines and len(err) == 1 and "--out" in err[0]
 
 
@@ -469,9 +622,18 @@ def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypa
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "write_wav", full_disk)                # the second file fails after the first was written
-    status, _, err = run(capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1)
-    assert status == 1 and len(err) == 1 and "No space left" in err[0] and not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(
+        data, "write_wav", full_disk
+    )  # the second file fails after the first was written
+    status, _, err = run(
+        capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1
+    )
+    assert (
+        status == 1
+        and len(err) == 1
+        and "No space left" in err[0]
+        and not list((tmp_path / "out").iterdir())
+    )
 
 
 def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights, tmp_path):
@@ -487,23 +649,41 @@ def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights
     assert not list((tmp_path / "cache").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("width, native, dtype", [(128, True, "bfloat16"), (128, False, "float32"), (8, True, "float32")])
-def test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it(monkeypatch, weights, tmp_path, width, native, dtype):
+@pytest.mark.parametrize(
+    "width, native, dtype", [(128, True, "bfloat16"), (128, False, "float32"), (8, True, "float32")]
+)
+def test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it(
+    monkeypatch, weights, tmp_path, width, native, dtype
+):
     wide = replace(UNET, width=width)
     for name in ("cavp", "align"):
         shutil.copy(weights / f"{name}.safetensors", tmp_path)
-    model = LDM(LDMConfig(**TIME, unet=wide, vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)))
+    model = LDM(
+        LDMConfig(
+            **TIME,
+            unet=wide,
+            vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4),
+        )
+    )
     save_model(tmp_path / "ldm.safetensors", model, asdict(model.config))
     monkeypatch.setattr(sample, "computes_bfloat16", lambda device: native)
     loaded = sample.load_models(tmp_path, "cpu")
     for net in (loaded.cavp, loaded.ldm, loaded.align):
         assert {p.dtype for p in net.parameters()} == {getattr(torch, dtype)}
-    assert {p.dtype for p in sample.load_models(tmp_path, "cpu", dtype=torch.float32).ldm.parameters()} == {torch.float32}
+    assert {
+        p.dtype for p in sample.load_models(tmp_path, "cpu", dtype=torch.float32).ldm.parameters()
+    } == {torch.float32}
 
 
 def test_bfloat16_makes_nearly_the_same_sound(clip, weights):
-    exact, rounded = (sample.generate(clip, sample.load_models(weights, "cpu", dtype), steps=3) for dtype in (torch.float32, torch.bfloat16))
-    assert exact.mel.shape == rounded.mel.shape and exact.mel.dtype == rounded.mel.dtype == torch.float32
+    exact, rounded = (
+        sample.generate(clip, sample.load_models(weights, "cpu", dtype), steps=3)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (
+        exact.mel.shape == rounded.mel.shape
+        and exact.mel.dtype == rounded.mel.dtype == torch.float32
+    )
     difference = (exact.mel - rounded.mel).norm() / exact.mel.norm()
     assert 0 < difference < 0.1
 
@@ -528,24 +708,56 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
     assert not [p for p in tmp_path.iterdir() if ".foley" in p.name]
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "many"], ["--cfg", "nan"], ["--seed", "-1"],
-                                   ["--nonsense"], ["--sampler", "euler"], ["--sampler", "plms", "--steps", "1000"], ["--duration", "0"],
-                                   ["--keep-audio", "loud"], []])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--steps", "0"],
+        ["--steps", "many"],
+        ["--cfg", "nan"],
+        ["--seed", "-1"],
+        ["--nonsense"],
+        ["--sampler", "euler"],
+        ["--sampler", "plms", "--steps", "1000"],
+        ["--duration", "0"],
+        ["--keep-audio", "loud"],
+        [],
+    ],
+)
 def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
     status, lines, err = run(capsys, *(["clip.mp4"] if flags else []), *flags)
-    assert status == 2 and not lines and len(err) == 1 and err[0].startswith("sample.py: ") and "--help" in err[0]
+    assert (
+        status == 2
+        and not lines
+        and len(err) == 1
+        and err[0].startswith("sample.py: ")
+        and "--help" in err[0]
+    )
 
 
 def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
     shutil.copy(clip, tmp_path / "-clip.mp4")
-    command = [sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "1", "--", "-clip.mp4"]
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--weights",
+        weights,
+        "--steps",
+        "1",
+        "--",
+        "-clip.mp4",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "-clip.foley.mp4").exists() and (tmp_path / "-clip.foley.wav").exists()
-    usage = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"],
-                           capture_output=True, text=True)
+    usage = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert usage.returncode == 0 and "--candidates" in usage.stdout
-    assert "argparse" in usage.stderr and "torch" not in usage.stderr           # answered before the slow import
+    assert (
+        "argparse" in usage.stderr and "torch" not in usage.stderr
+    )  # answered before the slow import
 
 
 # sample.py as a script, saying when its first step begins and taking no second one
@@ -563,10 +775,17 @@ runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
 
 def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
     make_video(tmp_path / "clip.mp4", 20)
-    job = subprocess.Popen([sys.executable, "-c", HELD, "clip.mp4", "--weights", weights], cwd=tmp_path,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", HELD, "clip.mp4", "--weights", weights],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert job.stdout.readline() == "sampling\n"
     job.send_signal(2)
     _, err = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 130 and err.splitlines() == ["sample.py: stopped; finished outputs are kept"]
+    assert job.returncode == 130 and err.splitlines() == [
+        "sample.py: stopped; finished outputs are kept"
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]

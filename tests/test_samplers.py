@@ -1,4 +1,5 @@
 """Samplers and guidance against the official code's recorded runs on two analytic networks, and against formulas by hand."""
+
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from golden import rule
 
 GOLDEN = rule.recorded("analytic")
 SCHEDULE = rule.recorded("schedule")
-OFFICIAL_30 = list(range(1, 1000, 33))                  # "30 steps" of the official DDIM and PLMS are 31
+OFFICIAL_30 = list(range(1, 1000, 33))  # "30 steps" of the official DDIM and PLMS are 31
 
 
 def gather(tokens):
@@ -28,16 +29,26 @@ class Judge:
     """The analytic classifier, with the interface of ldm.Alignment that guidance uses."""
 
     def logit(self, x, t, features):
-        return (torch.tanh(x) * gather(features)).sum((1, 2, 3))[:, None] / 64 + t[:, None] / 1000 - 0.5
+        return (
+            (torch.tanh(x) * gather(features)).sum((1, 2, 3))[:, None] / 64
+            + t[:, None] / 1000
+            - 0.5
+        )
 
     def grad_log_prob(self, x, t, features, project=True):
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(torch.nn.functional.logsigmoid(self.logit(x, t, features)).sum(), x)[0]
+        return torch.autograd.grad(
+            torch.nn.functional.logsigmoid(self.logit(x, t, features)).sum(), x
+        )[0]
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return rule.normal("in.sample.x_T", 2, 4, 16, 64), rule.normal("in.sample.cond", 2, 32, 768), rule.normal("in.sample.feat", 2, 32, 512)
+    return (
+        rule.normal("in.sample.x_T", 2, 4, 16, 64),
+        rule.normal("in.sample.cond", 2, 32, 768),
+        rule.normal("in.sample.feat", 2, 32, 512),
+    )
 
 
 def recorder(eps_fn):
@@ -47,12 +58,15 @@ def recorder(eps_fn):
     def recording(x, t):
         calls.append((t[0].item(), x[0].clone()))
         return eps_fn(x, t)
+
     return recording, calls
 
 
 def run(sampler, steps, inputs, cfg=4.5, cg=0.0, network=eps_a, **options):
     x, context, features = inputs
-    eps_fn, calls = recorder(ldm.guided_eps(network, context, torch.zeros_like(context), cfg, Judge(), features, cg))
+    eps_fn, calls = recorder(
+        ldm.guided_eps(network, context, torch.zeros_like(context), cfg, Judge(), features, cg)
+    )
     return ldm.SAMPLERS[sampler](eps_fn, x, steps, **options), calls
 
 
@@ -61,40 +75,58 @@ def test_analytic_networks_are_the_recorded_ones(inputs):
     t = torch.full((2,), 500.0)
     rule.close("eps_a", eps_a(x, t, context), GOLDEN["analytic_eps_at_x_T_t500"], 1e-6)
     rule.close("eps_b", eps_b(x, t, context), GOLDEN["analytic_eps_b_at_x_T_t500"], 1e-6)
-    rule.close("p", Judge().logit(x, t, features).sigmoid(), GOLDEN["analytic_prob_at_x_T_t500"], 1e-6)
+    rule.close(
+        "p", Judge().logit(x, t, features).sigmoid(), GOLDEN["analytic_prob_at_x_T_t500"], 1e-6
+    )
 
 
-@pytest.mark.parametrize("network, sampler, steps, calls, cfg, cg, name", [
-    (eps_a, "dpm", 5, 5, 4.5, 0, "dpm5.cfg4.5"),
-    (eps_a, "dpm", 14, 14, 4.5, 0, "dpm14.cfg4.5"),     # the last step count whose final step is of first order
-    (eps_a, "dpm", 15, 15, 4.5, 0, "dpm15.cfg4.5"),
-    (eps_a, "dpm", 25, 25, 4.5, 0, "dpm25.cfg4.5"),
-    (eps_a, "dpm", 25, 25, 1.0, 0, "dpm25.cfg1"),
-    (eps_a, "dpm", 5, 5, 4.5, 50, "dpm5.cfg4.5.cg50"),
-    (eps_a, "dpm", 25, 25, 4.5, 50, "dpm25.cfg4.5.cg50"),
-    (eps_a, "ddim", 25, 25, 4.5, 0, "ddim25.cfg4.5"),
-    (eps_a, "ddim", 50, 50, 4.5, 0, "ddim50.cfg4.5"),
-    (eps_a, "ddim", 25, 25, 4.5, 50, "ddim25.cfg4.5.cg50"),
-    (eps_a, "ddim", 50, 50, 4.5, 50, "ddim50.cfg4.5.cg50"),
-    (eps_a, "ddim", 25, 25, 1.0, 50, "ddim25.cfg1.cg50"),
-    (eps_a, "ddim", 30, 31, 4.5, 0, "ddim30.cfg4.5"),
-    (eps_a, "ddim", 30, 31, 4.5, 50, "ddim30.cfg4.5.cg50"),
-    (eps_a, "plms", 25, 26, 4.5, 0, "plms25.cfg4.5"),
-    (eps_a, "plms", 50, 51, 4.5, 0, "plms50.cfg4.5"),
-    (eps_a, "plms", 30, 32, 4.5, 0, "plms30.cfg4.5"),
-    (eps_b, "dpm", 25, 25, 4.5, 0, "b.DPM_Solver.25.cfg4.5"),
-    (eps_b, "dpm", 25, 25, 4.5, 50, "b.DPM_Solver.25.cfg4.5.cg50"),
-    (eps_b, "ddim", 25, 25, 4.5, 0, "b.DDIM.25.cfg4.5"),
-    (eps_b, "ddim", 25, 25, 4.5, 50, "b.DDIM.25.cfg4.5.cg50"),
-    (eps_b, "plms", 25, 26, 4.5, 0, "b.PLMS.25.cfg4.5"),
-], ids=lambda v: v if isinstance(v, str) and "." in v else "")
+@pytest.mark.parametrize(
+    "network, sampler, steps, calls, cfg, cg, name",
+    [
+        (eps_a, "dpm", 5, 5, 4.5, 0, "dpm5.cfg4.5"),
+        (
+            eps_a,
+            "dpm",
+            14,
+            14,
+            4.5,
+            0,
+            "dpm14.cfg4.5",
+        ),  # the last step count whose final step is of first order
+        (eps_a, "dpm", 15, 15, 4.5, 0, "dpm15.cfg4.5"),
+        (eps_a, "dpm", 25, 25, 4.5, 0, "dpm25.cfg4.5"),
+        (eps_a, "dpm", 25, 25, 1.0, 0, "dpm25.cfg1"),
+        (eps_a, "dpm", 5, 5, 4.5, 50, "dpm5.cfg4.5.cg50"),
+        (eps_a, "dpm", 25, 25, 4.5, 50, "dpm25.cfg4.5.cg50"),
+        (eps_a, "ddim", 25, 25, 4.5, 0, "ddim25.cfg4.5"),
+        (eps_a, "ddim", 50, 50, 4.5, 0, "ddim50.cfg4.5"),
+        (eps_a, "ddim", 25, 25, 4.5, 50, "ddim25.cfg4.5.cg50"),
+        (eps_a, "ddim", 50, 50, 4.5, 50, "ddim50.cfg4.5.cg50"),
+        (eps_a, "ddim", 25, 25, 1.0, 50, "ddim25.cfg1.cg50"),
+        (eps_a, "ddim", 30, 31, 4.5, 0, "ddim30.cfg4.5"),
+        (eps_a, "ddim", 30, 31, 4.5, 50, "ddim30.cfg4.5.cg50"),
+        (eps_a, "plms", 25, 26, 4.5, 0, "plms25.cfg4.5"),
+        (eps_a, "plms", 50, 51, 4.5, 0, "plms50.cfg4.5"),
+        (eps_a, "plms", 30, 32, 4.5, 0, "plms30.cfg4.5"),
+        (eps_b, "dpm", 25, 25, 4.5, 0, "b.DPM_Solver.25.cfg4.5"),
+        (eps_b, "dpm", 25, 25, 4.5, 50, "b.DPM_Solver.25.cfg4.5.cg50"),
+        (eps_b, "ddim", 25, 25, 4.5, 0, "b.DDIM.25.cfg4.5"),
+        (eps_b, "ddim", 25, 25, 4.5, 50, "b.DDIM.25.cfg4.5.cg50"),
+        (eps_b, "plms", 25, 26, 4.5, 0, "b.PLMS.25.cfg4.5"),
+    ],
+    ids=lambda v: v if isinstance(v, str) and "." in v else "",
+)
 def test_sampler_equals_the_official_one(inputs, network, sampler, steps, calls, cfg, cg, name):
     options = {"times": OFFICIAL_30} if steps == 30 else {}
     x, seen = run(sampler, steps, inputs, cfg, cg, network, **options)
     assert len(seen) == calls
     rule.close(name, x, GOLDEN[name])
     if f"{name}.x_at_model_calls_b0" in GOLDEN:
-        rule.close(f"{name} on the way", torch.stack([x for _, x in seen]), GOLDEN[f"{name}.x_at_model_calls_b0"])
+        rule.close(
+            f"{name} on the way",
+            torch.stack([x for _, x in seen]),
+            GOLDEN[f"{name}.x_at_model_calls_b0"],
+        )
 
 
 def test_classifier_guidance_stays_at_cfg_1(inputs):
@@ -109,7 +141,9 @@ def test_dpm_schedule(steps):
     eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
     ldm.dpm_solver(eps_fn, torch.zeros(1, 4, 16, 64), steps)
     times = SCHEDULE[f"dpm.model_input_time_{steps}"]
-    assert [t for t, _ in calls] == times[:-1].tolist()         # to the last bit: fractional times enter the time embedding
+    assert [t for t, _ in calls] == times[
+        :-1
+    ].tolist()  # to the last bit: fractional times enter the time embedding
     log_a, s = ldm.log_alpha(times), ldm.sigma(times)
     rule.close(f"dpm.log_alpha_{steps}", log_a, SCHEDULE[f"dpm.log_alpha_{steps}"], 1e-5)
     rule.close(f"dpm.sigma_{steps}", s, SCHEDULE[f"dpm.sigma_{steps}"], 1e-5)
@@ -132,7 +166,9 @@ def test_recorded_31_times_are_what_we_pass():
 def test_s_steps_are_s_network_calls(sampler, extra, steps):
     eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
     reported = []
-    x = ldm.SAMPLERS[sampler](eps_fn, torch.ones(1, 1, 1, 1), steps, callback=lambda i, x: reported.append(i))
+    x = ldm.SAMPLERS[sampler](
+        eps_fn, torch.ones(1, 1, 1, 1), steps, callback=lambda i, x: reported.append(i)
+    )
     assert len(calls) == steps + extra and reported == list(range(steps)) and x.isfinite().all()
     assert all(0 <= t <= 999 for t, _ in calls)
 
@@ -144,14 +180,25 @@ def test_guided_eps_by_hand(inputs):
     null = rule.normal("null", 1, 32, 768)
     without, given = eps_a(x, t, null.expand_as(context)), eps_a(x, t, context)
     gradient = Judge().grad_log_prob(x, t, features)
-    expected = without + w * (given - without) - s * ldm.sigma(t).float()[:, None, None, None] * gradient
+    expected = (
+        without + w * (given - without) - s * ldm.sigma(t).float()[:, None, None, None] * gradient
+    )
     got = ldm.guided_eps(eps_a, context, null, w, Judge(), features, s)(x, t)
     rule.close("guided_eps", got, expected, 1e-6)
     # the sign raises log p: a step against eps is a step up
-    assert (Judge().logit(x - 0.1 * (got - without - w * (given - without)), t, features) > Judge().logit(x, t, features)).all()
-    rule.close("guided_eps, cfg 1", ldm.guided_eps(eps_a, context, null, 1.0, Judge(), features, s)(x, t),
-               given - s * ldm.sigma(t).float()[:, None, None, None] * gradient, 1e-6)
-    rule.close("guided_eps, no null context", ldm.guided_eps(eps_a, context, None, w)(x, t), given, 1e-6)
+    assert (
+        Judge().logit(x - 0.1 * (got - without - w * (given - without)), t, features)
+        > Judge().logit(x, t, features)
+    ).all()
+    rule.close(
+        "guided_eps, cfg 1",
+        ldm.guided_eps(eps_a, context, null, 1.0, Judge(), features, s)(x, t),
+        given - s * ldm.sigma(t).float()[:, None, None, None] * gradient,
+        1e-6,
+    )
+    rule.close(
+        "guided_eps, no null context", ldm.guided_eps(eps_a, context, None, w)(x, t), given, 1e-6
+    )
 
 
 def test_conditional_branch_alone_is_one_network_sample_a_clip(inputs):
@@ -161,6 +208,7 @@ def test_conditional_branch_alone_is_one_network_sample_a_clip(inputs):
     def network(x, t, context):
         sizes.append(len(x))
         return eps_a(x, t, context)
+
     t = torch.full((2,), 10.0)
     ldm.guided_eps(network, context, torch.zeros_like(context), 1.0)(x, t)
     ldm.guided_eps(network, context, torch.zeros_like(context), 4.5)(x, t)
@@ -172,8 +220,10 @@ def test_a_sample_does_not_depend_on_its_batch(inputs, sampler):
     x, context, features = inputs
     together, _ = run(sampler, 10, inputs, cg=50.0)
     for i in range(2):
-        alone, _ = run(sampler, 10, (x[i:i + 1], context[i:i + 1], features[i:i + 1]), cg=50.0)
-        rule.close(f"{sampler}, sample {i} alone", alone, together[i:i + 1], 1e-6)
+        alone, _ = run(
+            sampler, 10, (x[i : i + 1], context[i : i + 1], features[i : i + 1]), cg=50.0
+        )
+        rule.close(f"{sampler}, sample {i} alone", alone, together[i : i + 1], 1e-6)
 
 
 @pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
@@ -193,14 +243,28 @@ def test_log_alpha_at_the_knots():
 # ---------------------------------------------------------------------------------------------------------------------
 # networks that are asked for what they cannot give
 
-SMALL = ldm.UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=8, groups=4, aligned=2)
+SMALL = ldm.UNetConfig(
+    width=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(2,),
+    heads=2,
+    context_dim=8,
+    groups=4,
+    aligned=2,
+)
 
 
 @pytest.fixture(scope="module")
 def small():
     """U-Net, x, t and a condition of 128 frames, two for each of the 64 latent columns."""
     unet = rule.fill(ldm.UNet(SMALL), "model.diffusion_model.").requires_grad_(False)
-    return unet, rule.normal("x", 2, 4, 16, 64), torch.tensor([500.0, 500.0]), rule.normal("c", 2, 128, 8)
+    return (
+        unet,
+        rule.normal("x", 2, 4, 16, 64),
+        torch.tensor([500.0, 500.0]),
+        rule.normal("c", 2, 128, 8),
+    )
 
 
 def test_a_time_that_was_not_prepared_is_no_other_time(small):
@@ -223,7 +287,9 @@ def test_samplers_refuse_an_eps_that_was_prepared_for_other_times(small, sampler
         rule.close(f"{sampler}, {steps} steps", draw(eps, x, steps), plain, 1e-5)
         monkeypatch.setattr(ldm.UNet, "forward", lambda *_: pytest.fail("the network was called"))
         for given in (eps, ldm.Replayed(eps)):
-            with pytest.raises(ValueError, match="are not among the .* that eps was prepared for; give guided_eps"):
+            with pytest.raises(
+                ValueError, match="are not among the .* that eps was prepared for; give guided_eps"
+            ):
                 draw(given, x, 7)
         monkeypatch.undo()
 
@@ -233,7 +299,9 @@ def test_a_time_may_be_a_number(small):
     expected = unet(x, t, context)
     for time in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
         assert torch.equal(unet(x, time, context), expected)
-    assert torch.equal(unet(x, 500, unet.prepare(context, t[:1])), unet(x, t, unet.prepare(context, t[:1])))
+    assert torch.equal(
+        unet(x, 500, unet.prepare(context, t[:1])), unet(x, t, unet.prepare(context, t[:1]))
+    )
     with pytest.raises(ValueError, match="times of shape .3,. for 2 latents"):
         unet(x, torch.zeros(3), context)
 
@@ -241,12 +309,21 @@ def test_a_time_may_be_a_number(small):
 @pytest.mark.parametrize("frames", [127, 126, 64, 130])
 def test_a_condition_of_another_length_is_said(small, frames):
     unet, x, t, _ = small
-    align = ldm.Alignment(ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL))
+    align = ldm.Alignment(
+        ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL)
+    )
     wrong, features = rule.normal("wrong", 2, frames, 8), rule.normal("f", 2, frames, 16)
-    calls = [lambda: unet(x, t, wrong), lambda: unet(x, t, unet.prepare(wrong)), lambda: align(x, t, features),
-             lambda: align.grad_log_prob(x, t, features)]
+    calls = [
+        lambda: unet(x, t, wrong),
+        lambda: unet(x, t, unet.prepare(wrong)),
+        lambda: align(x, t, features),
+        lambda: align.grad_log_prob(x, t, features),
+    ]
     for call in calls:
-        with pytest.raises(ValueError, match=f"the condition has {frames} frames; 64 latent columns want 128, 2 each"):
+        with pytest.raises(
+            ValueError,
+            match=f"the condition has {frames} frames; 64 latent columns want 128, 2 each",
+        ):
             call()
     assert align(x, t, rule.normal("f", 2, 128, 16)).shape == (2, 1)
 
@@ -254,7 +331,9 @@ def test_a_condition_of_another_length_is_said(small, frames):
 def test_features_that_a_conditioner_cannot_take_are_said():
     conditioner = ldm.Conditioner(16, 8, positions=40)
     assert conditioner(torch.zeros(2, 32, 16)).shape == (2, 32, 8)
-    with pytest.raises(ValueError, match="features of 41 frames; this network was trained on at most 40"):
+    with pytest.raises(
+        ValueError, match="features of 41 frames; this network was trained on at most 40"
+    ):
         conditioner(torch.zeros(2, 41, 16))
     for shape in ((32, 16), (2, 32, 17)):
         with pytest.raises(ValueError, match="wanted is .b, frames, 16."):

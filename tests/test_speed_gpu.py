@@ -1,4 +1,5 @@
 """The GPU's yardstick without a GPU: every way to run a step gives the same numbers, and compiles to a graph without copies from the CPU."""
+
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import kernels
 import ldm
 import speed_gpu
 
-UNET = ldm.UNetConfig(width=16, multipliers=(1,), blocks=1, attention=(1,), heads=2, context_dim=16, groups=8)
+UNET = ldm.UNetConfig(
+    width=16, multipliers=(1,), blocks=1, attention=(1,), heads=2, context_dim=16, groups=8
+)
 ALIGN = ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
 
 
@@ -25,8 +28,6 @@ def small(monkeypatch):
     kernels.choose("auto")
 
 
-
-
 def test_every_way_has_a_row_with_and_without_the_classifier(small, monkeypatch):
     names, asked = [], []
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
@@ -37,38 +38,67 @@ def test_every_way_has_a_row_with_and_without_the_classifier(small, monkeypatch)
             assert "error" not in row and row["ms_per_step"] > 0, row
             assert row["classifier"] is bool(cg) and speed_gpu.table_row(row).count("|") == 7
         names.append(way.name)
-    assert names == ["ours bfloat16", "torch's kernels, same graph", "eager bfloat16", "plain float32", "compiled, max-autotune", "compiled, our graph"]
+    assert names == [
+        "ours bfloat16",
+        "torch's kernels, same graph",
+        "eager bfloat16",
+        "plain float32",
+        "compiled, max-autotune",
+        "compiled, our graph",
+    ]
     assert len(asked) == 4 and not any(how["dynamic"] for how in asked)
 
 
 def test_all_ways_take_the_same_step(small, monkeypatch):
     """In float32: the classifier guides each of them, and by as much. torch.compile's graphs, one a network, without the minutes of generating code."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend="aot_eager", dynamic=False, fullgraph=True))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **how: real(function, backend="aot_eager", dynamic=False, fullgraph=True),
+    )
 
     def same(dtype, device):
         torch.manual_seed(0)
-        return [speed_gpu.random_network(cls, config, torch.float32, device) for cls, config in ((ldm.UNet, UNET), (ldm.Alignment, ALIGN))]
+        return [
+            speed_gpu.random_network(cls, config, torch.float32, device)
+            for cls, config in ((ldm.UNet, UNET), (ldm.Alignment, ALIGN))
+        ]
+
     monkeypatch.setattr(speed_gpu, "networks", same)
     x, context, features = torch.randn(2, 4, 16, 64), torch.randn(2, 32, 16), torch.randn(2, 32, 16)
     t, steps = torch.full((2,), 999.0), {}
     for way in speed_gpu.ways("cpu", ["ours", "torch", "eager", "plain", "compiled"]):
         with torch.no_grad(), speed_gpu.streams(way.streams):
             for cg in (0.0, 5e3):
-                eps = ldm.guided_eps(way.unet, context, torch.zeros_like(context), 4.5, way.classifier, features, cg, times=t[:1])
+                eps = ldm.guided_eps(
+                    way.unet,
+                    context,
+                    torch.zeros_like(context),
+                    4.5,
+                    way.classifier,
+                    features,
+                    cg,
+                    times=t[:1],
+                )
                 steps[way.name, bool(cg)] = eps(x, t)
     for (name, guided), y in steps.items():
         reference = steps["ours bfloat16", guided]
         assert (y - reference).abs().max() < 1e-4 * reference.abs().max(), (name, guided)
     change = steps["ours bfloat16", True] - steps["ours bfloat16", False]
-    assert change.abs().max() > 1e-2 * reference.abs().max()            # else a classifier without effect would pass
+    assert (
+        change.abs().max() > 1e-2 * reference.abs().max()
+    )  # else a classifier without effect would pass
 
 
 def test_a_way_that_fails_leaves_a_line_and_not_the_run(small):
     def unet(x, t, context):
         raise TypeError("not like this")
+
     row = speed_gpu.measure(speed_gpu.Way("broken", unet), 1, 0.0, "cpu", 1)
-    assert row["error"] == "TypeError: not like this" and "not like this" in speed_gpu.table_row(row)
+    assert row["error"] == "TypeError: not like this" and "not like this" in speed_gpu.table_row(
+        row
+    )
     speed_gpu.draw([row], "/dev/null")
 
 
@@ -82,6 +112,7 @@ def test_a_compiled_step_holds_no_tensor_of_the_cpu():
             out = function(*args, **(kwargs or {}))
             devices.update(str(v.device) for v in [*args, out] if torch.is_tensor(v) and v.dim())
             return out
+
     with torch.device("meta"):
         unet = ldm.UNet(UNET)
     ldm.embedding_frequencies.cache_clear()
@@ -93,21 +124,44 @@ def test_a_compiled_step_holds_no_tensor_of_the_cpu():
 
 def test_one_change_at_a_time_without_a_gpu(tmp_path):
     """tools/gpu/step.py on small networks: every change leaves the numbers as they are, and the profiler's table has both networks' operations."""
-    command = [sys.executable, "tools/gpu/step.py", "--out", tmp_path, "--clips", "1", "--only", "ours", "all of these", "one stream"]
-    done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent, env={**os.environ, "DRY": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "tools/gpu/step.py",
+        "--out",
+        tmp_path,
+        "--clips",
+        "1",
+        "--only",
+        "ours",
+        "all of these",
+        "one stream",
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "DRY": "1"},
+        capture_output=True,
+        text=True,
+    )
     rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert done.returncode == 0 and len(rows) == 5 and all(row["differs"] < 1e-4 for row in rows), done.stdout
+    assert done.returncode == 0 and len(rows) == 5 and all(row["differs"] < 1e-4 for row in rows), (
+        done.stdout
+    )
     assert "convolution" in (tmp_path / "profile.txt").read_text()
 
 
 def test_the_sweep_starts_with_what_is_shipped(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools" / "gpu"))
     import sweep
+
     first = {}
     for name, variant, put, call in sweep.cases(1, "cpu"):
         put()
         first.setdefault(name, variant)
         sweep.restore()
-    assert len(first) == len(sweep.GN_SITES) + len(sweep.ATTENTION) and sweep.group_norm.plan is sweep.GN_PLAN
+    assert (
+        len(first) == len(sweep.GN_SITES) + len(sweep.ATTENTION)
+        and sweep.group_norm.plan is sweep.GN_PLAN
+    )
     shipped = {str(tuple(config)) for table in sweep.TABLE.values() for config in table}
     assert all(variant == "shipped" or variant in shipped for variant in first.values())

@@ -1,4 +1,5 @@
 """What the training loops feed their networks: clips cut together, moments weighed, right and wrong pairings."""
+
 import dataclasses
 
 import pytest
@@ -18,52 +19,76 @@ def test_clips_are_cut_where_their_first_frame_starts(preset):
     number = torch.arange(frames, dtype=torch.uint8)
     video = number[None, :, None, None, None].expand(2, -1, 3, 2, 2)
     wav = torch.zeros(2, frames * per_frame)
-    wav[:, 24 * per_frame + per_frame // 2:][:, :16] = 0.9                        # a click in the middle of frame 24
+    wav[:, 24 * per_frame + per_frame // 2 :][:, :16] = 0.9  # a click in the middle of frame 24
     starts = cavp.clip_starts(2, config, torch.Generator().manual_seed(3))
     videos, mel = cavp.cut_clips(video, wav, config, starts)
     assert len(videos) == len(mel) == 2 * config.clips and videos.shape[1] == config.frames
     for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
         inside = (clip == 24).nonzero().flatten()
         if len(inside):
-            heard = level.mean(0).argmax().item() * data.HOP / per_frame           # in frames of this clip
+            heard = level.mean(0).argmax().item() * data.HOP / per_frame  # in frames of this clip
             assert inside[0] <= heard < inside[0] + 1
     if preset == "paper":
         starts = videos[:, 0, 0, 0, 0].long().view(2, 3)
-        assert (starts.diff(dim=1) >= 8).all() and (starts[:, 0] <= 8).all() and (starts[:, 2] <= 24).all()
+        assert (
+            (starts.diff(dim=1) >= 8).all()
+            and (starts[:, 0] <= 8).all()
+            and (starts[:, 2] <= 24).all()
+        )
 
 
 def test_loud_moments_weigh_and_silent_ones_are_still_negatives():
     mel = torch.zeros(1, 128, 64)
-    mel[:, :, 21] = 0.5                                                           # in the second of four segments
+    mel[:, :, 21] = 0.5  # in the second of four segments
     weights = cavp.loudness_rise(mel, 4)
     assert weights.argmax() == 1 and weights[0, 1] > 100 * weights[0, [0, 2, 3]].max()
     g = torch.Generator().manual_seed(0)
-    video, audio = (torch.nn.functional.normalize(torch.randn(4, 8, generator=g), dim=1).requires_grad_() for _ in range(2))
+    video, audio = (
+        torch.nn.functional.normalize(torch.randn(4, 8, generator=g), dim=1).requires_grad_()
+        for _ in range(2)
+    )
     only_one = torch.tensor([0.0, 1.0, 0.0, 0.0])
     inter, intra = cavp.contrastive_loss(video, audio, 10.0, 2, only_one)
     logits = 10 * video @ audio.T
-    by_hand = sum(torch.nn.functional.cross_entropy(x[1:2], torch.tensor([1])) for x in (logits, logits.T)) / 2
+    by_hand = (
+        sum(
+            torch.nn.functional.cross_entropy(x[1:2], torch.tensor([1])) for x in (logits, logits.T)
+        )
+        / 2
+    )
     assert torch.isclose(inter, by_hand)
-    assert intra < inter                                                          # two candidates instead of four
+    assert intra < inter  # two candidates instead of four
     inter.backward()
-    assert (audio.grad[[0, 2, 3]].abs().sum(1) > 0).all()                         # pushed away although no anchors themselves
+    assert (
+        audio.grad[[0, 2, 3]].abs().sum(1) > 0
+    ).all()  # pushed away although no anchors themselves
 
 
 def test_pairings_are_what_their_labels_say():
     b, f = 400, 128
     clip = torch.arange(b)[:, None].expand(b, f)
     moment = torch.arange(f).expand(b, f)
-    features, label = ldm.pairings(torch.stack([clip, moment], 2).float(), torch.Generator().manual_seed(0))
+    features, label = ldm.pairings(
+        torch.stack([clip, moment], 2).float(), torch.Generator().manual_seed(0)
+    )
     same_clip = (features[:, :, 0] == clip).all(1)
     on_time = (features[:, :, 1] == moment).all(1)
     assert torch.equal(label[:, 0] == 1, same_clip & on_time)
     moved = same_clip & ~on_time
-    assert 0.4 < label.mean() < 0.6 and 0.15 < moved.float().mean() < 0.35 and 0.15 < (~same_clip).float().mean() < 0.35
-    shift = (features[moved][:, 0, 1]).minimum(f - features[moved][:, 0, 1])       # frames, the short way round
+    assert (
+        0.4 < label.mean() < 0.6
+        and 0.15 < moved.float().mean() < 0.35
+        and 0.15 < (~same_clip).float().mean() < 0.35
+    )
+    shift = (features[moved][:, 0, 1]).minimum(
+        f - features[moved][:, 0, 1]
+    )  # frames, the short way round
     assert shift.min() >= f // 40 and shift.max() > f // 3
 
 
-@pytest.mark.parametrize("network, config", list(zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"])))
+@pytest.mark.parametrize(
+    "network, config", list(zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"]))
+)
 def test_aligned_condition_reaches_its_own_columns(network, config):
     """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""
     model, context = network(config.unet), torch.zeros(1, 128, 128)
@@ -85,12 +110,22 @@ def test_the_v_loss_is_the_error_of_v():
     t = torch.tensor([5, 400, 990])
 
     class Network:
-        unet, conditioner = staticmethod(lambda *_: noise + 0.1 * wrong), staticmethod(lambda features: None)
-    plain, v = (ldm.denoising_loss(Network, z, t, noise, None, v_loss).item() for v_loss in (False, True))
+        unet, conditioner = (
+            staticmethod(lambda *_: noise + 0.1 * wrong),
+            staticmethod(lambda features: None),
+        )
+
+    plain, v = (
+        ldm.denoising_loss(Network, z, t, noise, None, v_loss).item() for v_loss in (False, True)
+    )
     a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
-    found = (ldm.q_sample(z, t, noise) - (1 - a).sqrt() * (noise + 0.1 * wrong)) / a.sqrt()            # the clean latents that it implies
+    found = (
+        ldm.q_sample(z, t, noise) - (1 - a).sqrt() * (noise + 0.1 * wrong)
+    ) / a.sqrt()  # the clean latents that it implies
     error = (a.sqrt() * (0.1 * wrong) - (1 - a).sqrt() * (found - z)).square().mean()
-    assert plain == pytest.approx((0.1 * wrong).square().mean().item(), rel=1e-5) and v == pytest.approx(error.item(), rel=1e-3)
+    assert plain == pytest.approx(
+        (0.1 * wrong).square().mean().item(), rel=1e-5
+    ) and v == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_by_energy_counts_a_column_by_what_is_expected_there_not_by_what_is():
@@ -99,35 +134,52 @@ def test_by_energy_counts_a_column_by_what_is_expected_there_not_by_what_is():
     draw = torch.Generator().manual_seed(0)
     noise, t = torch.randn(1, 4, 16, 4, generator=draw), torch.tensor([500])
     a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
-    expected = torch.tensor([0.01, 0.7, 2.0, 9.0]).expand(1, 4, 16, 4)                   # squares: 0.0001, 0.49, 4, 81
+    expected = torch.tensor([0.01, 0.7, 2.0, 9.0]).expand(
+        1, 4, 16, 4
+    )  # squares: 0.0001, 0.49, 4, 81
 
     def loss(truth):
         noisy = ldm.q_sample(truth, t, noise)
-        eps = ((noisy - a.sqrt() * expected) / (1 - a).sqrt()).requires_grad_()          # what says that the clean latents are `expected`
+        eps = (
+            (noisy - a.sqrt() * expected) / (1 - a).sqrt()
+        ).requires_grad_()  # what says that the clean latents are `expected`
 
         class Network:
             unet, conditioner = staticmethod(lambda *_: eps), staticmethod(lambda features: None)
+
         value = ldm.denoising_loss(Network, truth, t, noise, None, by_energy=True)
         return value.item(), torch.autograd.grad(value, eps)[0], eps.detach()
+
     for column, weight in enumerate((0.1, 0.49, 4.0, 8.0)):
         off = torch.zeros(4).index_fill(0, torch.tensor(column), 0.3)
         value, gradient, eps = loss(expected + off)
         error = (eps - noise).square().mean().item()
         assert value == pytest.approx(weight * error, rel=1e-3)
-        torch.testing.assert_close(gradient, 2 * weight * (eps - noise) / eps.numel(), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            gradient, 2 * weight * (eps - noise) / eps.numel(), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_a_shift_moves_the_noise_levels_up_without_leaving_any_out():
     draws = lambda shift: ldm.noise_levels(100_000, shift, torch.Generator().manual_seed(0))
-    assert torch.equal(draws(1), torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        draws(1), torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0))
+    )
     for shift in (1, 3):
         t = draws(shift)
         assert t.unique().tolist() == list(range(1000))
         quartiles = torch.quantile(t.float(), torch.tensor([0.25, 0.5, 0.75]))
-        assert torch.allclose(quartiles, torch.tensor([1000 * shift * u / (1 + (shift - 1) * u) for u in (0.25, 0.5, 0.75)]), atol=6)
+        assert torch.allclose(
+            quartiles,
+            torch.tensor([1000 * shift * u / (1 + (shift - 1) * u) for u in (0.25, 0.5, 0.75)]),
+            atol=6,
+        )
 
 
-@pytest.mark.parametrize("made, error, change", [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "made, error, change",
+    [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)],
+)
 def test_the_autoencoders_errors(made, error, change):
     """Columns that go up and down by 1: an even error is no wrong change, a blur to nothing is one at every column."""
     mel = torch.tensor([0.0, 1.0] * 8).expand(2, 1, 128, 16)
@@ -135,6 +187,7 @@ def test_the_autoencoders_errors(made, error, change):
     class Network:
         encode = staticmethod(lambda x: (x.new_zeros(2, 4, 16, 2), x.new_zeros(2, 4, 16, 2)))
         decode = staticmethod(lambda z: made(mel))
+
     found = vae.losses(Network, mel, torch.zeros(2, 4, 16, 2))
     torch.testing.assert_close(torch.stack(found), torch.tensor([error, change, 0.0]))
 
@@ -145,58 +198,116 @@ def test_whole_windows_are_told_apart_by_what_sounds_not_when():
     video = torch.stack([kinds[[0, 1, 2, 3]], kinds[[4, 5, 6, 7]]])
     shuffled, swapped = video[:, [1, 0, 3, 2]], video[[1, 0]]
     scale = torch.tensor(20.0)
-    right, when, what = (cavp.contrast(video, sound, scale, None, 1.0)[1] for sound in (video, shuffled, swapped))
-    assert right["whole"] == when["whole"] < 1e-3 and what["whole"] > 5 and when["inter"] > right["inter"] + 5
+    right, when, what = (
+        cavp.contrast(video, sound, scale, None, 1.0)[1] for sound in (video, shuffled, swapped)
+    )
+    assert (
+        right["whole"] == when["whole"] < 1e-3
+        and what["whole"] > 5
+        and when["inter"] > right["inter"] + 5
+    )
     assert "whole" not in cavp.contrast(video, video, scale, None, 0.0)[1]
 
 
 def test_without_the_temporal_contrast_no_moment_is_held_against_its_own_video():
     """Sounds at the wrong moments of the right video cost nothing then but the likeness to their own moment, other videos' as before."""
     draw = torch.Generator().manual_seed(0)
-    video, sound = (torch.nn.functional.normalize(torch.randn(6, 8, generator=draw), dim=-1).requires_grad_() for _ in range(2))
+    video, sound = (
+        torch.nn.functional.normalize(torch.randn(6, 8, generator=draw), dim=-1).requires_grad_()
+        for _ in range(2)
+    )
     inter, intra = cavp.contrastive_loss(video, sound, 3.0, 3, temporal=False)
     logits = (3.0 * video @ sound.T).detach()
     allowed = torch.tensor([[i == j or i // 3 != j // 3 for j in range(6)] for i in range(6)])
-    by_hand = [0.5 * (logits[i, allowed[i]].logsumexp(0) + logits[allowed[:, i], i].logsumexp(0)) - logits[i, i] for i in range(6)]
+    by_hand = [
+        0.5 * (logits[i, allowed[i]].logsumexp(0) + logits[allowed[:, i], i].logsumexp(0))
+        - logits[i, i]
+        for i in range(6)
+    ]
     torch.testing.assert_close(inter, torch.stack(by_hand).mean())
     assert intra == 0 and inter < cavp.contrastive_loss(video, sound, 3.0, 3)[0]
     inter.backward()
     assert video.grad.isfinite().all() and video.grad.norm() > 0
-    terms = cavp.contrast(video.detach().view(2, 3, 8), sound.detach().view(2, 3, 8), torch.tensor(3.0), None, 0.0, temporal=False)[1]
+    terms = cavp.contrast(
+        video.detach().view(2, 3, 8),
+        sound.detach().view(2, 3, 8),
+        torch.tensor(3.0),
+        None,
+        0.0,
+        temporal=False,
+    )[1]
     torch.testing.assert_close(terms["loss"], inter)
 
 
 def test_the_peak_of_a_map_is_seen_beside_its_mean():
-    model = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1), peak=True)).eval()
+    model = cavp.SlowOnly(
+        cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1), peak=True)
+    ).eval()
     plain = cavp.SlowOnly(cavp.CAVPConfig(size=32, video_width=4, video_blocks=(1, 1, 1, 1))).eval()
     plain.load_state_dict(model.state_dict())
     video = torch.rand(1, 4, 3, 96, 96)
     with torch.no_grad():
         both, mean = model(video), plain(video)
-    assert both.shape[2] == 2 * mean.shape[2] and torch.equal(both[..., :mean.shape[2]], mean)
-    assert (both[..., mean.shape[2]:] >= mean).all() and (both[..., mean.shape[2]:] > mean).any()
+    assert both.shape[2] == 2 * mean.shape[2] and torch.equal(both[..., : mean.shape[2]], mean)
+    assert (both[..., mean.shape[2] :] >= mean).all() and (both[..., mean.shape[2] :] > mean).any()
 
 
 def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
-    config = cavp.PRESETS["mini"]                               # moments of 4 frames: 0.256 s
-    hits = [(0.9, "wood"), (1.1, "wood"), (1.3, "glass"), (1.6, "wood"), (1.65, "glass"), (4.9, "glass"), (5.2, "wood")]
-    named = cavp.struck([{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config)
+    config = cavp.PRESETS["mini"]  # moments of 4 frames: 0.256 s
+    hits = [
+        (0.9, "wood"),
+        (1.1, "wood"),
+        (1.3, "glass"),
+        (1.6, "wood"),
+        (1.65, "glass"),
+        (4.9, "glass"),
+        (5.2, "wood"),
+    ]
+    named = cavp.struck(
+        [{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config
+    )
     wanted = torch.full((16,), -1)
-    wanted[[0, 1, 15]] = torch.tensor([1, 0, 0])                # 0.9 and 5.2 are outside, the moment of 1.6 has both
+    wanted[[0, 1, 15]] = torch.tensor(
+        [1, 0, 0]
+    )  # 0.9 and 5.2 are outside, the moment of 1.6 has both
     assert torch.equal(named, wanted)
 
 
 def test_naming_learns_from_labelled_moments_alone():
     """Both towers through one head; moments without a label neither count nor pull."""
-    model = cavp.CAVP(cavp.CAVPConfig(fps=15.625, size=16, video_width=4, video_blocks=(1, 1, 1, 1), temporal=(False,) * 5,
-                                      audio_widths=(4, 4, 8, 8, 8, 16), embed_dim=32, frames=16, clips=1, video_pool=4, audio_pool=1))
+    model = cavp.CAVP(
+        cavp.CAVPConfig(
+            fps=15.625,
+            size=16,
+            video_width=4,
+            video_blocks=(1, 1, 1, 1),
+            temporal=(False,) * 5,
+            audio_widths=(4, 4, 8, 8, 8, 16),
+            embed_dim=32,
+            frames=16,
+            clips=1,
+            video_pool=4,
+            audio_pool=1,
+        )
+    )
     model.namer = torch.nn.Linear(32, 3)
     draw = torch.Generator().manual_seed(0)
-    video, mel = torch.randint(0, 256, (2, 16, 3, 16, 16), generator=draw, dtype=torch.uint8), torch.rand(2, 128, 64, generator=draw)
+    video, mel = (
+        torch.randint(0, 256, (2, 16, 3, 16, 16), generator=draw, dtype=torch.uint8),
+        torch.rand(2, 128, 64, generator=draw),
+    )
     named = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
-    v, a, _, errors = cavp.embed(model.eval(), video, mel, torch.zeros(2, dtype=torch.bool), torch.ones(2), named)
-    logits = [model.namer(32 ** 0.5 * x[[0, 1], [0, 2]]) for x in (v, a)]
-    assert errors.item() == pytest.approx(sum(torch.nn.functional.cross_entropy(x, torch.tensor([0, 2]), reduction="sum").item() for x in logits), rel=1e-5)
+    v, a, _, errors = cavp.embed(
+        model.eval(), video, mel, torch.zeros(2, dtype=torch.bool), torch.ones(2), named
+    )
+    logits = [model.namer(32**0.5 * x[[0, 1], [0, 2]]) for x in (v, a)]
+    assert errors.item() == pytest.approx(
+        sum(
+            torch.nn.functional.cross_entropy(x, torch.tensor([0, 2]), reduction="sum").item()
+            for x in logits
+        ),
+        rel=1e-5,
+    )
     v.retain_grad(), a.retain_grad(), errors.backward()
     for x in (v, a):
         assert torch.equal(x.grad.abs().sum(2) > 0, named >= 0)

@@ -1,4 +1,5 @@
 """How the code is put together: imports go down the ranks, checkpoints are opened safely, README's line counts are the real ones."""
+
 import ast
 import json
 import re
@@ -11,18 +12,59 @@ from safetensors import safe_open
 import training
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {                                              # local modules; tests may import anything and nothing imports tests
-    "common": set(), "compat": {"common"}, "data": {"common"}, "checkpoints": set(), "fetch": set(), "stable_diffusion": set(), "kernels": set(), "diffusion": {"kernels"},
-    "foley": {"common"}, "training": {"checkpoints"},
-    "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"}, "cavp": {"data", "kernels", "training", "checkpoints"},
+MAY_IMPORT = {  # local modules; tests may import anything and nothing imports tests
+    "common": set(),
+    "compat": {"common"},
+    "data": {"common"},
+    "checkpoints": set(),
+    "fetch": set(),
+    "stable_diffusion": set(),
+    "kernels": set(),
+    "diffusion": {"kernels"},
+    "foley": {"common"},
+    "training": {"checkpoints"},
+    "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"},
+    "cavp": {"data", "kernels", "training", "checkpoints"},
     "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
     "official": {"diffusion", "ldm", "data", "common"},
-    "watermark": {"data"}, "sample": {"watermark", "common", "diffusion", "official", "ldm", "vae", "cavp", "data", "training", "checkpoints", "fetch", "kernels"},
-    "judge": {"cavp", "data", "training", "checkpoints"}, "melception": {"judge", "data", "checkpoints"},
-    "evaluate": {"judge", "melception", "sample", "ldm", "vae", "cavp", "foley", "data", "training", "checkpoints"},
+    "watermark": {"data"},
+    "sample": {
+        "watermark",
+        "common",
+        "diffusion",
+        "official",
+        "ldm",
+        "vae",
+        "cavp",
+        "data",
+        "training",
+        "checkpoints",
+        "fetch",
+        "kernels",
+    },
+    "judge": {"cavp", "data", "training", "checkpoints"},
+    "melception": {"judge", "data", "checkpoints"},
+    "evaluate": {
+        "judge",
+        "melception",
+        "sample",
+        "ldm",
+        "vae",
+        "cavp",
+        "foley",
+        "data",
+        "training",
+        "checkpoints",
+    },
 }
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
-SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *(p for folder in ("kernels", "common", "compat") for p in ROOT.glob(f"{folder}/*.py"))])
+SOURCES = sorted(
+    p
+    for p in [
+        *ROOT.glob("*.py"),
+        *(p for folder in ("kernels", "common", "compat") for p in ROOT.glob(f"{folder}/*.py")),
+    ]
+)
 TREES = {p: ast.parse(p.read_text(), p.name) for p in SOURCES}
 
 
@@ -33,7 +75,12 @@ def module(path):
 
 def imports(tree):
     """(top-level package, whether a function holds it) of every import."""
-    inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    inside = {
+        n
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], node in inside) for alias in node.names)
@@ -50,7 +97,11 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relat
 
 
 def test_the_stages_are_there():
-    assert {"data", "foley", "training", "vae", "cavp", "ldm", "sample"} <= {module(p) for p in SOURCES} <= set(MAY_IMPORT)
+    assert (
+        {"data", "foley", "training", "vae", "cavp", "ldm", "sample"}
+        <= {module(p) for p in SOURCES}
+        <= set(MAY_IMPORT)
+    )
 
 
 @each_source
@@ -58,19 +109,27 @@ def test_imports_go_down_the_ranks(path):
     own = module(path)
     for name, inside in imports(TREES[path]):
         if name == "." or name == own and path.parent != ROOT:
-            continue                                        # within a package
+            continue  # within a package
         local = name in MAY_IMPORT or (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()
         if local:
             assert name in MAY_IMPORT[own], f"{path.name} imports {name}"
         elif name == "matplotlib":
-            assert inside, f"{path.name}: matplotlib takes a second to import; import it where a picture is drawn"
+            assert inside, (
+                f"{path.name}: matplotlib takes a second to import; import it where a picture is drawn"
+            )
         else:
-            assert name in THIRD_PARTY | sys.stdlib_module_names, f"{path.name} imports {name}, which requirements.txt does not have"
+            assert name in THIRD_PARTY | sys.stdlib_module_names, (
+                f"{path.name} imports {name}, which requirements.txt does not have"
+            )
 
 
 def test_requirements_are_exact_and_complete():
     lines = (ROOT / "requirements.txt").read_text().split("\n")
-    names = [re.match(r"([a-z]+)==[\d.]+(; platform_system == \"Linux\")?$", line).group(1) for line in lines if line]
+    names = [
+        re.match(r"([a-z]+)==[\d.]+(; platform_system == \"Linux\")?$", line).group(1)
+        for line in lines
+        if line
+    ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
 
 
@@ -79,7 +138,9 @@ def test_nothing_is_unpickled_and_everything_loads_strictly(path):
     for name, call in calls(TREES[path]):
         given = {k.arg: k.value for k in call.keywords}
         if name == "torch.load":
-            assert "weights_only" in given and given["weights_only"].value is True, f"{path.name}:{call.lineno}"
+            assert "weights_only" in given and given["weights_only"].value is True, (
+                f"{path.name}:{call.lineno}"
+            )
         assert not name.startswith("pickle.load"), f"{path.name}:{call.lineno}"
         if name.endswith("load_state_dict"):
             assert "strict" not in given and len(call.args) == 1, f"{path.name}:{call.lineno}"
@@ -98,12 +159,17 @@ def test_functions_fit_on_a_screen(path):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= 80, f"{path.name}: {node.name} has {lines} lines"
-    assert ast.get_docstring(TREES[path]), f"{path.name} does not say what goes in and what comes out"
+    assert ast.get_docstring(TREES[path]), (
+        f"{path.name} does not say what goes in and what comes out"
+    )
 
 
 def test_readme_names_every_file_with_its_length():
     readme = (ROOT / "README.md").read_text()
-    rows = {name: int(lines.replace(",", "")) for name, lines in re.findall(r"^\| *`([\w/]+\.py)` *\| *([\d,]+) *\|", readme, re.M)}
+    rows = {
+        name: int(lines.replace(",", ""))
+        for name, lines in re.findall(r"^\| *`([\w/]+\.py)` *\| *([\d,]+) *\|", readme, re.M)
+    }
     assert rows == {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
 
 
@@ -111,12 +177,20 @@ def test_the_shipped_weights_are_what_their_folder_says():
     """Every file has its sum there, and says what it was made by: commit, arguments, the set and its seed, steps, what it began with, its last validation."""
     folder = ROOT / "weights" / "mini"
     files = sorted(folder.glob("*.safetensors"))
-    sums = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    sums = dict(
+        reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines()
+    )
     assert sums == {path.name: training.sha256(path) for path in files}
     assert sum(path.stat().st_size for path in files) <= 40e6
     for path in files:
         with safe_open(path, "pt") as file:
             about = {k: json.loads(v) for k, v in file.metadata().items()}
         assert re.fullmatch("[0-9a-f]{40}", about["commit"]), path
-        assert about["step"] == about["args"]["steps"] and about["config"] and about["metrics"]["step"] == about["step"], path
-        assert isinstance(about["started_from"], dict) and re.search(r"foley\.py .*--seed \d+", about["args"]["note"])
+        assert (
+            about["step"] == about["args"]["steps"]
+            and about["config"]
+            and about["metrics"]["step"] == about["step"]
+        ), path
+        assert isinstance(about["started_from"], dict) and re.search(
+            r"foley\.py .*--seed \d+", about["args"]["note"]
+        )

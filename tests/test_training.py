@@ -3,6 +3,7 @@
 The three steps of each stage run in a process of their own. What must then hold (a seed gives one result, an interruption changes
 nothing) is checked in this process against what those wrote.
 """
+
 import argparse
 import dataclasses
 import json
@@ -28,15 +29,30 @@ import training
 import vae
 from bounds import PATIENCE
 
-VALIDATION = {"vae": {"val_error", "val_kl", "val_onset_f1"}, "ldm": {"val_loss", "val_onset_f1"}, "align": {"val_loss", "val_accuracy"},
-              "cavp": {f"val_{way}_r{k}" for way in ("video_to_sound", "sound_to_video") for k in (1, 5)}}
+VALIDATION = {
+    "vae": {"val_error", "val_kl", "val_onset_f1"},
+    "ldm": {"val_loss", "val_onset_f1"},
+    "align": {"val_loss", "val_accuracy"},
+    "cavp": {f"val_{way}_r{k}" for way in ("video_to_sound", "sound_to_video") for k in (1, 5)},
+}
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
-LOADS = {"vae": vae.AutoencoderKL.load, "cavp": cavp.CAVP.load, "ldm": ldm.LDM.load, "align": ldm.Alignment.load}
+LOADS = {
+    "vae": vae.AutoencoderKL.load,
+    "cavp": cavp.CAVP.load,
+    "ldm": ldm.LDM.load,
+    "align": ldm.Alignment.load,
+}
 
 
 def command(script, *args, **options):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE, **options)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        **options,
+    )
 
 
 def checked(*args):
@@ -47,7 +63,18 @@ def checked(*args):
 
 def arguments(home, stage, out, steps=3):
     """What follows the script's name to train one stage."""
-    args = ["--data", home / ("clips" if stage in ("vae", "cavp") else "features"), "--out", out, "--steps", steps, "--batch", 2, "--seed", 5]
+    args = [
+        "--data",
+        home / ("clips" if stage in ("vae", "cavp") else "features"),
+        "--out",
+        out,
+        "--steps",
+        steps,
+        "--batch",
+        2,
+        "--seed",
+        5,
+    ]
     if stage in ("ldm", "align"):
         args += ["--model", stage, "--vae", home / "vae" / "last.safetensors", "--repeats", 1]
     return [str(a) for a in args]
@@ -60,7 +87,15 @@ def home(tmp_path_factory):
     checked("foley.py", home / "clips", "--clips", 4, "--seed", 1, "--size", 64)
     checked("vae.py", *arguments(home, "vae", home / "vae"))
     checked("cavp.py", *arguments(home, "cavp", home / "cavp"))
-    checked("cavp.py", "--data", home / "clips", "--init", home / "cavp" / "last.safetensors", "--extract", home / "features")
+    checked(
+        "cavp.py",
+        "--data",
+        home / "clips",
+        "--init",
+        home / "cavp" / "last.safetensors",
+        "--extract",
+        home / "features",
+    )
     for stage in ("ldm", "align"):
         checked("ldm.py", *arguments(home, stage, home / stage))
     return home
@@ -84,19 +119,41 @@ def same_weights(a, b):
 def test_a_run_leaves_what_it_promises(home, stage):
     out = home / stage
     pictures = ["curves.png"] + ["sheet.png"] * (stage in ("vae", "ldm"))
-    assert sorted(p.name for p in out.iterdir()) == sorted(["last.safetensors", "last.state.pt", "log.jsonl", *pictures])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["last.safetensors", "last.state.pt", "log.jsonl", *pictures]
+    )
     about = header(out / "last.safetensors")
     assert about["step"] == 3 and about["args"]["seed"] == 5 and about["args"]["batch"] == 2
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [3, 3]              # what was trained, then what that is worth on other clips
-    assert {"loss", "lr", "gradient_norm", "seconds", "clips_per_second", "waiting", "memory_gb"} <= rows[0].keys()
+    assert [row["step"] for row in rows] == [
+        3,
+        3,
+    ]  # what was trained, then what that is worth on other clips
+    assert {
+        "loss",
+        "lr",
+        "gradient_norm",
+        "seconds",
+        "clips_per_second",
+        "waiting",
+        "memory_gb",
+    } <= rows[0].keys()
     assert VALIDATION[stage] == {k for k in rows[1] if k.startswith("val_")}
-    assert all(math.isfinite(value) for row in rows for value in row.values()) and 0 <= rows[0]["waiting"] < 1
+    assert (
+        all(math.isfinite(value) for row in rows for value in row.values())
+        and 0 <= rows[0]["waiting"] < 1
+    )
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     if stage == "vae":
-        assert rows[0]["loss"] == pytest.approx(rows[0]["error"] + rows[0]["change"] + 1e-4 * rows[0]["kl"], rel=1e-5)
+        assert rows[0]["loss"] == pytest.approx(
+            rows[0]["error"] + rows[0]["change"] + 1e-4 * rows[0]["kl"], rel=1e-5
+        )
     assert about["metrics"] == rows[1] and about["commit"] == training.commit()
-    began_with = {"vae": training.sha256(home / "vae" / "last.safetensors")} if stage in ("ldm", "align") else {}
+    began_with = (
+        {"vae": training.sha256(home / "vae" / "last.safetensors")}
+        if stage in ("ldm", "align")
+        else {}
+    )
     assert about["started_from"] == began_with
     model = LOADS[stage](out / "last.safetensors")
     assert all(p.isfinite().all() for p in model.parameters())
@@ -105,19 +162,27 @@ def test_a_run_leaves_what_it_promises(home, stage):
 def test_the_commit_is_that_of_the_code_and_says_when_files_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert training.commit() is None                            # no checkout
+    assert training.commit() is None  # no checkout
     (tmp_path / "training.py").write_text("1")
 
     def git(*args):
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
-        return subprocess.run(["git", "-C", tmp_path, *who, *args], check=True, capture_output=True, text=True).stdout.strip()
-    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "1"), ("tag", "-a", "v1", "-m", "1")):
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *args], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    for command in (
+        ("init", "-q"),
+        ("add", "."),
+        ("commit", "-qm", "1"),
+        ("tag", "-a", "v1", "-m", "1"),
+    ):
         git(*command)
     assert training.commit() == git("rev-parse", "HEAD")
     (tmp_path / "training.py").write_text("2")
     assert training.commit() == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
-    assert training.commit() is None                            # no git
+    assert training.commit() is None  # no git
 
 
 def test_trained_autoencoder_has_unit_latents(home):
@@ -139,9 +204,15 @@ def test_stage_2_carries_the_autoencoder_it_was_trained_on(home):
 def test_stage_2_goes_on_with_the_autoencoder_that_it_is_given(home, tmp_path):
     def equal(a, b):
         return all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in b.state_dict())
-    old, new = ldm.LDM.load(home / "ldm" / "last.safetensors"), vae.AutoencoderKL(vae.PRESETS["mini"])
+
+    old, new = (
+        ldm.LDM.load(home / "ldm" / "last.safetensors"),
+        vae.AutoencoderKL(vae.PRESETS["mini"]),
+    )
     checkpoints.save_model(tmp_path / "new.safetensors", new, dataclasses.asdict(new.config))
-    args = argparse.Namespace(init=home / "ldm" / "last.safetensors", vae=None, new_conditioner=False, preset="mini")
+    args = argparse.Namespace(
+        init=home / "ldm" / "last.safetensors", vae=None, new_conditioner=False, preset="mini"
+    )
     assert equal(ldm.initial(args), old)
     args.vae = tmp_path / "new.safetensors"
     model = ldm.initial(args)
@@ -156,14 +227,18 @@ def test_extracted_features_are_the_towers(home):
     stored = cavp.data.Set(home / "features")
     assert sorted(stored.text(i, "name") for i in range(4)) == [f"{i:05d}.mp4" for i in range(4)]
     model = cavp.CAVP.load(home / "cavp" / "last.safetensors")
-    root = cavp.data.prepared(home / "clips", model.config.fps, model.config.size, home / "prepared")
+    root = cavp.data.prepared(
+        home / "clips", model.config.fps, model.config.size, home / "prepared"
+    )
     clip = cavp.data.Clips(root, fps=model.config.fps, size=model.config.size)[0]
     at = [stored.text(i, "name") for i in range(4)].index(clip["name"])
     with torch.no_grad():
         features = model.encode_video(clip["video"][None].float() / 255)[0]
     kept = torch.from_numpy(stored.column(at, "features", "<f2").astype("float32")).view(-1, 512)
     assert kept.shape == features.shape
-    assert (kept - features).norm() / features.norm() < 0.02                              # float16, and bfloat16 where it is fast
+    assert (
+        kept - features
+    ).norm() / features.norm() < 0.02  # float16, and bfloat16 where it is fast
     sound = torch.from_numpy(stored.column(at, "sound", "<i2").astype("float32"))
     assert (sound / 32767 - clip["wav"]).abs().max() < 1e-4
 
@@ -177,6 +252,7 @@ def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkey
         if run.step == 1:
             signal.raise_signal(signal.SIGINT)
         report(run, **values)
+
     monkeypatch.setattr(training.Run, "report", interrupting)
     MAINS[stage](arguments(home, stage, tmp_path / stage))
     assert header(tmp_path / stage / "last.safetensors")["step"] == 2
@@ -188,19 +264,27 @@ def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkey
 
 def test_another_seed_gives_other_weights(home, tmp_path):
     vae.main(arguments(home, "vae", tmp_path / "vae") + ["--seed", "6"])
-    assert not same_weights(tmp_path / "vae" / "last.safetensors", home / "vae" / "last.safetensors")
+    assert not same_weights(
+        tmp_path / "vae" / "last.safetensors", home / "vae" / "last.safetensors"
+    )
 
 
 def test_ctrl_c_saves_and_ends(home, tmp_path):
     """Exit status 0 and a line that says how to go on; what was trained so far loads."""
-    args = [sys.executable, ROOT / "vae.py", *arguments(home, "vae", tmp_path / "vae", steps=100_000)]
+    args = [
+        sys.executable,
+        ROOT / "vae.py",
+        *arguments(home, "vae", tmp_path / "vae", steps=100_000),
+    ]
     run = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         seen, limit = b"", time.monotonic() + PATIENCE
-        while not re.search(rb" ([3-9]|\d\d+)/100000", seen) and time.monotonic() < limit:    # the bar: training is under way
+        while (
+            not re.search(rb" ([3-9]|\d\d+)/100000", seen) and time.monotonic() < limit
+        ):  # the bar: training is under way
             seen += os.read(run.stderr.fileno(), 4096)
         run.send_signal(signal.SIGINT)
-        _, rest = run.communicate(timeout=PATIENCE)         # all its steps would take hours
+        _, rest = run.communicate(timeout=PATIENCE)  # all its steps would take hours
     finally:
         run.kill()
     assert run.returncode == 0
@@ -212,11 +296,16 @@ def test_ctrl_c_saves_and_ends(home, tmp_path):
 
 def test_labels_beside_the_clips_are_learned_and_leave_no_head_behind(home, tmp_path):
     plain = home / "cavp" / "last.safetensors"
-    MAINS["cavp"](arguments(home, "cavp", tmp_path / "run") + ["--labels", str(home / "clips"), "--init", str(plain)])
+    MAINS["cavp"](
+        arguments(home, "cavp", tmp_path / "run")
+        + ["--labels", str(home / "clips"), "--init", str(plain)]
+    )
     assert load_file(tmp_path / "run" / "last.safetensors").keys() == load_file(plain).keys()
     cavp.CAVP.load(tmp_path / "run" / "last.safetensors")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum("named" in row for row in rows) == 1 and any({"val_named_by_sight", "val_named_by_ear"} <= row.keys() for row in rows)
+    assert sum("named" in row for row in rows) == 1 and any(
+        {"val_named_by_sight", "val_named_by_ear"} <= row.keys() for row in rows
+    )
 
 
 # what the user did: (stage, arguments, words that the one line must hold); CLIPS and the like are put in below
@@ -226,13 +315,29 @@ MISTAKES = {
     "clips where features belong": ("ldm", "--data CLIPS --vae WEIGHTS", ["clips", "--extract"]),
     "no autoencoder": ("ldm", "--data FEATURES", ["--vae"]),
     "no autoencoder for the classifier": ("align", "--model align --data FEATURES", ["--vae"]),
-    "classifier's weights alone": ("align", "--model align --data FEATURES --init CLASSIFIER", ["--vae"]),
+    "classifier's weights alone": (
+        "align",
+        "--model align --data FEATURES --init CLASSIFIER",
+        ["--vae"],
+    ),
     "--extract without weights": ("cavp", "--data CLIPS --extract NOWHERE", ["--init"]),
     "checkpoint that is none": ("vae", "--data CLIPS --init JUNK", ["junk.ckpt"]),
     "checkpoint that is missing": ("vae", "--data CLIPS --init NOWHERE", ["nowhere"]),
-    "checkpoint of another stage": ("cavp", "--data CLIPS --init WEIGHTS", ["last.safetensors", "CAVP"]),
-    "no labels there": ("cavp", "--data CLIPS --labels NOWHERE", ["nowhere: no such folder", "--labels"]),
-    "labels for long clips": ("cavp", "--data CLIPS --labels CLIPS --preset paper", ["--labels", "preset"]),
+    "checkpoint of another stage": (
+        "cavp",
+        "--data CLIPS --init WEIGHTS",
+        ["last.safetensors", "CAVP"],
+    ),
+    "no labels there": (
+        "cavp",
+        "--data CLIPS --labels NOWHERE",
+        ["nowhere: no such folder", "--labels"],
+    ),
+    "labels for long clips": (
+        "cavp",
+        "--data CLIPS --labels CLIPS --preset paper",
+        ["--labels", "preset"],
+    ),
     "nothing to resume": ("vae", "--data CLIPS --resume", ["--resume"]),
     "a run already there": ("vae", "--data CLIPS --out RUN", ["--resume", "--out"]),
     "no steps": ("vae", "--data CLIPS --steps 0", ["--steps"]),
@@ -243,9 +348,16 @@ MISTAKES = {
 def test_a_mistake_is_one_line(home, tmp_path, stage, typed, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.ckpt").write_bytes(b"not a checkpoint")
-    places = {"NOWHERE": tmp_path / "nowhere", "EMPTY": tmp_path / "empty", "JUNK": tmp_path / "junk.ckpt", "CLIPS": home / "clips",
-              "FEATURES": home / "features", "WEIGHTS": home / "vae" / "last.safetensors", "RUN": home / "vae",
-              "CLASSIFIER": home / "align" / "last.safetensors"}
+    places = {
+        "NOWHERE": tmp_path / "nowhere",
+        "EMPTY": tmp_path / "empty",
+        "JUNK": tmp_path / "junk.ckpt",
+        "CLIPS": home / "clips",
+        "FEATURES": home / "features",
+        "WEIGHTS": home / "vae" / "last.safetensors",
+        "RUN": home / "vae",
+        "CLASSIFIER": home / "align" / "last.safetensors",
+    }
     args = [str(places.get(word, word)) for word in typed.split()]
     if "--out" not in args:
         args += ["--out", str(tmp_path / "out")]
@@ -259,7 +371,11 @@ def test_a_mistake_is_one_line(home, tmp_path, stage, typed, words):
 
 def test_a_mistake_shows_no_traceback(home, tmp_path):
     done = command("vae.py", "--data", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
+    assert (
+        done.returncode == 1
+        and len(done.stderr.strip().splitlines()) == 1
+        and "nowhere" in done.stderr
+    )
     assert command("vae.py", cwd=tmp_path).returncode == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -269,10 +385,23 @@ def test_the_main_job_runs_on_trained_weights(home, tmp_path):
     weights.mkdir()
     for stage in ("cavp", "ldm", "align"):
         (weights / f"{stage}.safetensors").symlink_to(home / stage / "last.safetensors")
-    done = checked("sample.py", home / "clips" / "00000.mp4", "--weights", weights, "--out", tmp_path / "out", "--steps", 2, "--json")
+    done = checked(
+        "sample.py",
+        home / "clips" / "00000.mp4",
+        "--weights",
+        weights,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--json",
+    )
     line = json.loads(done.stdout.splitlines()[-1])
     assert Path(line["output"]).exists() and Path(line["wav"]).exists()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.foley.mp4", "00000.foley.wav"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "00000.foley.mp4",
+        "00000.foley.wav",
+    ]
 
 
 def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
@@ -283,9 +412,12 @@ def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
     def classify(model, z, t, noise, features):
         seen.append(not t.any() and not noise.any())
         return plain(model, z, t, noise, features)
+
     monkeypatch.setattr(ldm, "classify", classify)
     first_stage = tiny.autoencoder(tmp_path)
     for name, flags in (("judging", {"clean": True}), ("guiding", {})):
         seen.clear()
-        ldm.main(tiny.arguments("align", tmp_path / name, steps=2, first_stage=first_stage, **flags))
+        ldm.main(
+            tiny.arguments("align", tmp_path / name, steps=2, first_stage=first_stage, **flags)
+        )
         assert seen and all(clean == (name == "judging") for clean in seen)

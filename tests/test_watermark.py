@@ -1,4 +1,5 @@
 """The mark: found after what happens to sound on its way, not found where it is not, not heard; and `sample.py --verify`."""
+
 import io
 import json
 import math
@@ -22,7 +23,11 @@ def hits(seconds, seed):
     for at in draw.integers(0, n, max(2, round(seconds))):
         t = np.arange(n - at) / SAMPLE_RATE
         tone = sum(np.sin(2 * math.pi * f * t) for f in draw.uniform(200, 5000, 5)) / 5
-        wav[at:] += draw.uniform(0.05, 0.3) * (tone + 0.3 * draw.standard_normal(n - at)) * np.exp(-t / draw.uniform(0.05, 0.5))
+        wav[at:] += (
+            draw.uniform(0.05, 0.3)
+            * (tone + 0.3 * draw.standard_normal(n - at))
+            * np.exp(-t / draw.uniform(0.05, 0.5))
+        )
     return torch.from_numpy(wav.clip(-1, 1)).float()
 
 
@@ -34,7 +39,9 @@ def coded(wav, name, container, rate):
         track.bit_rate = rate
         resampler = av.AudioResampler(track.codec_context.format, "mono", SAMPLE_RATE)
         for at in range(0, len(wav), SAMPLE_RATE):
-            frame = av.AudioFrame.from_ndarray(wav[None, at:at + SAMPLE_RATE].numpy(), "flt", "mono")
+            frame = av.AudioFrame.from_ndarray(
+                wav[None, at : at + SAMPLE_RATE].numpy(), "flt", "mono"
+            )
             frame.sample_rate, frame.pts = SAMPLE_RATE, at
             for piece in resampler.resample(frame):
                 out.mux(track.encode(piece))
@@ -42,7 +49,11 @@ def coded(wav, name, container, rate):
     memory.seek(0)
     with av.open(memory) as source:
         resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        pieces = [p.to_ndarray()[0] for frame in [*source.decode(audio=0), None] for p in resampler.resample(frame)]
+        pieces = [
+            p.to_ndarray()[0]
+            for frame in [*source.decode(audio=0), None]
+            for p in resampler.resample(frame)
+        ]
     return torch.from_numpy(np.concatenate(pieces))
 
 
@@ -52,9 +63,13 @@ CHANGES = {
     "a beginning and an end cut off": lambda wav: wav[5333:-20001],
     "AAC, 64 kbit/s": lambda wav: coded(wav, "aac", "adts", 64000),
     "MP3, 32 kbit/s": lambda wav: coded(wav, "libmp3lame", "mp3", 32000),
-    "44.1 kHz and back": lambda wav: sounded_at(sounded_at(wav, SAMPLE_RATE, 44100), 44100, SAMPLE_RATE),
+    "44.1 kHz and back": lambda wav: sounded_at(
+        sounded_at(wav, SAMPLE_RATE, 44100), 44100, SAMPLE_RATE
+    ),
     "every other phase": lambda wav: -wav,
-    "a second of silence inside": lambda wav: torch.cat([wav[:60000], torch.zeros(16384), wav[60000:]]),
+    "a second of silence inside": lambda wav: torch.cat(
+        [wav[:60000], torch.zeros(16384), wav[60000:]]
+    ),
     "four seconds of it": lambda wav: wav[30000:94000],
 }
 
@@ -63,7 +78,9 @@ def sounded_at(wav, before, after):
     frame = av.AudioFrame.from_ndarray(wav[None].numpy(), "flt", "mono")
     frame.sample_rate = before
     resampler = av.AudioResampler("flt", "mono", after)
-    return torch.from_numpy(np.concatenate([p.to_ndarray()[0] for f in (frame, None) for p in resampler.resample(f)]))
+    return torch.from_numpy(
+        np.concatenate([p.to_ndarray()[0] for f in (frame, None) for p in resampler.resample(f)])
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -80,22 +97,37 @@ def test_it_is_as_long_and_seldom_louder_or_softer_by_more_than_a_decibel(second
     marked = watermark.mark(wav)
     assert marked.shape == wav.shape
     if seconds >= 3:
-        change = 20 * torch.log10(data.stft(marked[None]).abs() / data.stft(wav[None]).abs())[0, 26:410].flatten()
-        assert 0.4 < change.abs().mean() < 1 and change.abs().quantile(0.9) < 1.5 and change.mean().abs() < 0.2
+        change = (
+            20
+            * torch.log10(data.stft(marked[None]).abs() / data.stft(wav[None]).abs())[
+                0, 26:410
+            ].flatten()
+        )
+        assert (
+            0.4 < change.abs().mean() < 1
+            and change.abs().quantile(0.9) < 1.5
+            and change.mean().abs() < 0.2
+        )
         assert marked.abs().max() < 1.13 * wav.abs().max()
 
 
 def test_nothing_else_changes(monkeypatch):
     wav = hits(40, 8)
     monkeypatch.setattr(watermark, "DEPTH", 0)
-    assert (watermark.mark(wav) - wav).abs().max() < 1e-6               # over the seam between two spans too
+    assert (watermark.mark(wav) - wav).abs().max() < 1e-6  # over the seam between two spans too
     monkeypatch.undo()
-    assert watermark.mark(torch.zeros(SAMPLE_RATE)).abs().max() == 0 and watermark.confidence(torch.zeros(SAMPLE_RATE)) < 1e-6
+    assert (
+        watermark.mark(torch.zeros(SAMPLE_RATE)).abs().max() == 0
+        and watermark.confidence(torch.zeros(SAMPLE_RATE)) < 1e-6
+    )
 
 
 def test_a_long_sound_is_marked_throughout():
     marked = watermark.mark(hits(45, 9))
-    assert all(watermark.confidence(marked[at:at + 5 * SAMPLE_RATE]) > watermark.SURE for at in range(0, 40 * SAMPLE_RATE, 70000))
+    assert all(
+        watermark.confidence(marked[at : at + 5 * SAMPLE_RATE]) > watermark.SURE
+        for at in range(0, 40 * SAMPLE_RATE, 70000)
+    )
 
 
 def test_confidence_is_what_it_says():
@@ -114,7 +146,9 @@ def verify(capsys, *argv):
 
 def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     wav = hits(8, 10)
-    ours, bare, tagged, foreign = (tmp_path / f"{name}.wav" for name in ("ours", "bare", "tagged", "foreign"))
+    ours, bare, tagged, foreign = (
+        tmp_path / f"{name}.wav" for name in ("ours", "bare", "tagged", "foreign")
+    )
     tags = {"comment": f"{sample.CLAIM} tiny, seed 0, version {sample.VERSION}"}
     data.write_wav(ours, watermark.mark(wav), tags)
     soundfile.write(bare, watermark.mark(wav).numpy(), SAMPLE_RATE)
@@ -124,11 +158,18 @@ def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     for path in (ours, bare, tagged, foreign):
         status, lines, _ = verify(capsys, path, "--json")
         line = json.loads(lines[0])
-        assert set(line) == {"file", "tags", "watermark", "confidence"} and line["file"] == str(path)
+        assert set(line) == {"file", "tags", "watermark", "confidence"} and line["file"] == str(
+            path
+        )
         found[path.stem] = status, line["tags"], line["watermark"]
-    assert found == {"ours": (0, True, True), "bare": (0, False, True), "tagged": (0, True, False), "foreign": (3, False, False)}
+    assert found == {
+        "ours": (0, True, True),
+        "bare": (0, False, True),
+        "tagged": (0, True, False),
+        "foreign": (3, False, False),
+    }
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    status, lines, err = verify(capsys, tmp_path)                       # a folder, one of its files broken
+    status, lines, err = verify(capsys, tmp_path)  # a folder, one of its files broken
     assert status == 1 and len(lines) == 4 and len(err) == 1 and "broken.wav" in err[0]
     assert sum("not known as ours" in line for line in lines) == 1
     assert verify(capsys, tmp_path / "no.wav")[0] == 1

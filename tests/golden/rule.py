@@ -8,6 +8,7 @@ this file hold each official checkpoint's keys and shapes.
 
     python -m pytest tests/test_parity.py -rP        prints every difference measured
 """
+
 import json
 import zlib
 from pathlib import Path
@@ -35,10 +36,12 @@ def weight(key, shape):
     """The value of a checkpoint's tensor of one or more dimensions."""
     w = normal(key, *shape)
     if len(shape) > 1:
-        return w.mul_(float(np.float32(1 / np.sqrt(np.prod(shape[1:])))))      # fan-in, also for embeddings
+        return w.mul_(
+            float(np.float32(1 / np.sqrt(np.prod(shape[1:]))))
+        )  # fan-in, also for embeddings
     if key.endswith(".running_var"):
         return 1 + 0.1 * w.abs()
-    if key.endswith(".weight"):                                                # every norm's scale
+    if key.endswith(".weight"):  # every norm's scale
         return 1 + 0.1 * w
     if key.endswith((".bias", ".running_mean")):
         return 0.1 * w
@@ -76,5 +79,9 @@ def relative(ours, official):
 def close(name, ours, official, bound=1e-4):
     """Assert parity, and print what was measured."""
     difference = relative(ours, official)
-    print(f"{name:44s} relative {difference:.1e}   largest {(ours.double() - official.double()).abs().max().item():.1e}")
-    assert difference <= bound, f"{name}: relative L2 difference {difference:.2e}, allowed {bound:g}"
+    print(
+        f"{name:44s} relative {difference:.1e}   largest {(ours.double() - official.double()).abs().max().item():.1e}"
+    )
+    assert difference <= bound, (
+        f"{name}: relative L2 difference {difference:.2e}, allowed {bound:g}"
+    )

@@ -4,6 +4,7 @@
 
 Without the variable nothing here is collected: the same process cannot also compile kernels for GPUs.
 """
+
 import os
 
 import numpy as np
@@ -30,6 +31,7 @@ def repair():
     3. Triton 3.6.0 with NumPy 2.4 or later: a loop's bound is an array of one element, which is no index any more."""
     import triton.language as tl
     from triton.runtime import interpreter
+
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
     dot = interpreter.InterpreterBuilder.create_dot
 
@@ -40,7 +42,7 @@ def repair():
             return narrowed(data)
         return convert(data, source, target, rounding)
 
-    def operand(x):                             # float16 too: exact, and NumPy has a fast product of float32 alone
+    def operand(x):  # float16 too: exact, and NumPy has a fast product of float32 alone
         if x.dtype.scalar == tl.bfloat16:
             return interpreter.TensorHandle(widened(x.data), tl.float32)
         if x.dtype.scalar == tl.float16:
@@ -52,7 +54,9 @@ def repair():
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._convert_float = exact_convert
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, operand(a), operand(b), *rest)
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
+        self, operand(a), operand(b), *rest
+    )
     interpreter._patch_lang_tensor = patch_index
 
 
@@ -63,10 +67,12 @@ if INTERPRETED:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Memory that nobody has written is NaN, so what a kernel leaves out shows."""
+
     def poison(make):
         def made(*args, **kwargs):
             x = make(*args, **kwargs)
             return x.fill_(float("nan")) if x.is_floating_point() else x
+
         return made
 
     for name in ("empty", "empty_like", "empty_strided"):

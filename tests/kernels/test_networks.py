@@ -1,7 +1,8 @@
 """Whole networks and a guided sampling run through the kernels, in the interpreter, beside plain torch.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_networks.py
+TRITON_INTERPRET=1 python -m pytest tests/kernels/test_networks.py
 """
+
 import copy
 
 import pytest
@@ -13,10 +14,17 @@ import vae
 from golden import rule
 from kernels import attention, group_norm, solver, transformer
 
-UNET = ldm.UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=24, groups=4)
+UNET = ldm.UNetConfig(
+    width=16, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=24, groups=4
+)
 CLASSIFIER = ldm.AlignmentConfig(frames=8, positions=8, feature_dim=16, unet=UNET)
 INFERENCE = ["add_layer_norm_ref", "geglu_ref"]
-REFERENCES = {attention: ["attention_ref"], group_norm: ["group_norm_ref"], solver: ["multistep_ref"], transformer: INFERENCE}
+REFERENCES = {
+    attention: ["attention_ref"],
+    group_norm: ["group_norm_ref"],
+    solver: ["multistep_ref"],
+    transformer: INFERENCE,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +48,15 @@ def classifier():
 @pytest.fixture(autouse=True)
 def no_fallback(monkeypatch):
     """Where a reference runs while kernels are on, a test would compare torch with itself. (Those for inference alone do with gradients.)"""
+
     def guarded(name, reference):
         def run(*args, **kwargs):
             grad = torch.is_grad_enabled() and name in INFERENCE
             assert kernels.mode == "torch" or grad, f"{name} ran"
             return reference(*args, **kwargs)
+
         return run
+
     for module, names in REFERENCES.items():
         for name in names:
             monkeypatch.setattr(module, name, guarded(name, getattr(module, name)))
@@ -63,14 +74,18 @@ def snr(ours, other):
 
 
 def inputs(b=2, w=8):
-    return rule.normal("x", b, 4, 16, w), torch.tensor([10.5, 699.25])[:b], rule.normal("context", b, 8, 24)
+    return (
+        rule.normal("x", b, 4, 16, w),
+        torch.tensor([10.5, 699.25])[:b],
+        rule.normal("context", b, 8, 24),
+    )
 
 
 @torch.no_grad()
 def test_unet(unet):
     ours, plain = both(lambda: unet(*inputs()))
     rule.close("U-Net", ours, plain, 1e-5)
-    fused = copy.deepcopy(unet).fuse()                          # reads the skips where they are
+    fused = copy.deepcopy(unet).fuse()  # reads the skips where they are
     rule.close("U-Net, fused", both(lambda: fused(*inputs()))[0], plain, 1e-5)
 
 
@@ -96,8 +111,11 @@ def test_guided_sampling(unet, classifier):
     features, times = rule.normal("features", 1, 8, 16), ldm.TIMES["dpm"](3)
 
     def run():
-        eps = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, classifier, features, 15.0, times=times)
+        eps = ldm.guided_eps(
+            unet, context, torch.zeros_like(context), 4.5, classifier, features, 15.0, times=times
+        )
         return ldm.dpm_solver(eps, x, 3)
+
     ours, plain = both(run)
     rule.close("three guided steps", ours, plain, 1e-4)
 
@@ -110,11 +128,16 @@ def test_training_step(unet):
         net.zero_grad()
         net(*inputs()).square().mean().backward()
         return torch.cat([p.grad.flatten() for p in net.parameters()])
+
     rule.close("U-Net gradients", *both(run), 1e-4)
 
 
 @torch.no_grad()
 def test_decoder():
-    model = rule.fill(vae.AutoencoderKL(vae.VAEConfig(channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4)))
+    model = rule.fill(
+        vae.AutoencoderKL(
+            vae.VAEConfig(channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4)
+        )
+    )
     ours, plain = both(lambda: model.decode(rule.normal("z", 1, 4, 8, 8)))
     rule.close("decoder", ours, plain, 1e-5)

@@ -30,8 +30,12 @@ from kernels import attention, group_norm, packed, transformer
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
-SMALL = ldm.UNetConfig(width=64, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16)
-UNET, ALIGN = (SMALL, ldm.AlignmentConfig(unet=SMALL)) if DRY else (ldm.UNetConfig(), ldm.AlignmentConfig())
+SMALL = ldm.UNetConfig(
+    width=64, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16
+)
+UNET, ALIGN = (
+    (SMALL, ldm.AlignmentConfig(unet=SMALL)) if DRY else (ldm.UNetConfig(), ldm.AlignmentConfig())
+)
 
 
 def network(cls, config, dtype=DTYPE, seed=0):
@@ -42,10 +46,12 @@ def network(cls, config, dtype=DTYPE, seed=0):
     schedule = {k: v for k, v in m.named_buffers() if not v.is_meta}
     m = m.to_empty(device=DEVICE).eval().requires_grad_(False)
     for name, p in m.named_parameters():
-        p.normal_(0, p[0].numel() ** -0.5) if p.ndim > 1 else p.fill_(1.0) if name.endswith("weight") else p.normal_(
-            0, 0.1
+        p.normal_(0, p[0].numel() ** -0.5) if p.ndim > 1 else p.fill_(1.0) if name.endswith(
+            "weight"
+        ) else p.normal_(0, 0.1)
+        p.data = p.data.to(
+            dtype, memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format
         )
-        p.data = p.data.to(dtype, memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
     for k, v in schedule.items():
         m.get_buffer(k).copy_(v)
     return m
@@ -85,7 +91,11 @@ def one_by_one_as_product(unet):
         if isinstance(s, ldm.SpatialTransformer):
             for conv in (s.proj_in, s.proj_out):
                 conv.forward = (
-                    lambda c: lambda x: F.linear(x.permute(0, 2, 3, 1), c.weight.flatten(1), c.bias).permute(0, 3, 1, 2)
+                    lambda c: (
+                        lambda x: F.linear(
+                            x.permute(0, 2, 3, 1), c.weight.flatten(1), c.bias
+                        ).permute(0, 3, 1, 2)
+                    )
                 )(conv)
 
 
@@ -96,7 +106,10 @@ VARIANTS = {  # name: (changes of the networks, swaps, settings)
     "group norm: torch's": ((), ((vae, "group_norm", group_norm.group_norm_ref),), {}),
     "layer norm, geglu: torch's": (
         (),
-        ((ldm, "add_layer_norm", transformer.add_layer_norm_ref), (ldm, "geglu", transformer.geglu_ref)),
+        (
+            (ldm, "add_layer_norm", transformer.add_layer_norm_ref),
+            (ldm, "geglu", transformer.geglu_ref),
+        ),
         {},
     ),
     "cudnn.benchmark": ((), (), {"benchmark": True}),
@@ -144,12 +157,17 @@ def run(name, clips, cg, emit, reference, keep=None):
     for change in changes:
         change(unet)
     torch.manual_seed(2)
-    x, context = torch.randn(clips, 4, 16, 64, device=DEVICE), torch.randn(clips, 32, UNET.context_dim, device=DEVICE)
+    x, context = (
+        torch.randn(clips, 4, 16, 64, device=DEVICE),
+        torch.randn(clips, 32, UNET.context_dim, device=DEVICE),
+    )
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
     times = ldm.TIMES["dpm"](25)
     extra = () if settings.get("beside", True) else ((diffusion, "beside", plain_beside),)
     with swapped(*swaps, *extra):
-        eps = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, align, features, cg, times=times)
+        eps = ldm.guided_eps(
+            unet, context, torch.zeros_like(context), 4.5, align, features, cg, times=times
+        )
         recorded = eps if DRY else ldm.Replayed(eps)
         ms, z = timed(recorded, x, times.to(DEVICE)[: 2 if DRY else 25], 1 if DRY else 5)
         if keep is not None:
@@ -207,11 +225,16 @@ def profile(path):
         rows = sorted((r for r in rows if r[2] > 0 or DRY), key=lambda r: -r[2])
         sums, counts = collections.Counter(), collections.Counter()
         for key, n, us in rows:
-            group = next((g[0] for g in GROUPS if any(w.lower() in key.lower() for w in g[1:])), "other")
+            group = next(
+                (g[0] for g in GROUPS if any(w.lower() in key.lower() for w in g[1:])), "other"
+            )
             sums[group] += us
             counts[group] += n
         with open(path, "a") as f:
-            print(f"\n{len(x)} clips: one guided step, kernels of both streams; us and launches a step", file=f)
+            print(
+                f"\n{len(x)} clips: one guided step, kernels of both streams; us and launches a step",
+                file=f,
+            )
             for g, us in sums.most_common():
                 print(f"{us:10.1f} {counts[g]:8.1f}  {g}", file=f)
             print(f"{sum(sums.values()):10.1f} {sum(counts.values()):8.1f}  all", file=f)
@@ -243,7 +266,8 @@ def main():
         for i, name in enumerate(args.only):
             for cg in (
                 (50.0, 0.0)
-                if name in ("ours", "torch's kernels, same graph", "cudnn.benchmark", "all of these")
+                if name
+                in ("ours", "torch's kernels, same graph", "cudnn.benchmark", "all of these")
                 else (50.0,)
             ):
                 try:
@@ -256,7 +280,10 @@ def main():
                         profile(args.out / "profile.txt") if name == "ours" and cg else None,
                     )
                 except Exception as error:
-                    print(f"step.py: {name}, {clips} clips: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                    print(
+                        f"step.py: {name}, {clips} clips: {type(error).__name__}: {str(error)[:300]}",
+                        flush=True,
+                    )
                     if not DRY:
                         torch.cuda.empty_cache()
 

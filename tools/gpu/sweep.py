@@ -75,14 +75,31 @@ ATTENTION = [
             (64, 64, 4, 4),
         ],
     ),
-    ((8, 40, 1024, 32), "few", 0, [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1)]),
+    (
+        (8, 40, 1024, 32),
+        "few",
+        0,
+        [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1)],
+    ),
     (
         (8, 80, 256, 256),
         "forward",
         1,
-        [(64, 64, 4, 3), (32, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (64, 64, 8, 3)],
+        [
+            (64, 64, 4, 3),
+            (32, 64, 4, 3),
+            (64, 32, 4, 3),
+            (64, 128, 4, 2),
+            (128, 64, 8, 2),
+            (64, 64, 8, 3),
+        ],
     ),
-    ((8, 160, 64, 64), "few", 2, [(64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (16, 64, 2, 1), (64, 64, 8, 1)]),
+    (
+        (8, 160, 64, 64),
+        "few",
+        2,
+        [(64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (16, 64, 2, 1), (64, 64, 8, 1)],
+    ),
     ((8, 160, 64, 32), "few", 2, [(64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (16, 64, 2, 1)]),
 ]
 
@@ -91,7 +108,9 @@ def cases(b, device):
     """(name, variant, how to set it, how to call it)"""
     for h, w, c, s in GN_SITES:
         x, skip = (
-            torch.empty(b, n, h, w, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+            torch.empty(b, n, h, w, device=device, dtype=torch.bfloat16).to(
+                memory_format=torch.channels_last
+            )
             if n
             else None
             for n in (c - s, s)
@@ -106,10 +125,14 @@ def cases(b, device):
                 f"group norm {c}@{h}x{w} skip {s}",
                 name,
                 lambda plan=plan: setattr(group_norm, "plan", plan),
-                lambda x=x, one=one, add=add, skip=skip: group_norm.group_norm(x, one, one, 32, 1e-5, True, add, skip),
+                lambda x=x, one=one, add=add, skip=skip: group_norm.group_norm(
+                    x, one, one, 32, 1e-5, True, add, skip
+                ),
             )
     for (heads, d, n, m), kind, width, configs in ATTENTION:
-        q, k, v = (torch.empty(b, r, heads, d, device=device, dtype=torch.bfloat16) for r in (n, m, m))
+        q, k, v = (
+            torch.empty(b, r, heads, d, device=device, dtype=torch.bfloat16) for r in (n, m, m)
+        )
         for t in (q, k, v):
             t.normal_()
         for config in configs:
@@ -118,7 +141,12 @@ def cases(b, device):
                 attention.HALF.update({key: list(value) for key, value in TABLE.items()})
                 attention.HALF[kind][width] = config
 
-            yield f"attention {n}x{m} of {d}", str(config), put, lambda q=q, k=k, v=v: attention.attention(q, k, v)
+            yield (
+                f"attention {n}x{m} of {d}",
+                str(config),
+                put,
+                lambda q=q, k=k, v=v: attention.attention(q, k, v),
+            )
 
 
 def restore():
@@ -150,7 +178,11 @@ def main():
                 print(json.dumps(row), file=f)
             print(
                 f"b{b:<4d}{name:34}{variant:28}"
-                + (f"{row['us']:9.2f} us  differs {row['differs']:.1e}" if "us" in row else row["error"]),
+                + (
+                    f"{row['us']:9.2f} us  differs {row['differs']:.1e}"
+                    if "us" in row
+                    else row["error"]
+                ),
                 flush=True,
             )
 
