@@ -141,13 +141,10 @@ def test_dpm_schedule(steps):
     eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
     ldm.dpm_solver(eps_fn, torch.zeros(1, 4, 16, 64), steps)
     times = SCHEDULE[f"dpm.model_input_time_{steps}"]
-    # fractional times enter the time embedding; processors round linspace differently, by a unit in the last place of the first, 999
-    torch.testing.assert_close(
-        torch.tensor([t for t, _ in calls]),
-        times[:-1],
-        rtol=0,
-        atol=999 * torch.finfo(torch.float32).eps,
-    )
+    # fractional times enter the time embedding; processors round linspace differently, by a unit in
+    # the last place of the first, 999
+    told = torch.tensor([t for t, _ in calls])
+    torch.testing.assert_close(told, times[:-1], rtol=0, atol=999 * torch.finfo(torch.float32).eps)
     log_a, s = ldm.log_alpha(times), ldm.sigma(times)
     rule.close(f"dpm.log_alpha_{steps}", log_a, SCHEDULE[f"dpm.log_alpha_{steps}"], 1e-5)
     rule.close(f"dpm.sigma_{steps}", s, SCHEDULE[f"dpm.sigma_{steps}"], 1e-5)
@@ -242,3 +239,103 @@ def test_log_alpha_at_the_knots():
     rule.close("alpha^2", (2 * ldm.log_alpha(t)).exp(), SCHEDULE["alphas_cumprod"], 1e-6)
     half = ldm.log_alpha(torch.tensor([10.5]))
     assert torch.allclose(half, ldm.log_alpha(torch.tensor([10, 11])).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# networks that are asked for what they cannot give
+
+SMALL = ldm.UNetConfig(
+    width=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(2,),
+    heads=2,
+    context_dim=8,
+    groups=4,
+    aligned=2,
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """U-Net, x, t and a condition of 128 frames, two for each of the 64 latent columns."""
+    unet = rule.fill(ldm.UNet(SMALL), "model.diffusion_model.").requires_grad_(False)
+    return (
+        unet,
+        rule.normal("x", 2, 4, 16, 64),
+        torch.tensor([500.0, 500.0]),
+        rule.normal("c", 2, 128, 8),
+    )
+
+
+def test_a_time_that_was_not_prepared_is_no_other_time(small):
+    unet, x, t, context = small
+    known = unet.prepare(context, torch.tensor([999.0, 500.0, 1.0]))
+    rule.close("a prepared time", unet(x, t, known), unet(x, t, context), 1e-6)
+    for wrong in (torch.tensor([250.0, 250.0]), torch.tensor([500.0, 250.0])):
+        with pytest.raises(ValueError, match="time 250: not among the 3 that"):
+            unet(x, wrong, known)
+
+
+@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+def test_samplers_refuse_an_eps_that_was_prepared_for_other_times(small, sampler, monkeypatch):
+    """Before the first step, on the CPU: on a GPU no step waits to be looked at, least of all a recorded one."""
+    unet, x, _, context = small
+    draw = ldm.SAMPLERS[sampler]
+    for steps in (1, 3):
+        eps = ldm.guided_eps(unet, context, None, 1.0, times=ldm.TIMES[sampler](steps))
+        plain = draw(ldm.guided_eps(unet, context, None, 1.0), x, steps)
+        rule.close(f"{sampler}, {steps} steps", draw(eps, x, steps), plain, 1e-5)
+        monkeypatch.setattr(ldm.UNet, "forward", lambda *_: pytest.fail("the network was called"))
+        for given in (eps, ldm.Replayed(eps)):
+            with pytest.raises(
+                ValueError, match="are not among the .* that eps was prepared for; give guided_eps"
+            ):
+                draw(given, x, 7)
+        monkeypatch.undo()
+
+
+def test_a_time_may_be_a_number(small):
+    unet, x, t, context = small
+    expected = unet(x, t, context)
+    for time in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
+        assert torch.equal(unet(x, time, context), expected)
+    assert torch.equal(
+        unet(x, 500, unet.prepare(context, t[:1])), unet(x, t, unet.prepare(context, t[:1]))
+    )
+    with pytest.raises(ValueError, match="times of shape .3,. for 2 latents"):
+        unet(x, torch.zeros(3), context)
+
+
+@pytest.mark.parametrize("frames", [127, 126, 64, 130])
+def test_a_condition_of_another_length_is_said(small, frames):
+    unet, x, t, _ = small
+    align = ldm.Alignment(
+        ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL)
+    )
+    wrong, features = rule.normal("wrong", 2, frames, 8), rule.normal("f", 2, frames, 16)
+    calls = [
+        lambda: unet(x, t, wrong),
+        lambda: unet(x, t, unet.prepare(wrong)),
+        lambda: align(x, t, features),
+        lambda: align.grad_log_prob(x, t, features),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError,
+            match=f"the condition has {frames} frames; 64 latent columns want 128, 2 each",
+        ):
+            call()
+    assert align(x, t, rule.normal("f", 2, 128, 16)).shape == (2, 1)
+
+
+def test_features_that_a_conditioner_cannot_take_are_said():
+    conditioner = ldm.Conditioner(16, 8, positions=40)
+    assert conditioner(torch.zeros(2, 32, 16)).shape == (2, 32, 8)
+    with pytest.raises(
+        ValueError, match="features of 41 frames; this network was trained on at most 40"
+    ):
+        conditioner(torch.zeros(2, 41, 16))
+    for shape in ((32, 16), (2, 32, 17)):
+        with pytest.raises(ValueError, match="wanted is .b, frames, 16."):
+            conditioner(torch.zeros(shape))
