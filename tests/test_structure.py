@@ -134,6 +134,8 @@ def test_requirements_are_exact_and_complete():
         if line
     ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
+    for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
+        assert re.match(r"(ruff|huggingface_hub)==[\d.]+$", line), line
 
 
 @each_source
