@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*/README.md")])
 CODE = re.compile(r"^```.*?^```$|^(?: {4}[^\n]*\n)+", re.M | re.S)  # fenced or indented
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# `python X.py ...` or `torchrun ... X.py ...`, up to a second command or the end of a code span
+# `python X.py ...` or `torchrun ... X.py ...` up to a remark, another command, a code span's end
 COMMAND = re.compile(
-    r"(?:python|torchrun)(?: --nproc_per_node \w+)? "
-    r"(-m kernels\.\w+|[\w/]+\.py)([^`\n&]*(?:\\\n[^`\n&]*)*)"
+    r"(?:python|torchrun)(?: --nproc_per_node \w+)? (-m (?:kernels|common|compat)\.\w+|[\w/]+\.py)"
+    r"((?: {1,2}[^`\n& ]+)*)"
 )
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -33,7 +33,8 @@ def anchors(page):
 def commands(page):
     """[(script with what chooses its parser, its flags)] of every command that a page shows."""
     found = []
-    for script, rest in COMMAND.findall(page.read_text()):
+    text = re.sub(r" *\\\n *", " ", page.read_text())  # a command over several lines is one
+    for script, rest in COMMAND.findall(text):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
         parser = script.split()
         if script == "data.py" and "prepare" in rest.split():
@@ -121,7 +122,7 @@ def test_the_code_of_the_interface_page_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
     )
