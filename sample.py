@@ -217,12 +217,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import fetch
 import kernels
 import official
 import watermark
 from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
+from compat import hub
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
 from diffusion import SAMPLERS, TIMES, Replayed, guided_eps
 from kernels.packed import pack
@@ -402,7 +402,7 @@ def load_models(weights="mini", device="auto", dtype=None):
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {quoted(dtype)}: not one of torch.float32, torch.bfloat16")
     if weights == "official":
-        folder = fetch.official()
+        folder = hub.official()
     else:
         folder = Path(__file__).parent / "weights" / "mini" if weights == "mini" else Path(weights)
     if not folder.is_dir():
@@ -1004,7 +1004,7 @@ def main(argv=None):
         )
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-    except (MediaError, fetch.FetchError) as e:
+    except (MediaError, hub.HubError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 1
     except OSError as e:

@@ -35,8 +35,13 @@ LOUDEST = 1e6  # times full scale; a larger sample is damage
 VIDEO_SUFFIXES = set(
     ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
 )
-# What FFmpeg opens as pictures although nobody would call the file a video: text art, playlists, stills.
-NOT_VIDEOS = ("adf", "bin", "concat", "dash", "hls", "idf", "image2", "lavfi", "tty", "xbin")
+# Playlists, which point elsewhere and may wait for more for ever, and devices: never opened.
+NOT_FILES = set(
+    "alsa concat concatf dash fbdev hls imf iec61883 jack kmsgrab lavfi oss pulse rtp rtsp sap sdp "
+    "v4l2 video4linux2,v4l2 webm_dash_manifest x11grab xcbgrab".split()
+)
+# Text art and stills, which FFmpeg opens as pictures although nobody would call the file a video.
+NOT_VIDEOS = ("adf", "bin", "idf", "image2", "tty", "xbin")
 # ITU-R BS.775: centre and surrounds at -3 dB to left and right, no LFE; mono is the mean of left and right.
 SIDE, CENTRE, SURROUND = 0.5, math.sqrt(0.5), 0.5 * math.sqrt(0.5)
 DOWNMIX = {
@@ -74,6 +79,13 @@ class MediaInfo:
 # ---- containers and streams --------------------------------------------------------------------
 
 
+@lru_cache
+def open_options():
+    """Local files only, of any kind but playlists."""
+    formats = ",".join(sorted(av.formats_available - NOT_FILES))
+    return {"protocol_whitelist": "file", "format_whitelist": formats}
+
+
 @contextmanager
 def opened(path):
     """An input container. Local files only: a playlist in disguise must not reach the network."""
@@ -82,12 +94,12 @@ def opened(path):
         raise MediaError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise MediaError(f"{path}: is a folder, not a video; give a file in it")
+    if not path.is_file():
+        raise MediaError(f"{path}: is no file; give a video file")
     if path.stat().st_size == 0:
         raise MediaError(f"{path}: is empty (0 bytes); copy or download it again")
     try:
-        container = av.open(
-            f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"}
-        )
+        container = av.open(f"file:{path}", metadata_errors="replace", options=open_options())
     except (av.error.FFmpegError, OSError) as error:
         raise MediaError(
             f"{path}: not a video that FFmpeg can open, or cut off before its index "

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import data
-import fetch
 import sample
 import watermark
 from bounds import PATIENCE
 from cavp import CAVP, CAVPConfig
 from checkpoints import save_model
+from compat import hub
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
 from ldm import LDM, Alignment, AlignmentConfig, LDMConfig, UNetConfig, log_alpha, sigma
 from vae import VAEConfig
@@ -637,16 +637,15 @@ def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypa
 
 
 def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights, tmp_path):
-    """What `fetch` returns is used like any folder; what it cannot do is one line."""
-    monkeypatch.setattr(fetch, "official", lambda: weights)
+    """What `compat.hub` returns is used like any folder; what it cannot do is one line."""
+    monkeypatch.setattr(hub, "official", lambda: weights)
     assert run(capsys, clip, "--out", tmp_path, "--weights", "official", "--steps", 1)[0] == 0
     monkeypatch.undo()
-    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
     monkeypatch.setenv("DIFF_FOLEY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("DIFF_FOLEY_URL", "http://127.0.0.1:9/nobody")
-    status, _, err = run(capsys, clip, "--out", tmp_path, "--weights", "official")
-    assert status == 1 and "put the files into a folder yourself and give --weights DIR" in err[-1]
-    assert not list((tmp_path / "cache").glob("*.ckpt"))
+    status, lines, err = run(capsys, clip, "--out", tmp_path, "--weights", "official")
+    assert status == 1 and not lines and len(err) == 1
+    assert "pip install huggingface_hub, or download" in err[0] and "--weights DIR" in err[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ MAY_IMPORT = {  # local modules; tests may import anything and nothing imports t
     "compat": {"common"},
     "data": {"common"},
     "checkpoints": set(),
-    "fetch": set(),
     "stable_diffusion": set(),
     "kernels": set(),
     "diffusion": {"kernels"},
@@ -39,7 +38,7 @@ MAY_IMPORT = {  # local modules; tests may import anything and nothing imports t
         "data",
         "training",
         "checkpoints",
-        "fetch",
+        "compat",
         "kernels",
     },
     "judge": {"cavp", "data", "training", "checkpoints"},
@@ -117,6 +116,10 @@ def test_imports_go_down_the_ranks(path):
             assert inside, (
                 f"{path.name}: matplotlib takes a second to import; import it where a picture is drawn"
             )
+        elif name == "huggingface_hub":
+            assert inside and path == ROOT / "compat" / "hub.py", (
+                f"{path.name}: huggingface_hub is optional; import it where compat/hub.py downloads"
+            )
         else:
             assert name in THIRD_PARTY | sys.stdlib_module_names, (
                 f"{path.name} imports {name}, which requirements.txt does not have"
@@ -131,6 +134,8 @@ def test_requirements_are_exact_and_complete():
         if line
     ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
+    for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
+        assert re.match(r"(ruff|huggingface_hub)==[\d.]+$", line), line
 
 
 @each_source
