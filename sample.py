@@ -36,7 +36,7 @@ from pathlib import Path
 from common import isolation
 
 STARTED = time.perf_counter()  # before the slow imports: the profile counts them
-VERSION = "0.1"
+VERSION = "0.2"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
