@@ -24,6 +24,7 @@ from common.mux import CONTAINERS
 
 # what lies beside clips (labels, lists), which need not be opened to know that it is no video
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
+SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
 FINAL = {}  # temporary path -> the path it stands for, which is what messages have to name
 
 
@@ -89,13 +90,12 @@ def search(folder, kinds=("video",), ours=False):
     """Files below a folder -> (those of these kinds, all others). With `ours` our own NAME.foley.* count, else they are
     neither. A file is a video by its name or by its content: whatever FFmpeg opens counts."""
     chosen, others = [], []
+    named = VIDEO_SUFFIXES | (SOUND_SUFFIXES if "sound" in kinds else set())
     for path in walk(folder):
         if not path.is_file() or ".foley." in path.name and not ours:
             continue
         suffix = path.suffix.lower()
-        wanted = (
-            suffix in VIDEO_SUFFIXES or suffix not in TEXT_SUFFIXES and kind_of_file(path) in kinds
-        )
+        wanted = suffix in named or suffix not in TEXT_SUFFIXES and kind_of_file(path) in kinds
         (chosen if wanted else others).append(path)
     return sorted(chosen), sorted(others)
 
