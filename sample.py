@@ -201,6 +201,10 @@ def parse_arguments(argv=None):
 
 def stop(signum, _frame):
     """Ctrl-C and kill unwind like an exception, so that temporary files go, and say one line."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a second one would break the unwinding of the first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("sample.py: stopped; finished outputs are kept", file=sys.stderr)
     sys.exit(128 + signum)
 

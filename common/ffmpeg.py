@@ -31,6 +31,7 @@ LONGEST = 6 * 3600.0  # seconds; longer time stamps are taken for damage, not fo
 SETTLE = 4.0  # seconds; a later start is reached by seeking
 BACKWARDS = 0.5  # seconds; a clock that steps back further has started over
 GAP = 10.0  # seconds; in broadcast formats a longer step forward is a new clock too
+UNREAD = 0.75  # share of a file; where its last packet ends before, FFmpeg stopped early
 LOUDEST = 1e6  # times full scale; a larger sample is damage
 VIDEO_SUFFIXES = set(
     ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
@@ -157,8 +158,12 @@ def kind_of(path):
 
 def frame_rate(stream):
     """Frames a second by FFmpeg's best guess, as a Fraction, or None."""
+    ticks = 1 / stream.time_base  # where nothing is known, FFmpeg guesses one picture a tick
     rates = (stream.guessed_rate, stream.average_rate)
-    return next((rate for rate in rates if rate and 0.1 <= rate <= 1000), None)
+    return next(
+        (rate for rate in rates if rate and 0.1 <= rate <= 1000 and (rate < 250 or rate != ticks)),
+        None,
+    )
 
 
 def lacks_display_times(container, stream):
@@ -174,39 +179,75 @@ def until_error(packets):
         yield from packets
 
 
-def demuxed(container, path):
-    """Packets of the picture and the sound that a player picks, on a clock that never starts over.
+class Clock:
+    """Seconds that never start over, for the packets of one file.
 
-    Recordings joined end to end, and broadcasts, start their clocks anew in mid-file; every stream goes on from where
-    the first one jumped, as FFmpeg's own program does. Both streams are read even where one is wanted: the jumps are
-    the same for whoever reads. Streams without time stamps get those of their order of decoding.
+    Recordings joined end to end, and broadcasts, start their clocks anew in mid-file. The stream that jumps first sets
+    the shift from there on; one that comes to the joint later, while packets of its old stretch still arrive, takes
+    the shift that is there already.
+    """
+
+    def __init__(self, broadcast):
+        self.broadcast = broadcast
+        self.shift = 0.0  # of the newest stretch
+        self.shifts = {}  # stream -> the shift it has reached
+        self.last = {}  # stream -> when its last packet was decoded
+        self.ends = {}  # stream -> where that ended
+        self.restarted = False
+
+    def jumps(self, stream, moment):
+        before = self.last.get(stream)
+        if before is None:
+            return False
+        return moment < before - BACKWARDS or self.broadcast and moment > self.ends[stream] + GAP
+
+    def move(self, stream, moment, duration):
+        """The shift for a packet of a stream, by the file's own clock."""
+        if self.jumps(stream, moment + self.shifts.get(stream, self.shift)):
+            if self.jumps(stream, moment + self.shift):
+                self.shift = max(self.ends.values()) - moment
+                self.restarted = True
+            self.shifts[stream] = self.shift
+        shift = self.shifts.setdefault(stream, self.shift)
+        self.last[stream] = moment + shift
+        self.ends[stream] = moment + shift + duration
+        return shift
+
+
+def is_header(packet):
+    """Whether it is one of Theora's headers, which a joined Ogg file repeats in mid-stream."""
+    return packet.stream.codec_context.name == "theora" and bytes(packet)[:1] >= b"\x80"
+
+
+def demuxed(container, path, clock=None):
+    """Packets of the picture and the sound that a player picks, on a clock that never starts over (`Clock`).
+
+    Both streams are read even where one is wanted: the jumps are the same for whoever reads. Streams without time
+    stamps get those of their order of decoding.
     """
     streams = [container.streams.best("video"), container.streams.best("audio")]
     streams = [stream for stream in streams if stream is not None and stream.codec_context]
     raw = container.format.flags & av.format.Flags.no_timestamps.value
-    broadcast = container.format.flags & av.format.Flags.ts_discont.value
-    last = {}  # stream -> when its last packet was decoded, and when that ended, in seconds
-    shift, restarts = 0.0, False
+    clock = clock or Clock(container.format.flags & av.format.Flags.ts_discont.value)
+    count = 0
     for packet in container.demux(streams):
         stream = packet.stream
-        before, end = last.get(stream.index, (None, 0.0))
+        if packet.size and is_header(packet):
+            continue
         if raw and packet.size and stream.type == "video":
-            packet.pts = packet.dts = round(end / packet.time_base)
-            last[stream.index] = (end, end + 1 / (frame_rate(stream) or 25))
+            packet.pts = packet.dts = round(count / (frame_rate(stream) or 25) / packet.time_base)
+            count += 1
         elif packet.dts is not None:
-            moment = float(packet.dts * packet.time_base) + shift
-            if before is not None and (
-                moment < before - BACKWARDS or broadcast and moment > end + GAP
-            ):
-                shift += end - moment
-                moment = end
-                restarts = True
-            last[stream.index] = (moment, moment + float((packet.duration or 0) * packet.time_base))
-            packet.dts += round(shift / packet.time_base)
-        if packet.pts is not None and not raw:
-            packet.pts += round(shift / packet.time_base)
+            moment = float(packet.dts * packet.time_base)
+            duration = float((packet.duration or 0) * packet.time_base)
+            ticks = round(clock.move(stream.index, moment, duration) / packet.time_base)
+            packet.dts += ticks
+            if packet.pts is not None:
+                packet.pts += ticks
+        elif packet.pts is not None:
+            packet.pts += round(clock.shifts.get(stream.index, clock.shift) / packet.time_base)
         yield packet
-    if restarts:
+    if clock.restarted:
         warnings.warn(f"{path}: its clock starts over in mid-file; read as going on", stacklevel=2)
 
 
@@ -339,7 +380,10 @@ def _probe(path, _version):
         in_order = lacks_display_times(container, stream)
         still = is_still(container)
         promise = promised_end(container, stream)
-        for packet in until_error(demuxed(container, path)):
+        clock = Clock(container.format.flags & av.format.Flags.ts_discont.value)
+        flash, read = container.format.name == "flv", 0
+        for packet in until_error(demuxed(container, path, clock)):
+            read = max(read, (packet.pos or 0) + packet.size)
             by_order = in_order and packet.stream.index == stream.index
             stamp = packet.dts if packet.pts is None or by_order else packet.pts
             if stamp is not None and packet.size and not packet.is_discard:
@@ -361,7 +405,15 @@ def _probe(path, _version):
         )
     first = min(spans["audio"], default=(start, 0.0))[0]
     last = max((a + b for a, b in spans["audio"]), default=first)
-    if 0.5 < promise - max(start + duration, last if no_end else 0.0) < LONGEST:
+    size = path.stat().st_size
+    if flash and read < UNREAD * size:  # other containers end in an index, of any size
+        warnings.warn(
+            f"{path}: FFmpeg reads {100 * read / size:.0f} % of it; the rest, if it was joined from several "
+            "files, is not used",
+            stacklevel=3,
+        )
+    missing = promise - max(start + duration, last if no_end else 0.0)
+    if 0.5 < missing < LONGEST and not clock.restarted:
         warnings.warn(
             f"{path}: cut off: {duration:.2f} of {promise - start:.2f} s of picture are there",
             stacklevel=3,

@@ -145,12 +145,18 @@ def start():
 def stop():
     """End the child, if there is one: at exit, and where an answer will never be read."""
     global _child
-    if _child is not None and _owner == os.getpid():
-        _child.kill()
-        _child.wait()
-        _child.stdin.close()
-        _child.stdout.close()
-    _child = None
+    child, _child = _child, None
+    if child is None or _owner != os.getpid():
+        return
+    with suppress(OSError):
+        os.kill(child.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+    with suppress(
+        subprocess.TimeoutExpired
+    ):  # a second signal in mid-wait leaves Popen's lock held
+        child.wait(timeout=2)
+    for pipe in (child.stdin, child.stdout):
+        with suppress(OSError):
+            pipe.close()
 
 
 atexit.register(stop)

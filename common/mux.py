@@ -53,6 +53,7 @@ STRUCTURE = {"major_brand", "minor_version", "compatible_brands", "encoder", "ti
 TICK = Fraction(1, 90000)  # seconds; the clock of what is encoded anew
 COLOURS = ("color_primaries", "color_trc", "colorspace", "color_range")
 UNSPECIFIED, BT709, LIMITED, FULL = 2, 1, 1, 2  # ITU-T H.273 code points; of the range FFmpeg's own
+HDR10 = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
 # FFmpeg refuses: time stamps no muxer accepts, a codec tag the container does not know
 REFUSED = (av.error.ArgumentError, av.error.InvalidDataError, av.error.PatchWelcomeError)
 
@@ -317,7 +318,10 @@ class Encoding:
         if frame.format.is_rgb:
             colours = dict(dst_colorspace="ITU709", dst_color_range="MPEG")
         else:
-            full = self.colours()["color_range"] == FULL
+            # swscale takes grey for full range, whatever it is told: both the same, and it leaves the values alone
+            full = self.colours()["color_range"] == FULL or self.frame.format.name.startswith(
+                "gray"
+            )
             colour_range = "JPEG" if full else "MPEG"
             colours = dict(src_color_range=colour_range, dst_color_range=colour_range)
         return scaler.reformat(frame, *self.size, format=self.pixels, threads=1, **colours)
@@ -467,7 +471,8 @@ def extra_packets(job, tracks):
                 packet.duration += packet.pts
                 packet.pts = 0
             packet.dts = packet.pts
-            if not 0 <= packet.pts < end:
+            middle = packet.pts + (packet.duration or 0) // 2
+            if packet.pts < 0 or middle >= end:
                 continue
             if packet.stream.type == "subtitle" and packet.duration:
                 packet.duration = min(packet.duration, end - packet.pts)
@@ -497,8 +502,8 @@ def timecode_of(src, picture):
     return None
 
 
-def later_timecode(text, seconds, rate):
-    """A time code HH:MM:SS:FF so much later; with ; or . before the frames, two (at 60 a second four) numbers are
+def later_timecode(text, count, rate):
+    """A time code HH:MM:SS:FF so many pictures later; with ; or . before the frames, two (at 60 a second four) numbers are
     dropped each minute but every tenth (SMPTE 12M)."""
     fields = re.fullmatch(r"(\d+):(\d+):(\d+)([:;.])(\d+)", text)
     if not fields or not rate:
@@ -508,7 +513,7 @@ def later_timecode(text, seconds, rate):
     dropped = 0 if fields[4] == ":" else nominal // 15
     minutes += 60 * hours
     number = (60 * minutes + secs) * nominal + frames - dropped * (minutes - minutes // 10)
-    number += round(seconds * rate)
+    number += count
     if dropped:  # put the dropped numbers back in
         per_ten = 600 * nominal - 9 * dropped
         per_one = 60 * nominal - dropped
@@ -524,7 +529,8 @@ def later_timecode(text, seconds, rate):
 def set_display_size(path, width, height):
     """Write a display size into the picture's track of a Matroska file: PyAV has no way to tell the muxer of an aspect
     ratio. Its place is a Projection of no effect (14 bytes), which `write` asked for; nothing else moves."""
-    content = bytearray(Path(path).read_bytes()[:65536])
+    with open(path, "rb") as file:
+        content = bytearray(file.read(65536))
     unit = content.find(b"\x54\xb2\x81\x04")  # DisplayUnit: unknown
     place = content.find(b"\x76\x70\x8b\x76\x75\x88")  # Projection, of one ProjectionPoseRoll
     if place < 0:
@@ -572,50 +578,66 @@ def copied_track(container, stream, rate, source_family, muxer, keep_tag):
     return track
 
 
+def muxer_options(muxer, tags, patch_aspect):
+    options = {}
+    if muxer in ("mp4", "mov"):
+        dotted = any("." in key for key in tags)  # com.apple.quicktime.make
+        options["movflags"] = "faststart+use_metadata_tags" if dotted else "faststart"
+    if patch_aspect:
+        options["write_crc32"] = "0"  # of the header that is patched
+    return options
+
+
+def add_picture(dst, src, stream, job, method, first, keep_tag):
+    """-> the picture's track and its packets, copied or encoded anew."""
+    rate = frame_rate(stream)
+    if method == "encode":
+        encoding = Encoding(first, job.muxer)
+        rate_or_mean = rate or Fraction(probe(job.source).fps).limit_denominator(1001)
+        track = encoding.add_track(dst, rate_or_mean, stream.sample_aspect_ratio or Fraction(1))
+        pictures = encoded_packets(job.source, track, encoding, job.start, job.seconds)
+    else:
+        track = copied_track(dst, stream, rate, src.format.name, job.muxer, keep_tag)
+        pictures = source_packets(src, stream, track, job, method)
+    track.metadata.update(stream.metadata)
+    if timecode := timecode_of(src, stream):
+        # of the picture on view at the start; a copied cut begins with the key frame next to it
+        nearest = 0.5 if isinstance(method, KeyFrameCut) else 1e-3
+        count = math.floor(job.start * (rate or 0) + nearest)
+        track.metadata["timecode"] = later_timecode(timecode, count, rate)
+    return track, pictures
+
+
+def add_sound(dst, codec):
+    # As much as AAC takes at 16 kHz mono; there its fast search is 4 times faster and no worse (measured).
+    options = {"aac_coder": "fast"} if codec == "aac" else {}
+    track = dst.add_stream(codec, rate=SAMPLE_RATE, layout="mono", options=options)
+    track.bit_rate = 96000
+    track.disposition = av.stream.Disposition.default
+    return track
+
+
 def write(out, job, method, keep_tag=True, extras_too=True):
     """Write `out`; `method` is "copy", "encode" or a KeyFrameCut. -> names of what was left out"""
-    info, (muxer, sound_codec) = probe(job.source), CONTAINERS[job.suffix]
+    first = first_frame(job.source, job.start)
     with opened(job.source) as src:
         stream = picture_stream(src, job.source)
-        rate, aspect = frame_rate(stream), stream.sample_aspect_ratio or Fraction(1)
-        tags = {
-            key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE
-        } | job.tags
-        flags = "faststart" + "+use_metadata_tags" * any(
-            "." in key for key in tags
-        )  # com.apple.quicktime.make
-        options = {"movflags": flags} if muxer in ("mp4", "mov") else {}
-        patch_aspect = muxer in ("matroska", "webm") and aspect != 1
-        if patch_aspect:
-            options["write_crc32"] = "0"  # of the header that is patched
-        with av.open(f"file:{out}", "w", muxer, container_options=options) as dst:
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        anamorphic = aspect != 1 and job.muxer in ("matroska", "webm")
+        patch_aspect = anamorphic and not display_matrix(first)  # a rotation needs the same place
+        tags = {key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE}
+        tags |= job.tags
+        options = muxer_options(job.muxer, tags, patch_aspect)
+        with av.open(f"file:{out}", "w", job.muxer, container_options=options) as dst:
             dst.metadata.update(tags)
-            if method == "encode":
-                encoding = Encoding(first_frame(job.source, job.start), muxer)
-                track = encoding.add_track(
-                    dst, rate or Fraction(info.fps).limit_denominator(1001), aspect
-                )
-                pictures = encoded_packets(job.source, track, encoding, job.start, job.seconds)
-                patch_aspect = patch_aspect and not display_matrix(encoding.frame)
-            else:
-                track = copied_track(dst, stream, rate, src.format.name, muxer, keep_tag)
-                pictures = source_packets(src, stream, track, job, method)
-                patch_aspect = patch_aspect and info.width == stream.codec_context.width
-            track.metadata.update(stream.metadata)
-            if timecode := timecode_of(src, stream):
-                track.metadata["timecode"] = later_timecode(timecode, job.start, rate)
+            track, pictures = add_picture(dst, src, stream, job, method, first, keep_tag)
             if patch_aspect:
                 track.set_display_rotation(180)  # leaves the place that `set_display_size` needs
-            # As much as AAC takes at 16 kHz mono; there its fast search is 4 times faster and no worse (measured).
-            sound_options = {"aac_coder": "fast"} if sound_codec == "aac" else {}
-            sound = dst.add_stream(
-                sound_codec, rate=SAMPLE_RATE, layout="mono", options=sound_options
-            )
-            sound.bit_rate = 96000
-            sound.disposition = av.stream.Disposition.default
+            sound = add_sound(dst, CONTAINERS[job.suffix][1])
             extras = add_extras(dst, src, stream, job) if extras_too else Extras()
             if extras_too and src.chapters():
-                dst.set_chapters(chapters_of(src, info.start + job.start, job.seconds))
+                zero = probe(job.source).start + job.start
+                dst.set_chapters(chapters_of(src, zero, job.seconds))
             sources = [pictures, sound_packets(job.wav, sound)]
             if extras.tracks:
                 sources.append(extra_packets(job, extras.tracks))
@@ -623,6 +645,12 @@ def write(out, job, method, keep_tag=True, extras_too=True):
                 dst.mux_one(packet)
     if patch_aspect and not set_display_size(out, *display_size(*coded_size(track), aspect)):
         extras.dropped.append(f"pixel aspect ratio {aspect}")
+    if anamorphic and not patch_aspect and job.muxer == "webm":
+        extras.dropped.append(
+            f"pixel aspect ratio {aspect}: beside a rotation webm has no place for it"
+        )
+    if method == "encode" and any(first.side_data.get(name) for name in HDR10):
+        extras.dropped.append("HDR10 mastering metadata")
     return extras.dropped
 
 

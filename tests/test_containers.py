@@ -252,13 +252,13 @@ def test_time_code(tmp_path):
 def test_later_time_codes():
     later = mux.later_timecode
     ntsc = Fraction(30000, 1001)
-    assert later("23:59:59:24", 0.04, Fraction(25)) == "00:00:00:00"
-    assert later("00:00:59;29", 1001 / 30000, ntsc) == "00:01:00;02"  # 0 and 1 are dropped
-    assert later("00:09:59;29", 1001 / 30000, ntsc) == "00:10:00;00"  # but for every tenth minute
-    assert later("00:00:00;00", 3600, ntsc) == "01:00:00;00"  # so that it keeps to the clock
-    assert later("00:00:59;59", 1001 / 60000, 2 * ntsc) == "00:01:00;04"
-    assert later("01:00:00:00", 2.0, Fraction(24000, 1001)) == "01:00:02:00"
-    assert later("nonsense", 2.0, Fraction(25)) == "nonsense"
+    assert later("23:59:59:24", 1, Fraction(25)) == "00:00:00:00"
+    assert later("00:00:59;29", 1, ntsc) == "00:01:00;02"  # 0 and 1 are dropped
+    assert later("00:09:59;29", 1, ntsc) == "00:10:00;00"  # but for every tenth minute
+    assert later("00:00:00;00", 107892, ntsc) == "01:00:00;00"  # so that it keeps to the clock
+    assert later("00:00:59;59", 1, 2 * ntsc) == "00:01:00;04"
+    assert later("01:00:00:00", 48, Fraction(24000, 1001)) == "01:00:02:00"
+    assert later("nonsense", 50, Fraction(25)) == "nonsense"
 
 
 # ---- colours of what is encoded anew -----------------------------------------------------------
