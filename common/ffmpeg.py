@@ -14,6 +14,7 @@ fps).
 import itertools
 import math
 import os
+import re
 import warnings
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -518,12 +519,28 @@ def read_frames(path, fps, size, start=0.0, duration=None):
 # ---- sound -------------------------------------------------------------------------------------
 
 
+GUESSES = {6: "5.1", 7: "6.1", 8: "7.1"}  # as FFmpeg's own program takes channels without names
+
+
+def name_channels(container, stream):
+    """Give uncompressed sound in QuickTime a layout by its number of channels, before its first packet is decoded.
+
+    There every channel is named, in any order, and such a layout PyAV frees each time it is looked at: a crash of the
+    process. So the number comes from the bit rate."""
+    context = stream.codec_context
+    if "mov" not in container.format.name or not context.name.startswith("pcm_"):
+        return
+    bits = int(re.search(r"\d+", context.name)[0])
+    channels = round((context.bit_rate or 0) / (context.sample_rate * bits))
+    if channels > 2:
+        context.layout = GUESSES.get(channels, f"{channels} channels")
+
+
 def downmix_weights(layout):
-    """The share of each channel in mono: ITU-R BS.775 where the layout says which channel is which, else the mean. Six
-    and eight channels without names (PCM in Matroska) are taken for 5.1 and 7.1, as FFmpeg's own program takes them."""
-    layout = {"6 channels": av.AudioLayout("5.1"), "8 channels": av.AudioLayout("7.1")}.get(
-        layout.name, layout
-    )
+    """The share of each channel in mono: ITU-R BS.775 where its names are known, else the mean."""
+    count = len(layout.channels)
+    if layout.name == f"{count} channels" and count in GUESSES:
+        layout = av.AudioLayout(GUESSES[count])
     names = [channel.name for channel in layout.channels]
     if len(names) == 1 or not all(name in DOWNMIX for name in names):
         return np.full(len(names), 1 / len(names), np.float32)
@@ -572,6 +589,7 @@ def sound_runs(container, stream, path, zero, until):
     """[(moment of its first sample, arrays)] of the stretches of sound without a jump of the clock, and `zero`, which
     is the first sample's moment where there is no picture to count from."""
     runs, mixer, end, invalid = [], None, 0.0, 0
+    name_channels(container, stream)
     for moment, frame in timed(container, stream, path):
         zero = moment if zero is None else zero
         if moment - zero >= until:

@@ -1,12 +1,17 @@
 """Every test and every fixture begins in the same state, whatever ran before it."""
 
+import os
 import random
 
-import numpy as np
-import pytest
-import torch
+# Of several processes on few cores, those that wait must sleep, not spin: two ranks beside other busy
+# processes took 15 minutes instead of one. Read when torch loads, also by processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import kernels
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import kernels  # noqa: E402
 
 
 def seed():

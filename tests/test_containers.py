@@ -600,6 +600,13 @@ def test_eight_channels_are_read(tmp_path, suffix, codec, capsys):
     assert "not known as ours" in capsys.readouterr().out
 
 
+def test_an_order_of_channels_of_its_own(tmp_path):
+    """QuickTime names each channel; PyAV frees such a layout twice, which once ended the process."""
+    clip = tone(7, "6.1", 2, tmp_path / "a.mov", "pcm_s16le")
+    rms = media.read_audio(clip)[4000:12000].square().mean().sqrt().item()
+    assert rms == pytest.approx(0.15, abs=2e-3)
+
+
 def test_channels_without_names_are_averaged():
     nine = ffmpeg.downmix_weights(av.AudioLayout("9 channels"))
     assert nine == pytest.approx(np.full(9, 1 / 9))
@@ -626,6 +633,66 @@ def test_prepare_names_what_it_mends(tmp_path, capsys):
 
 
 # ---- folders -----------------------------------------------------------------------------------
+
+
+@SAID
+def test_a_rotated_anamorphic_matroska_stays_upright(tmp_path):
+    def both(stream):
+        anamorphic(stream)
+        stream.set_display_rotation(180)
+
+    source = encode(tmp_path / "a.mkv", 25, prepare=both)
+    with av.open(str(dubbed(source, tmp_path))) as file:
+        assert abs(next(file.decode(video=0)).rotation) == 180
+
+
+@pytest.mark.parametrize("suffix, muxer", [(".ts", "mpegts"), (".mpg", "mpeg")])
+def test_joined_films_whose_sound_is_longer_than_the_picture(tmp_path, suffix, muxer):
+    parts = []
+    for k, (pictures, seconds) in enumerate(((25, 3.0), (75, 1.0), (50, 2.0))):
+        part = tmp_path / f"{k}{suffix}"
+        encode(
+            part,
+            pictures,
+            "mpeg2video",
+            muxer,
+            wav=clicks(seconds, [0.5], 48000),
+            noise=20,
+            options={"bf": "2"},
+        )
+        parts.append(part.read_bytes())
+    joined = tmp_path / f"joined{suffix}"
+    joined.write_bytes(b"".join(parts))
+    with pytest.warns(UserWarning, match="clock starts over"):
+        info = media.probe(joined)
+    assert info.frames == 150 and 6.9 < info.duration < 8.6
+    moments = [moment for moment, _ in ffmpeg.frames_from(joined, 0.0)]
+    assert len(moments) == 150 and min(np.diff(moments)) > 0.005
+    assert sum(np.diff(moments) > 0.3) <= 2  # where a picture ends before its sound
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nok.mp4\n",
+        "ffconcat version 1.0\nfile ok.mp4\n",
+    ],
+)
+def test_a_playlist_is_no_video(tmp_path, text):
+    make(tmp_path / "ok.mp4", steady(25, 1))
+    for name in ("list.m3u8", "list.dat", "list.mp4"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(media.MediaError, match="not a video"):
+            media.probe(tmp_path / name)  # a live one waits for ever
+    assert [p.name for p in media.find_videos([tmp_path])] == ["list.mp4", "ok.mp4"]
+
+
+def test_a_joined_flv_that_ffmpeg_stops_reading_is_said(tmp_path):
+    part = encode(tmp_path / "part.flv", 50, "flv")
+    joined = tmp_path / "joined.flv"
+    joined.write_bytes(part.read_bytes() * 2)
+    with pytest.warns(UserWarning, match="FFmpeg reads 50 % of it"):
+        media.probe(joined)
 
 
 def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
