@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -816,3 +817,29 @@ def test_the_child_starts_without_torch():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "False"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists a process's children")
+def test_two_signals_end_it_at_once(tmp_path):
+    """`timeout` sends two: one to the process, one to its group. Once the second left a lock held for ever."""
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        ROOT / "demo.mp4",
+        "--steps",
+        "900",
+        "--out",
+        tmp_path,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():  # then the signals are handled, and there is a child to end
+        assert process.poll() is None
+        time.sleep(0.01)
+    child = int(children.read_text().split()[0])
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM and said.count("stopped") == 1
+    assert not Path(f"/proc/{child}").exists() and list(tmp_path.iterdir()) == []
