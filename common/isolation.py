@@ -118,7 +118,6 @@ def serve():
     """Answer requests on standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder would print its settings
     os.dup2(2, 1)  # what a library prints must not come between
     while (request := receive(requests)) is not None:
         with suppress(BrokenPipeError):

@@ -252,7 +252,7 @@ def cut_packets(packets, track, cut, zero, end):
 
 @dataclass
 class Encoding:
-    """How frames like `frame` are encoded anew: 8 bit as H.264, more as HEVC (VP9 and AV1 in webm), in the source's colours."""
+    """How frames like `frame` are encoded anew: 8 bit as H.264, more as HEVC (webm: VP9), in the source's colours."""
 
     frame: av.VideoFrame
     muxer: str
@@ -268,10 +268,12 @@ class Encoding:
 
     @property
     def codec(self):
-        """HEVC and AV1 encoders refuse tiny pictures; this FFmpeg's VP9 has 8 bit alone."""
+        """This FFmpeg's VP9 has 8 bits alone (and its AV1 encoder, run as root, makes the process a real-time one)."""
         if self.muxer == "webm":
-            return "libsvtav1" if self.deep and min(self.size) >= 64 else "libvpx-vp9"
-        return "libx265" if self.deep and min(self.size) >= 64 else "libx264"
+            return "libvpx-vp9"
+        return (
+            "libx265" if self.deep and min(self.size) >= 64 else "libx264"
+        )  # HEVC takes no tiny pictures
 
     @property
     def pixels(self):
@@ -279,15 +281,19 @@ class Encoding:
 
     @property
     def name(self):
-        names = {"libx264": "H.264", "libx265": "HEVC", "libvpx-vp9": "VP9", "libsvtav1": "AV1"}
-        return names[self.codec] + (", 10 bit" if "10" in self.pixels else "")
+        name = {"libx264": "H.264", "libx265": "HEVC", "libvpx-vp9": "VP9"}[self.codec]
+        if not self.deep:
+            return name
+        return (
+            f"{name}, 10 bits a sample"
+            if "10" in self.pixels
+            else f"{name}, 8 bits a sample instead of more"
+        )
 
     def add_track(self, container, rate, aspect):
         options = {"crf": "18"}
         if self.codec == "libx265":
             options |= {"preset": "fast", "x265-params": "log-level=error"}
-        if self.codec == "libsvtav1":
-            options |= {"preset": "8"}
         track = container.add_stream(self.codec, rate=rate, options=options)
         track.width, track.height = self.size
         track.pix_fmt = self.pixels
