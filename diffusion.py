@@ -1,21 +1,16 @@
-"""The diffusion itself: noise schedule, double guidance and samplers. Pure functions, which know no network (Diff-Foley Sec. 3.2, 3.3).
+"""The diffusion itself: noise schedule, double guidance and samplers (Diff-Foley Sec. 3.2, 3.3).
 
-in   any eps(x, t), or networks and a condition to make one of; x (b, 4, 16, w) float32, t (b,) in [0, 999] and possibly fractional
+in   any eps(x, t), or networks and a condition to make one of; x (b, 4, 16, w) float32, t (b,) in [0, 999], possibly fractional
 out  latents (b, 4, 16, w), drawn in a few calls of eps
 
-    eps = guided_eps(unet, context, null_context, 4.5, classifier, features, 50.0, times=TIMES["dpm"](25))
+    eps = guided_eps(unet, context, null_context, 4.5, classifier, features, 50.0)
     z = dpm_solver(eps, noise, 25)
 
-DPM-Solver++ is Lu et al. 2022, DDIM Song et al. 2021, PLMS Liu et al. 2022. Differs from the official code: every sampler takes every
-guidance; S steps of DDIM are S; coefficients are computed once a run.
+Pure functions, which know no network and no device. DPM-Solver++ is Lu et al. 2022, DDIM Song et al. 2021, PLMS Liu et al. 2022.
+Differs from the official code: every sampler takes every guidance; S steps of DDIM are S; coefficients are computed once a run.
 """
 
-import functools
-import warnings
-
 import torch
-
-from kernels.solver import multistep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,14 +45,13 @@ def make_schedule():
 ALPHAS_CUMPROD = make_schedule()["alphas_cumprod"]
 
 
-@functools.cache  # on a GPU made once: a CUDA graph cannot hold a copy from the CPU
-def log_alpha_knots(device):
-    return 0.5 * ALPHAS_CUMPROD.double().log().to(device)
+# log of the signal scale at the 1000 integer times, float64
+LOG_ALPHA = 0.5 * ALPHAS_CUMPROD.double().log()
 
 
 def log_alpha(t):
-    """log of the signal scale at (fractional) diffusion time t in [0, 999], float64: linear between the 1000 knots."""
-    table = log_alpha_knots(t.device)
+    """log of the signal scale at (fractional) diffusion time t in [0, 999], float64: linear between integer times."""
+    table = LOG_ALPHA.to(t.device)
     t = t.double().clamp(0, 999)
     low = t.floor().long().clamp(max=998)
     return torch.lerp(table[low], table[low + 1], t - low)
@@ -70,161 +64,77 @@ def sigma(t):
 
 def q_sample(z, t, noise):
     """z (b, 4, 16, w), integer t (b,) -> alpha_t z + sigma_t noise."""
-    a = log_alpha(t).exp().to(z.dtype)[:, None, None, None]
-    return a * z + sigma(t).to(z.dtype)[:, None, None, None] * noise
+    alpha_t = log_alpha(t).exp().to(z.dtype)[:, None, None, None]
+    sigma_t = sigma(t).to(z.dtype)[:, None, None, None]
+    return alpha_t * z + sigma_t * noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# guidance and samplers: pure functions of eps(x, t), x (b, 4, 16, w) float32, t (b,)
+# guidance
 
 
-def beside(function, x, t):
-    """Start function(x, t), on a GPU on a stream of its own; -> a call that waits for the result."""
-    if not x.is_cuda:
-        result = function(x, t)
-        return lambda: result
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        result = function(x, t)
-
-    def join():
-        main.wait_stream(side)
-        result.record_stream(main)
-        return result
-
-    return join
-
-
-class Replayed:
-    """function(x, t), recorded once as a CUDA graph and replayed for every further call: hundreds of launches become one. Where it
-    cannot be recorded, plain calls, said once."""
-
-    def __init__(self, function):
-        self.function, self.graph = function, None
-        self.times = getattr(function, "times", None)  # all that it may be asked for, if it says so
-
-    def record(self, x, t):
-        self.x, self.t = x.clone(), t.clone()
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                side
-            ):  # libraries choose their algorithms before, not while recording
-                for _ in range(2):
-                    self.function(self.x, self.t)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = self.function(self.x, self.t)
-        except RuntimeError as e:
-            warnings.warn(
-                f"sampling without a CUDA graph ({str(e).splitlines()[0][:120]})", stacklevel=3
-            )
-            self.graph = False
-
-    def __call__(self, x, t):
-        if self.graph is None:
-            self.record(x, t)
-        if not self.graph:
-            return self.function(x, t)
-        self.x.copy_(x)
-        self.t.copy_(t)
-        self.graph.replay()
-        return self.out.clone()  # PLMS keeps some
-
-
-def guided_eps(
-    unet,
-    context,
-    null_context,
-    cfg,
-    classifier=None,
-    features=None,
-    cg=0.0,
-    project=True,
-    times=None,
-):
+def guided_eps(unet, context, null_context, cfg, classifier=None, features=None, cg=0.0):
     """Double guidance (Sec. 3.3, Eq. 9-10; official `dpm_solver.py` 1340) as one function eps(x, t).
 
     unet(x, t, context); context (b, f, d); null_context (1 or b, f, d) or None; cfg: classifier-free scale, 1 for the conditional
     branch alone; classifier with grad_log_prob, features (b, f, 512) and cg: the gradient's scale, 0 for none. The gradient is added
-    after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1. times (s,): all that the sampler will ask
-    for (`TIMES`), which spares every step its time embeddings.
+    after classifier-free guidance, so cfg does not multiply it, and it stays when cfg is 1.
     """
-    both = cfg != 1 and null_context is not None
-    if both:
-        context = torch.cat(
-            [null_context.expand_as(context), context]
-        )  # (2b, f, d): unconditional first
-    if hasattr(unet, "prepare"):  # else any function of (x, t, context)
-        context = unet.prepare(context, times)
-    classifier = classifier if cg else None
-    if hasattr(classifier, "prepare"):
-        features = classifier.prepare(features, project, times)
-
-    def gradient_of(x, t):
-        return classifier.grad_log_prob(x, t, features, project)
 
     def eps_fn(x, t):
-        gradient = (
-            beside(gradient_of, x, t) if classifier is not None else None
-        )  # it needs x alone, as the U-Net does
-        if both:
-            without, given = unet(torch.cat([x, x]), torch.cat([t, t]), context).float().chunk(2)
-            eps = without + cfg * (given - without)
-        else:
+        if cfg == 1 or null_context is None:
             eps = unet(x, t, context).float()
-        if gradient is not None:
-            eps = eps - cg * sigma(t).float()[:, None, None, None] * gradient()
+        else:
+            # classifier-free guidance (Eq. 9), both branches in one batch
+            contexts = torch.cat([null_context.expand_as(context), context])
+            both = unet(torch.cat([x, x]), torch.cat([t, t]), contexts)
+            eps_null, eps_cond = both.float().chunk(2)
+            eps = eps_null + cfg * (eps_cond - eps_null)
+        if cg:
+            # classifier guidance (Eq. 10): towards what sounds aligned
+            sigma_t = sigma(t).to(eps)[:, None, None, None]
+            eps = eps - cg * sigma_t * classifier.grad_log_prob(x, t, features)
         return eps
 
-    if times is not None and isinstance(context, dict):  # prepared for these alone
-        eps_fn.times = times
     return eps_fn
 
 
-def check_times(eps_fn, times):
-    """Before the first step of a sampler: is eps_fn prepared for all its times? On the CPU, where they come from, so that no step on
-    a GPU waits for the answer."""
-    prepared = getattr(eps_fn, "times", None)
-    if prepared is None:
-        return
-    missing = sorted(set(torch.as_tensor(times).float().tolist()) - set(prepared.float().tolist()))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the sampler's {len(times)} times, the first {missing[0]:g}, are not among the {len(prepared)} "
-            "that eps was prepared for; give guided_eps the times of this sampler and its steps, or none"
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers: pure functions of eps(x, t). They hand on times as tensors of the CPU, where they are known without waiting for a device
 
 
-def dpm_table(steps):
-    """-> times (steps,) that the network is told: 999, 959.04, ..., and rows (steps, 5) of `kernels.solver`; float32, computed in
-    float64. Uniform in continuous time, which is float32 as published; second order but in the first step, and in the last of fewer than 15."""
-    u = torch.linspace(1.0, 0.001, steps + 1)
-    times = (u - 0.001) * 1000
-    log_a = log_alpha(times)
-    s, lam = sigma(times), log_a - sigma(times).log()
-    h = lam.diff()
-    k = torch.zeros(steps, dtype=torch.float64)
-    k[1:] = h[1:] / (2 * h[:-1])
-    if steps < 15:
-        k[-1] = 0
-    return times[:-1], torch.stack(
-        [s[:-1], (-log_a[:-1]).exp(), k, s[1:] / s[:-1], log_a[1:].exp() * torch.expm1(-h)], 1
-    ).float()
+def dpm_times(steps):
+    """The times at which `dpm_solver` asks for eps: 999, 959.04, ...; float32 and fractional, as published."""
+    return _dpm_grid(steps)[:-1]
+
+
+def _dpm_grid(steps):
+    """Those and the end, (steps + 1,): uniform in continuous time from 1 to 0.001."""
+    return (torch.linspace(1, 0.001, steps + 1) - 0.001) * 1000
 
 
 def dpm_solver(eps_fn, x, steps, callback=None):
-    """DPM-Solver++(2M), data prediction, uniform in time (Lu et al. 2022, Algorithm 2): `steps` calls of eps_fn.
-    The end point, time 0.001, is not evaluated, and the result still carries the published sigma of 0.0292 there."""
-    times, rows = dpm_table(steps)
-    check_times(eps_fn, times)
-    times, rows = times.to(x.device), rows.to(x.device)
-    previous = torch.zeros_like(x)  # the first step gives it no weight
+    """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: data prediction, uniform in time, `steps` calls of eps_fn.
+
+    Second order but in the first step, and in the last of fewer than 15. The end point is not evaluated, and the result still carries
+    the published sigma of 0.0292 there.
+    """
+    t = _dpm_grid(steps)
+    alpha, sig = log_alpha(t).exp(), sigma(t)
+    lam = alpha.log() - sig.log()  # half the log signal-to-noise ratio
+    previous = None
     for i in range(steps):
-        x, previous = multistep(x, eps_fn(x, times[i].expand(len(x))), previous, rows[i])
+        # the clean latent that eps implies
+        x0 = (x - sig[i] * eps_fn(x, t[i].expand(len(x)))) / alpha[i]
+        h = lam[i + 1] - lam[i]
+        if previous is None or (steps < 15 and i == steps - 1):
+            d = x0
+        else:
+            # extrapolated from the step before, which was r times as long
+            r = (lam[i] - lam[i - 1]) / h
+            d = x0 + (x0 - previous) / (2 * r)
+        x = sig[i + 1] / sig[i] * x - alpha[i + 1] * torch.expm1(-h) * d
+        previous = x0
         if callback:
             callback(i, x)
     return x
@@ -245,29 +155,29 @@ def ddim_step(x, eps, t, t_next):
 def ddim(eps_fn, x, steps, callback=None, times=None):
     """Deterministic DDIM, `steps` calls of eps_fn; `times` (rising integers) replaces the default ones."""
     times = list(reversed(times or ddim_times(steps)))
-    check_times(eps_fn, times)
     for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
-        x = ddim_step(x, eps_fn(x, torch.full((len(x),), float(t), device=x.device)), t, t_next)
+        eps = eps_fn(x, torch.full((len(x),), float(t)))
+        x = ddim_step(x, eps, t, t_next)
         if callback:
             callback(i, x)
     return x
+
+
+def plms_times(steps):
+    """The times at which `plms` asks for eps: DDIM's; a single step also looks ahead, to the end."""
+    return ddim_times(steps) if steps > 1 else [0, *ddim_times(steps)]
 
 
 def plms(eps_fn, x, steps, callback=None, times=None):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's times, steps + 1 calls of eps_fn (the first step takes two: pseudo
     improved Euler), then Adams-Bashforth of order 2, 3 and 4."""
     times = list(reversed(times or ddim_times(steps)))
-    check_times(
-        eps_fn, times if len(times) > 1 else [*times, 0]
-    )  # a single step looks ahead to the end
     history = []
     for i, (t, t_next) in enumerate(zip(times, times[1:] + [None])):
-        eps = eps_fn(x, torch.full((len(x),), float(t), device=x.device))
+        eps = eps_fn(x, torch.full((len(x),), float(t)))
         if not history:
             ahead = ddim_step(x, eps, t, t_next)
-            mean = (
-                eps + eps_fn(ahead, torch.full((len(x),), float(t_next or 0), device=x.device))
-            ) / 2
+            mean = (eps + eps_fn(ahead, torch.full((len(x),), float(t_next or 0)))) / 2
         elif len(history) == 1:
             mean = (3 * eps - history[-1]) / 2
         elif len(history) == 2:
@@ -282,8 +192,4 @@ def plms(eps_fn, x, steps, callback=None, times=None):
 
 
 SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "plms": plms}
-TIMES = {
-    "dpm": lambda steps: dpm_table(steps)[0],
-    "ddim": lambda steps: torch.tensor(ddim_times(steps), dtype=torch.float32),
-    "plms": lambda steps: torch.tensor([0, *ddim_times(steps)], dtype=torch.float32),
-}  # all that each of them asks eps_fn for
+TIMES = {"dpm": dpm_times, "ddim": ddim_times, "plms": plms_times}  # at which each asks for eps

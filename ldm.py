@@ -33,20 +33,19 @@ from diffusion import (
     ALPHAS_CUMPROD,
     SAMPLERS,
     TIMES,
-    Replayed,
     ddim,
     ddim_times,
     dpm_solver,
+    dpm_times,
     guided_eps,
     log_alpha,
     make_schedule,  # noqa: F401
     plms,
+    plms_times,
     q_sample,
     sigma,
 )  # handed on: whoever has an LDM samples with it
 from kernels.attention import attention
-from kernels.packed import add_product
-from kernels.transformer import add_layer_norm, geglu
 from vae import PRESETS as VAE_PRESETS
 from vae import (
     LATENT_SCALE,
@@ -205,19 +204,9 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def product(weight):
-    """A linear layer without bias, of this weight (c_out, c_in); for use, not for training."""
-    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    return layer
-
-
 class ResBlock(nn.Module):
-    """c_skip: channels of its input that come from the way down, as a map of their own."""
-
-    def __init__(self, c_in, c_out, emb_dim, groups, c_skip=0):
+    def __init__(self, c_in, c_out, emb_dim, groups):
         super().__init__()
-        self.sources = (c_in - c_skip, c_skip) if c_skip else (c_in,)
         # the official keys' places, with holes where a SiLU or a dropout stands
         self.in_layers = nn.ModuleDict(
             {"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)}
@@ -230,28 +219,10 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.out_layers["3"].weight)
         nn.init.zeros_(self.out_layers["3"].bias)
 
-    def fuse(self):
-        """The 1x1 convolution as a product for each source, which adds to what is there; nothing is joined in memory any more."""
-        if isinstance(self.skip_connection, nn.Conv2d):
-            self.out_layers["3"].bias += self.skip_connection.bias
-            self.skip_connection = nn.ModuleList(
-                map(product, self.skip_connection.weight.flatten(1).split(self.sources, 1))
-            )
-
-    def forward(
-        self, x, shifts, skip=None
-    ):  # (b, c, h, w), {block: (b, c_out)}, (b, c_skip, h, w) -> (b, c_out, h, w)
-        fused = isinstance(self.skip_connection, nn.ModuleList)
-        if skip is not None and not fused:
-            x, skip = torch.cat([x, skip], 1), None
-        h = self.in_layers["2"](self.in_layers["0"](x, silu=True, skip=skip))
-        h = self.out_layers["3"](self.out_layers["0"](h, silu=True, add=shifts[self]))
-        if not fused:
-            return self.skip_connection(x) + h
-        h = h.permute(0, 2, 3, 1)
-        for source, layer in zip((x, skip), self.skip_connection):
-            h = add_product(h, source.permute(0, 2, 3, 1), layer)
-        return h.permute(0, 3, 1, 2)
+    def forward(self, x, emb):  # (b, c_in, h, w), (b, emb_dim) -> (b, c_out, h, w)
+        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))
+        h = self.out_layers["3"](self.out_layers["0"](h, silu=True, add=self.emb_layers(emb)))
+        return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):
@@ -263,22 +234,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def keys_values(self, context):  # (b, m, context_dim) -> two of (b, m, heads, d)
-        return tuple(
-            y.unflatten(2, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context))
-        )
-
-    def fuse(self):
-        """Of self-attention: one product instead of three."""
-        self.to_qkv = product(torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
-        del self.to_q, self.to_k, self.to_v
-
-    def forward(self, x, keys_values=None):  # (b, n, dim); None: of x itself
-        if hasattr(self, "to_qkv"):
-            q, *keys_values = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
-        else:
-            q = self.to_q(x).unflatten(2, (self.heads, -1))  # (b, n, heads, d)
-        return self.to_out(attention(q, *(keys_values or self.keys_values(x))).flatten(2))
+    def forward(self, x, context):  # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))  # (b, n or m, heads, d)
+        return self.to_out(attention(q, k, v).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -287,34 +246,35 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x):
-        return geglu(self.proj(x))  # value * gelu(gate)
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
+        # the identity stands where the official network has a dropout
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, h):  # -> x + what it makes of h
-        *first, last = self.net
-        for layer in first:
-            h = layer(h)
-        return x + last(h) if last.bias is not None else add_product(x, h, last)
+    def forward(self, x):
+        return self.net(x)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, dim, context_dim, heads):
         super().__init__()
-        self.attn1, self.attn2 = Attention(dim, dim, heads), Attention(dim, context_dim, heads)
+        self.attn1 = Attention(dim, dim, heads)
+        self.attn2 = Attention(dim, context_dim, heads)
         self.ff = FeedForward(dim)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x, context):  # (b, n, dim), Prepared
-        x, h = add_layer_norm(x, self.attn1(self.norm1(x)), self.norm2.weight, self.norm2.bias)
-        x, h = add_layer_norm(
-            x, self.attn2(h, context[self.attn2]), self.norm3.weight, self.norm3.bias
-        )
-        return self.ff(x, h)
+    def forward(self, x, context):  # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -327,15 +287,7 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def fuse(self):
-        """The last product's bias goes through the projection behind it; then its sum with the residual needs no pass of its own."""
-        for block in self.transformer_blocks:
-            block.attn1.fuse()
-        last = self.transformer_blocks[-1].ff.net[2]
-        self.proj_out.bias += self.proj_out.weight.flatten(1) @ last.bias
-        last.bias = None
-
-    def forward(self, x, context):  # (b, c, h, w)
+    def forward(self, x, context):  # (b, c, h, w), (b, m, context_dim) -> (b, c, h, w)
         b, c, h, w = x.shape
         y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)  # time fastest
         for block in self.transformer_blocks:
@@ -362,12 +314,12 @@ class Upsample(nn.Module):
 
 
 class Blocks(nn.Sequential):
-    """A sequence whose members are called with what each of them takes."""
+    """Sequential that hands each layer only the arguments it uses."""
 
-    def forward(self, x, shifts, context, skip=None):
+    def forward(self, x, emb, context):
         for layer in self:
             if isinstance(layer, ResBlock):
-                x, skip = layer(x, shifts, skip), None
+                x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
             else:
@@ -376,12 +328,7 @@ class Blocks(nn.Sequential):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the networks
-
-
-class Prepared(dict):
-    """{part of a network: what it makes of the condition alone}, and with `times`, what the time adds at each of them: a clip has one,
-    and all its sampling steps share it."""
+# the networks. Read here what they compute; `kernels.fast.optimise` makes the same numbers with less work
 
 
 class Backbone(nn.Module):
@@ -397,7 +344,8 @@ class Backbone(nn.Module):
         )
         if cfg.aligned:
             self.aligned = nn.Linear(cfg.aligned * cfg.context_dim, cfg.width)
-        c, self.skip_widths = cfg.width, [cfg.width]
+        c = cfg.width
+        self.skip_widths = [c]
         for level, multiplier in enumerate(cfg.multipliers):
             if level:
                 self.input_blocks.append(Blocks(Downsample(c)))
@@ -413,108 +361,72 @@ class Backbone(nn.Module):
         )
         self.out_width = c
 
-    def stage(self, c_in, c_out, level, c_skip=0):
+    def stage(self, c_in, c_out, level):
         cfg = self.config
-        layers = [ResBlock(c_in + c_skip, c_out, 4 * cfg.width, cfg.groups, c_skip)]
+        layers = [ResBlock(c_in, c_out, 4 * cfg.width, cfg.groups)]
         if 2**level in cfg.attention:
             layers.append(SpatialTransformer(c_out, cfg.context_dim, cfg.heads, cfg.groups))
         return Blocks(*layers)
 
-    def prepare(self, context, times=None):
-        """(b, f, context_dim) -> keys and values of every cross-attention, and what is added to the latent columns. times (s,): all
-        that a sampler will ask for; then no step computes its time embedding, and no other time may be asked for."""
-        if self.config.aligned and context.shape[1] % self.config.aligned:
-            self.check_frames(context.shape[1], LATENT_SHAPE[2])
-        context = context.to(self.time_embed[0].weight.dtype)
-        known = Prepared(
-            (block.attn2, block.attn2.keys_values(context))
-            for block in self.modules()
-            if isinstance(block, TransformerBlock)
-        )
-        if self.config.aligned:
-            columns = self.aligned(
-                context.unflatten(1, (-1, self.config.aligned)).flatten(2)
-            )  # (b, w, c), f = aligned * w
-            known[self.aligned] = columns.transpose(1, 2)[:, :, None]  # (b, c, 1, w)
-        if times is not None:
-            table = self.shifts(times.to(context.device))
-            known["times"], known["blocks"] = times.to(context.device), list(table)
-            known["table"] = torch.cat(list(table.values()), 1)  # (s, of all blocks)
-        return known
+    @property
+    def dtype(self):
+        return self.time_embed[0].weight.dtype
 
-    def check_frames(self, frames, columns):
-        wanted = self.config.aligned * columns
-        if frames != wanted:
-            raise ValueError(
-                f"the condition has {frames} frames; {columns} latent columns want {wanted}, {self.config.aligned} each"
-            )
-
-    def shifts(self, t, known=None):
-        """(b,) -> {residual block: (b, c)}: what it adds for the time."""
-        if known and "times" in known:
-            times = known["times"]
-            # How many times come before the one asked for: all, where it is not there. On a GPU nothing waits to look at that: there
-            # index_select stops the program, in a recorded graph too; the samplers look before they begin (diffusion.check_times).
-            row = (times != t[:, None]).cumprod(1).sum(1)
-            if t.device.type == "cpu" and len(t) and row.max() == len(times):
-                raise ValueError(
-                    f"time {t[row.argmax()]:g}: not among the {len(times)} that this condition was prepared for; "
-                    "prepare it with all times that the sampler asks for, or with none"
-                )
-            widths = [block.emb_layers[1].out_features for block in known["blocks"]]
-            return dict(zip(known["blocks"], known["table"].index_select(0, row).split(widths, 1)))
-        emb = F.silu(
-            self.time_embed(
-                timestep_embedding(t, self.config.width).to(self.time_embed[0].weight.dtype)
-            )
-        )
-        return {
-            block: block.emb_layers[1](emb)
-            for block in self.modules()
-            if isinstance(block, ResBlock)
-        }
-
-    @torch.no_grad()
-    def fuse(self):
-        """Faster, the same numbers: for use, not for training or saving. -> self"""
-        for part in self.modules():
-            if isinstance(part, (ResBlock, SpatialTransformer)):
-                part.fuse()
-        return self
-
-    def down(self, x, t, context):
-        """(b, 4, 16, w), (b,) or a number, (b, f, context_dim) or Prepared -> middle map, the skips, what the time adds, Prepared."""
+    def one_time_each(self, t, x):
+        """A number, or one time, or (b,) of them -> (b,), where x (b, 4, 16, w) is."""
         t = torch.as_tensor(t, device=x.device)
         if t.numel() == 1:
             t = t.reshape(1).expand(len(x))
         if t.shape != x.shape[:1]:
             raise ValueError(
-                f"times of shape {tuple(t.shape)} for {len(x)} latents; give one time, or one for each"
+                f"times of shape {tuple(t.shape)} for {len(x)} latents; "
+                "give one time, or one for each"
             )
-        context = context if isinstance(context, Prepared) else self.prepare(context)
+        return t
+
+    def embed(self, t):
+        """(b,) -> (b, 4 width)"""
+        return self.time_embed(timestep_embedding(t, self.config.width).to(self.dtype))
+
+    def check_frames(self, frames, width):
+        wanted = self.config.aligned * width
+        if frames != wanted:
+            raise ValueError(
+                f"the condition has {frames} frames; {width} latent columns want {wanted}, "
+                f"{self.config.aligned} each"
+            )
+
+    def columns(self, context, width):
+        """(b, f, context_dim) -> (b, c, 1, w): what the mini preset adds to each latent column, of
+        the condition's tokens of its moment."""
+        self.check_frames(context.shape[1], width)
+        moments = context.unflatten(1, (width, self.config.aligned)).flatten(2)
+        return self.aligned(moments).transpose(1, 2)[:, :, None]
+
+    def down(self, x, emb, context):
+        """(b, 4, 16, w), (b, 4 width), (b, f, context_dim) -> the map in the middle, and the skips."""
+        h = self.input_blocks[0](x.to(self.dtype), emb, context)
         if self.config.aligned:
-            self.check_frames(self.config.aligned * context[self.aligned].shape[3], x.shape[3])
-        shifts = self.shifts(t, context)
-        h, skips = x.to(self.time_embed[0].weight.dtype, memory_format=torch.channels_last), []
-        for i, block in enumerate(self.input_blocks):
-            h = block(h, shifts, context)
-            if i == 0 and self.config.aligned:
-                h = h + context[self.aligned]  # (b, c, 16, w)
+            h = h + self.columns(context, x.shape[3])
+        skips = [h]
+        for block in list(self.input_blocks)[1:]:
+            h = block(h, emb, context)
             skips.append(h)
-        return self.middle_block(h, shifts, context), skips, shifts, context
+        return self.middle_block(h, emb, context), skips
 
 
 class UNet(Backbone):
-    """eps(x, t, context): x (b, 4, 16, w), t (b,) or one number, in [0, 999] and possibly fractional, context (b, f, context_dim) or
-    `prepare`d."""
+    """eps(x, t, context): x (b, 4, 16, w), t (b,) or one number, in [0, 999] and possibly
+    fractional, context (b, f, context_dim)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        c, skips = self.out_width, list(self.skip_widths)
+        c = self.out_width
+        skips = list(self.skip_widths)
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(cfg.multipliers))):
             for i in range(cfg.blocks + 1):
-                block = self.stage(c, cfg.width * multiplier, level, skips.pop())
+                block = self.stage(c + skips.pop(), cfg.width * multiplier, level)
                 c = cfg.width * multiplier
                 if level and i == cfg.blocks:
                     block.append(Upsample(c))
@@ -526,9 +438,11 @@ class UNet(Backbone):
         nn.init.zeros_(self.out["2"].bias)
 
     def forward(self, x, t, context):
-        h, skips, shifts, context = self.down(x, t, context)
+        emb = self.embed(self.one_time_each(t, x))
+        context = context.to(self.dtype)
+        h, skips = self.down(x, emb, context)
         for block in self.output_blocks:
-            h = block(h, shifts, context, skips.pop())
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out["2"](self.out["0"](h, silu=True))
 
 
@@ -537,17 +451,16 @@ class Classifier(Backbone):
 
     def __init__(self, cfg):
         super().__init__(cfg)
+        c = self.out_width
         self.out = nn.ModuleDict(
-            {
-                "0": GroupNorm(cfg.groups, self.out_width),
-                "2": nn.Conv2d(self.out_width, cfg.width, 3, padding=1),
-            }
+            {"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, cfg.width, 3, padding=1)}
         )
         self.classifier = nn.Linear(cfg.width, 1)
 
     def forward(self, x, t, context):
-        h = self.down(x, t, context)[0]
-        return self.classifier(self.out["2"](self.out["0"](h, silu=True)).mean((2, 3)))
+        h, _ = self.down(x, self.embed(self.one_time_each(t, x)), context.to(self.dtype))
+        h = self.out["2"](self.out["0"](h, silu=True))
+        return self.classifier(h.mean((2, 3)))
 
 
 class Conditioner(nn.Module):
@@ -662,29 +575,22 @@ class Alignment(nn.Module):
         self.model = Classifier(config.unet)
         self.cond_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
 
-    def prepare(self, features, project=True, times=None):
-        """(b, f, 512) -> what all steps of a clip share. `project=False` is the official demo's path, which hands the backbone raw
-        features that it never saw in training (`alignment_classifier.py` 269)."""
-        return self.model.prepare(self.cond_model(features) if project else features, times)
+    def logit(self, x, t, features):
+        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) -> (b, 1)."""
+        return self.model(x, t, self.cond_model(features))
 
-    def logit(self, x, t, features, project=True):
-        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) or `prepare`d -> (b, 1)."""
-        return self.model(
-            x, t, features if isinstance(features, Prepared) else self.prepare(features, project)
-        )
+    def forward(self, x, t, features):
+        return self.logit(x, t, features).sigmoid()
 
-    def forward(self, x, t, features, project=True):
-        return self.logit(x, t, features, project).sigmoid()
-
-    def log_prob(self, x, t, features, project=True):
+    def log_prob(self, x, t, features):
         """log p(aligned); log sigmoid of the logit, which does not underflow where the sigmoid does."""
-        return F.logsigmoid(self.logit(x, t, features, project).float())
+        return F.logsigmoid(self.logit(x, t, features).float())
 
-    def grad_log_prob(self, x, t, features, project=True):
+    def grad_log_prob(self, x, t, features):
         """d log p / d x, (b, 4, 16, w); through the classifier only, in x's own dtype."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.log_prob(x, t, features, project).sum(), x)[0]
+            return torch.autograd.grad(self.log_prob(x, t, features).sum(), x)[0]
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):

@@ -14,8 +14,9 @@ import torch
 
 import data
 from common.media import in_child
-from diffusion import SAMPLERS, ddim, guided_eps
-from ldm import LATENT_SCALE, LATENT_SHAPE
+from diffusion import SAMPLERS, TIMES, ddim, sigma
+from kernels import fast
+from ldm import LATENT_SCALE, LATENT_SHAPE, Alignment
 
 SECONDS = 8.2  # of every video, from --start on (notebook: truncate_second)
 CHUNK = 40  # frames encoded at once, with zeros before and after (`demo_util.py` 158)
@@ -41,8 +42,26 @@ def ddim_times(steps):
 
 
 def sampler(name, steps):
-    """-> sampler(eps, x, steps, callback)"""
-    return functools.partial(ddim, times=ddim_times(steps)) if name == "ddim" else SAMPLERS[name]
+    """-> sampler(eps, x, steps, callback), and the times it asks for"""
+    if name == "ddim":
+        times = ddim_times(steps)
+        return functools.partial(ddim, times=times), times
+    return SAMPLERS[name], TIMES[name](steps)
+
+
+class Unprojected:
+    """The alignment classifier as the demo calls it: raw features go where the network was trained
+    on its own projection of them (`alignment_classifier.py` 269)."""
+
+    def __init__(self, align):
+        self.model = align.model
+
+    def cond_model(self, features):
+        return features
+
+    logit = Alignment.logit
+    log_prob = Alignment.log_prob
+    grad_log_prob = Alignment.grad_log_prob
 
 
 def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progress=None):
@@ -51,22 +70,17 @@ def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progre
     The branch without condition is a zero embedding, not the embedding of zero features that training used; the classifier gets raw
     features, without its own projection, of the whole clip in every window; with DPM-Solver, `cfg` 1 drops it (`dpm_solver.py` 1378)."""
     ldm, frames, width = models.ldm, models.ldm.config.frames, LATENT_SHAPE[2]
-    cg = 0.0 if name == "dpm" and cfg == 1 else cg
+    if name == "dpm" and cfg == 1:
+        cg = 0.0
+    classifier = Unprojected(models.align) if cg else None
+    draw_latents, times = sampler(name, steps)
     whole = features.expand(len(noise), -1, -1)
     mels = []
     for w in range(len(features) // frames):
         context = ldm.conditioner(whole[:, w * frames : (w + 1) * frames])
-        eps = guided_eps(
-            ldm.unet,
-            context,
-            torch.zeros_like(context),
-            cfg,
-            models.align,
-            whole,
-            cg,
-            project=False,
-        )
-        z = sampler(name, steps)(eps, noise[..., w * width : (w + 1) * width], steps, progress)
+        null_context = torch.zeros_like(context)
+        eps = fast.guided(ldm.unet, context, null_context, cfg, classifier, whole, cg, times, sigma)
+        z = draw_latents(eps, noise[..., w * width : (w + 1) * width], steps, progress)
         mels.append(ldm.vae.decode((z / LATENT_SCALE).to(context.dtype))[:, 0].float())
     return torch.stack(mels, 1)
 

@@ -228,8 +228,8 @@ from cavp import CAVP
 from checkpoints import Checkpoint, CheckpointError
 from compat import hub
 from data import HOP, SAMPLE_RATE, WINDOW, MediaError
-from diffusion import SAMPLERS, TIMES, Replayed, guided_eps
-from kernels.packed import pack
+from diffusion import SAMPLERS, TIMES, sigma
+from kernels import fast
 from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
 from training import computes_bfloat16, keep_freed_memory, return_freed_memory
 
@@ -427,17 +427,16 @@ def load_models(weights="mini", device="auto", dtype=None):
             width = ((Checkpoint(ldm).config or {}).get("unet") or {}).get(
                 "width", UNetConfig.width
             )
-            fast = width >= 128 and (device.type == "cuda" or computes_bfloat16(device.type))
-            dtype = torch.bfloat16 if fast else torch.float32
+            half = width >= 128 and (device.type == "cuda" or computes_bfloat16(device.type))
+            dtype = torch.bfloat16 if half else torch.float32
         cavp = CAVP.load(cavp, audio=False).fold().to(device, dtype)
         ldm, align = (
             LDM.load(ldm, device, dtype, encoder=False),
             align and Alignment.load(align, device, dtype),
         )
-        ldm.unet.fuse(), align and align.model.fuse()
-        pack(
-            ldm.unet
-        )  # not the classifier, which a gradient passes through, nor the decoder, whose time is its maps'
+        fast.optimise(ldm.unet)
+        if align is not None:
+            fast.optimise(align.model)
     except CheckpointError as e:
         raise MediaError(str(e)) from None
     if cavp.config.fps != ldm.config.fps:
@@ -515,17 +514,17 @@ def draw(
             v.append(features[round(start * ldm.config.fps / SAMPLE_RATE) :][:frames])
         x, v = torch.stack(x).to(models.device), torch.stack(v)  # (b, 4, 16, 64), (b, f, d)
         with profile("sampling"):
-            eps = guided_eps(
+            eps = fast.guided(
                 ldm.unet,
                 ldm.conditioner(v),
                 ldm.null_context(frames),
                 cfg,
                 align,
                 v,
-                cg,
+                0.0 if align is None else cg,
                 times=TIMES[sampler](steps),
+                sigma=sigma,
             )
-            eps = Replayed(eps) if x.is_cuda else eps
             z = SAMPLERS[sampler](eps, x, steps, step)  # (b, 4, 16, 64)
             if align is not None:
                 scores.append(align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu())

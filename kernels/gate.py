@@ -27,7 +27,7 @@ import kernels
 
 kernels.load()  # before the kernels' own files, which look for it
 
-from kernels import attention, group_norm, solver, transformer  # noqa: E402
+from kernels import attention, group_norm, transformer  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
@@ -109,7 +109,6 @@ def main(argv=None):
     for launch in (
         *attention.shipped(),
         *group_norm.shipped(),
-        *solver.shipped(),
         *transformer.shipped(),
     ):
         if args.only not in launch["name"]:

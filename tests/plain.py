@@ -1,8 +1,8 @@
 """The networks as PyTorch reads plainly, which is how the official code is written: the yardstick of `speed.py` and `speed_training.py`.
 
 in   one of our networks
-out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, keys and
-     values of the condition anew in every call, maps as (b, c, h, w) in memory
+out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, maps as
+     (b, c, h, w) in memory
 """
 
 from types import MethodType
@@ -36,41 +36,12 @@ def attend(q, k, v):
     return torch.einsum("bhnm,bhmd->bhnd", scores.softmax(-1), v)
 
 
-def attention(self, x, keys_values=None):
+def attention(self, x, context):
     def heads(y):
         return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    context = x if keys_values is None else keys_values  # here: the condition itself
     y = attend(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
     return self.to_out(y.transpose(1, 2).flatten(2))
-
-
-class Unprepared(ldm.Prepared):
-    """Hands every cross-attention the condition itself."""
-
-    def __missing__(self, _key):
-        return self["context"]
-
-
-def prepare(self, context, times=None):
-    """What our networks compute once a clip is left to every call; here as well if a caller, as the classifier does, asks for it by name."""
-    return Unprepared(context=context)
-
-
-def down(self, x, t, context):
-    context = context if isinstance(context, Unprepared) else self.prepare(context)
-    shifts, h, skips = self.shifts(t), x, []
-    for i, block in enumerate(self.input_blocks):
-        h = block(h, shifts, context)
-        if i == 0 and self.config.aligned:
-            h = (
-                h
-                + self.aligned(
-                    context["context"].unflatten(1, (-1, self.config.aligned)).flatten(2)
-                ).transpose(1, 2)[:, :, None]
-            )
-        skips.append(h)
-    return self.middle_block(h, shifts, context), skips, shifts, context
 
 
 def attn_block(self, x):
@@ -94,6 +65,4 @@ def plainly(model):
     for module in model.modules():
         if type(module) in FORWARD:
             module.forward = MethodType(FORWARD[type(module)], module)
-        if isinstance(module, ldm.Backbone):
-            module.down, module.prepare = MethodType(down, module), MethodType(prepare, module)
     return model.to(memory_format=torch.contiguous_format)

@@ -24,7 +24,7 @@ import cavp  # noqa: E402
 import ldm  # noqa: E402
 import training  # noqa: E402
 import vae  # noqa: E402
-from kernels.packed import pack  # noqa: E402
+from kernels import fast  # noqa: E402
 from plain import plainly  # noqa: E402
 
 STAGES = {
@@ -62,8 +62,7 @@ def worker(pipe, kind, dtype):
     z, video = torch.randn(1, 4, 16, 64, dtype=dtype), torch.rand(1, 32, 3, 224, 224)
     if kind == "ours":
         towers, video = towers.fold().to(dtype), video.to(dtype)
-        context = unet.fuse().prepare(context, t[:1])  # once a clip, as in sampling
-        pack(unet)
+        context = fast.optimise(unet).prepare(context, t[:1])  # once a clip, as in sampling
     else:
         for model in (unet, decoder, towers):
             plainly(model)

@@ -30,9 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages lie a folder up
 
-import diffusion  # noqa: E402
 import kernels  # noqa: E402
 import ldm  # noqa: E402
+from kernels import fast  # noqa: E402
 from plain import plainly  # noqa: E402
 from speed import random_network  # noqa: E402
 
@@ -59,7 +59,7 @@ def networks(dtype, device):
 
 
 def unprepared(unet, classifier):
-    """As functions, so that `guided_eps` cannot compute anything once a clip."""
+    """As functions, so that `fast.guided` cannot compute anything once a clip."""
     return (lambda x, t, context: unet(x, t, context)), SimpleNamespace(
         grad_log_prob=classifier.grad_log_prob
     )
@@ -67,8 +67,8 @@ def unprepared(unet, classifier):
 
 def ours(name, device, mode):
     unet, classifier = networks(torch.bfloat16, device)
-    unet.fuse()
-    classifier.model.fuse()
+    fast.optimise(unet)
+    fast.optimise(classifier.model)
     return Way(name, unet, classifier, kernels=mode, graph=True)
 
 
@@ -124,20 +124,33 @@ def ways(device, chosen, mode="max-autotune"):
         )
 
 
-def in_turn(function, x, t):
-    """`diffusion.beside` on one stream."""
-    result = function(x, t)
+def in_turn(function, x, row):
+    """`fast.beside` on one stream."""
+    result = function(x, row)
     return lambda: result
 
 
 @contextlib.contextmanager
 def streams(two):
-    beside = diffusion.beside
-    diffusion.beside = beside if two else in_turn
+    beside = fast.beside
+    fast.beside = beside if two else in_turn
     try:
         yield
     finally:
-        diffusion.beside = beside
+        fast.beside = beside
+
+
+def step_of(way, context, features, cg):
+    """eps(x, t) of the way."""
+    times = ldm.dpm_times(STEPS)
+    null_context = torch.zeros_like(context)
+    eps = fast.guided(
+        way.unet, context, null_context, CFG, way.classifier, features, cg, times, ldm.sigma
+    )
+    if way.graph:
+        return eps
+    rows = torch.arange(STEPS, device=context.device)
+    return lambda x, t: eps.step(x, rows[eps.times[t[0].item()]][None])
 
 
 @torch.no_grad()
@@ -148,15 +161,9 @@ def seconds(way, clips, cg, device, runs):
         torch.randn(clips, 4, 16, 64, device=device),
         torch.randn(clips, 32, UNET.context_dim, device=device),
     )
-    features, times = (
-        torch.randn(clips, 32, ALIGN.feature_dim, device=device),
-        ldm.TIMES["dpm"](STEPS),
-    )
+    features = torch.randn(clips, 32, ALIGN.feature_dim, device=device)
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    eps = ldm.guided_eps(
-        way.unet, context, torch.zeros_like(context), CFG, way.classifier, features, cg, times=times
-    )
-    eps = ldm.Replayed(eps) if way.graph and x.is_cuda else eps
+    eps = step_of(way, context, features, cg)
     taken = []
     with streams(way.streams):
         for _ in range(runs + 2):
@@ -165,7 +172,7 @@ def seconds(way, clips, cg, device, runs):
             ldm.dpm_solver(eps, x, STEPS)
             wait()
             taken.append(time.perf_counter() - start)
-    if way.graph and x.is_cuda and not eps.graph:
+    if way.graph and x.is_cuda and any(kept.replay is None for kept in eps.kept.values()):
         raise RuntimeError("the step could not be recorded")
     return taken[2:]
 

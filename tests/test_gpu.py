@@ -1,8 +1,6 @@
 """What only a GPU can show: the kernels as it runs them, recorded steps, the second stream.    python -m pytest -m gpu"""
 
-import subprocess
-import sys
-from pathlib import Path
+import copy
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import kernels
 import ldm
 from bounds import check_kernel, rms
 from golden import rule
-from kernels import attention, group_norm, solver, transformer
+from kernels import attention, fast, group_norm, transformer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,95 +98,74 @@ def test_transformer_kernels(dtype):
             check_kernel("output", ours, theirs, truth)
 
 
-@torch.no_grad()
-def test_solver():
-    x, eps, previous, row = (
-        rule.normal(n, *s).cuda()
-        for n, s in (
-            ("x", (1, 4, 16, 64)),
-            ("e", (1, 4, 16, 64)),
-            ("p", (1, 4, 16, 64)),
-            ("r", (5,)),
-        )
+def small_networks(dtype):
+    """Plain and optimised: U-Net, classifier."""
+    config = ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
+    unet = rule.fill(ldm.UNet(UNET), "model.diffusion_model.").to("cuda", dtype)
+    align = rule.fill(ldm.Alignment(config)).to("cuda", dtype)
+    fused, fused_align = copy.deepcopy(unet), copy.deepcopy(align)
+    fast.optimise(fused)
+    fast.optimise(fused_align.model)
+    return unet, align, fused, fused_align
+
+
+def conditions(name, clips):
+    return (
+        rule.normal(f"{name} x", clips, 4, 16, 64).cuda(),
+        rule.normal(f"{name} context", clips, 32, 32).cuda(),
+        rule.normal(f"{name} features", clips, 32, 16).cuda(),
     )
-    for ours, theirs in zip(
-        solver.multistep(x, eps, previous, row), solver.multistep_ref(x, eps, previous, row)
-    ):
-        rule.close("multistep", ours.cpu(), theirs.cpu(), 1e-6)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
 def test_a_recorded_run_is_the_plain_one(sampler, dtype, bound):
-    """Kernels, graph and second stream together, against torch's own kernels call by call; a second run with the same graph too."""
-    unet = rule.fill(ldm.UNet(UNET), "model.diffusion_model.").to("cuda", dtype)
-    align = rule.fill(
-        ldm.Alignment(ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET))
-    ).to("cuda", dtype)
-    x, context, features = (
-        rule.normal(n, *s).cuda()
-        for n, s in (("x", (2, 4, 16, 64)), ("c", (2, 32, 32)), ("f", (2, 32, 16)))
-    )
-    eps = ldm.guided_eps(
-        unet,
-        context,
-        torch.zeros_like(context),
-        4.5,
-        align,
-        features,
-        15.0,
-        times=ldm.TIMES[sampler](5),
-    )
-    recorded = ldm.Replayed(eps)
-    ours = [ldm.SAMPLERS[sampler](recorded, x, 5).clone() for _ in range(2)]
-    assert recorded.graph
+    """Kernels, graph and second stream together, against torch's own kernels call by call; a second
+    clip through the same graph too, and the first one again after it."""
+    unet, align, fused, fused_align = small_networks(dtype)
+    draw, times = ldm.SAMPLERS[sampler], ldm.TIMES[sampler](5)
+
+    def recorded(x, context, features):
+        null_context = torch.zeros_like(context)
+        eps = fast.guided(
+            fused, context, null_context, 4.5, fused_align, features, 15.0, times, ldm.sigma
+        )
+        return eps, x
+
+    clips = [conditions(name, 2) for name in ("one", "two")]
+    made = [recorded(*clip) for clip in clips]
+    ours = [(clip, draw(*made[clip], 5).clone()) for clip in (0, 1, 0)]
+    assert len(fused.recorded) == 1
+    assert all(kept.replay is not None for kept in fused.recorded.values())
     kernels.choose("torch")
-    plain = ldm.SAMPLERS[sampler](
-        ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, align, features, 15.0), x, 5
-    )
-    for run in ours:
-        rule.close(f"{sampler} {dtype}", run.cpu(), plain.cpu(), bound)
-
-
-# what is recorded for the times 999 and 500 is asked for 250
-UNPREPARED = """
-import torch, ldm
-torch.set_grad_enabled(False)
-unet = ldm.UNet(ldm.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=32, groups=16)).cuda()
-known = unet.prepare(torch.zeros(1, 32, 32, device="cuda"), torch.tensor([999.0, 500.0]))
-eps = ldm.Replayed(lambda x, t: unet(x, t, known))
-x = torch.zeros(1, 4, 16, 64, device="cuda")
-eps(x, torch.tensor([500.0], device="cuda"))
-assert eps.graph
-torch.cuda.synchronize()
-print("recorded", flush=True)
-eps(x, torch.tensor([250.0], device="cuda"))
-torch.cuda.synchronize()
-print("went on")
-"""
-
-
-def test_a_time_that_was_not_prepared_stops_a_recorded_run():
-    """In a process of its own: an assertion on the device ends what runs on it."""
-    done = subprocess.run(
-        [sys.executable, "-c", UNPREPARED],
-        cwd=Path(ldm.__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode and "recorded" in done.stdout and "went on" not in done.stdout
+    for clip, run in ours:
+        x, context, features = clips[clip]
+        null_context = torch.zeros_like(context)
+        eps = ldm.guided_eps(unet, context, null_context, 4.5, align, features, 15.0)
+        rule.close(f"{sampler} {dtype} clip {clip}", run.cpu(), draw(eps, x, 5).cpu(), bound)
 
 
 @torch.no_grad()
-def test_a_sampler_of_other_times_is_refused_before_it_begins():
-    unet = rule.fill(ldm.UNet(UNET), "model.diffusion_model.").cuda()
-    x, context = rule.normal("x", 1, 4, 16, 64).cuda(), rule.normal("c", 1, 32, 32).cuda()
-    recorded = ldm.Replayed(ldm.guided_eps(unet, context, None, 1.0, times=ldm.TIMES["dpm"](5)))
-    first = ldm.dpm_solver(recorded, x, 5)
-    with pytest.raises(ValueError, match="not among the 5 that eps was prepared for"):
-        ldm.dpm_solver(recorded, x, 7)
-    assert torch.equal(ldm.dpm_solver(recorded, x, 5), first)
+def test_shapes_have_graphs_of_their_own_and_few_are_kept():
+    _, _, fused, _ = small_networks(torch.float32)
+    for clips in (1, 2, 3, 1, 4, 5):
+        x, context, _ = conditions("shape", clips)
+        eps = fast.guided(fused, context, torch.zeros_like(context), 4.5, times=ldm.dpm_times(2))
+        assert ldm.dpm_solver(eps, x, 2).isfinite().all()
+        assert len(fused.recorded) <= fast.KEPT
+    assert len({x[-2][0] for x in fused.recorded}) == fast.KEPT
+
+
+@torch.no_grad()
+def test_a_time_that_was_not_prepared_stops_a_recorded_run():
+    _, _, fused, _ = small_networks(torch.float32)
+    x, context, _ = conditions("times", 1)
+    eps = fast.guided(fused, context, None, 1.0, times=ldm.dpm_times(5))
+    first = ldm.dpm_solver(eps, x, 5)
+    with pytest.raises(ValueError, match="not among the 5 that this condition was prepared for"):
+        ldm.dpm_solver(eps, x, 7)
+    assert torch.equal(ldm.dpm_solver(eps, x, 5), first)
 
 
 def test_vocoder():

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import diffusion
 import kernels
 import ldm
 import vae
 from golden import rule
-from kernels import attention, benchmark, group_norm, packed, solver, transformer
+from kernels import attention, benchmark, fast, group_norm, transformer
 
 ROOT = Path(kernels.__file__).parent.parent
 triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -163,17 +162,18 @@ def count_forward(monkeypatch):
             torch.empty(2),
             torch.empty(2, 32, 768),
         )
-    unet = unet.to(memory_format=torch.channels_last).requires_grad_(False).fuse()
-    known, counter = unet.prepare(context, t), Count()
-    for module, name, reference in (
-        (ldm, "attention", attention.attention_ref),
-        (vae, "group_norm", group_norm.group_norm_ref),
-        (ldm, "add_layer_norm", transformer.add_layer_norm_ref),
-        (ldm, "geglu", transformer.geglu_ref),
+    unet = unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    unet, counter = fast.optimise(unet), Count()
+    known, shifts = unet.prepare(context), unet.shifts(t)
+    for name, reference in (
+        ("attention", attention.attention_ref),
+        ("group_norm", group_norm.group_norm_ref),
+        ("add_layer_norm", transformer.add_layer_norm_ref),
+        ("geglu", transformer.geglu_ref),
     ):
-        monkeypatch.setattr(module, name, fused(counter, name, reference))
+        monkeypatch.setattr(fast, name, fused(counter, name, reference))
     with counter, torch.no_grad():
-        unet(x, t, known)
+        unet.step(x, shifts, known)
     print(sum(counter.ops.values()), dict(counter.ops.most_common()))
     return counter.ops
 
@@ -218,21 +218,6 @@ def test_operations_of_a_unet_forward(monkeypatch):
     assert ops["cat"] == 0 and sum(ops.values()) <= 395
 
 
-def test_operations_of_the_solver(monkeypatch):
-    """Official: 352 a step."""
-    counter, x = Count(), torch.zeros(1, 4, 16, 64)
-    ldm.log_alpha(torch.zeros(1))  # whose table is made once
-    monkeypatch.setattr(diffusion, "multistep", fused(counter, "multistep", solver.multistep_ref))
-    with counter:
-        ldm.dpm_solver(lambda x, t: x, x, 15)
-        few = sum(counter.ops.values())
-        counter.ops.clear()
-        ldm.dpm_solver(lambda x, t: x, x, 25)
-    assert (
-        sum(counter.ops.values()) - few == 10
-    )  # one a step; the tables are the same for any number of steps
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # a CPU's own order of weights
 
@@ -242,7 +227,7 @@ SMALL = ldm.UNetConfig(
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not packed.possible(torch.float32), reason="no oneDNN here")
+@pytest.mark.skipif(not fast.can_pack(torch.float32), reason="no oneDNN here")
 def test_fused_and_packed_networks_give_the_same():
     """Also for batches of another size than the one that the weights were ordered for."""
     unet, decoder = (
@@ -261,7 +246,8 @@ def test_fused_and_packed_networks_give_the_same():
         for layer in network.modules()
         if type(layer) in (torch.nn.Conv2d, torch.nn.Linear)
     ]
-    packed.pack(unet.fuse()), packed.pack(decoder)
+    fast.optimise(unet)
+    fast.pack(decoder)
     for b in (2, 1, 4):
         rule.close(f"U-Net, {b} of 4", unet(x[:b], t[:b], context[:b]), plain[:b], 1e-5)
         rule.close(f"decoder, {b} of 4", decoder.decode(x[:b]), mel[:b], 1e-5)
@@ -280,15 +266,14 @@ def test_fused_networks_in_bfloat16_stay_as_near(fresh):
         torch.full((2,), 400.0),
     )
     plain = unet(x, t, context)
-    rule.close(
-        "U-Net in bfloat16", packed.pack(unet.bfloat16().fuse())(x, t, context).float(), plain, 0.02
-    )
+    unet = fast.optimise(unet.bfloat16())
+    rule.close("U-Net in bfloat16", unet(x, t, context).float(), plain, 0.02)
     assert not any(p.is_mkldnn for p in unet.parameters())
 
 
 def test_nothing_is_packed_where_torch_is_chosen(fresh):
     kernels.choose("torch")
-    unet = packed.pack(ldm.UNet(SMALL))
+    unet = fast.optimise(ldm.UNet(SMALL))
     unet(torch.zeros(1, 4, 16, 64), torch.zeros(1), torch.zeros(1, 32, 32))
     assert not any(p.is_mkldnn for p in unet.parameters())
 

@@ -237,9 +237,8 @@ def test_each_of_these_changes_what_the_networks_say(models):
     context, null = models.ldm.conditioner(window), models.ldm.null_context(32)
 
     def eps(null, features, project):  # random networks' gradients are small
-        return ldm.guided_eps(
-            models.ldm.unet, context, null, 4.5, models.align, features, 5000.0, project
-        )(x, t)
+        align = models.align if project else official.Unprojected(models.align)
+        return ldm.guided_eps(models.ldm.unet, context, null, 4.5, align, features, 5000.0)(x, t)
 
     ours = eps(null, window, True)
     steps = [

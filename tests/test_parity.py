@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 import cavp
 import ldm
+import official
 import training
 import vae
 from golden import rule
+from kernels import fast
 from plain import plainly
 
 
@@ -296,22 +298,14 @@ def test_unet(unet, name, t, zero):
 def test_classifier(classifier, path, project):
     golden = rule.recorded("classifier")
     x, features = rule.normal("in.cls.x", 2, 4, 16, 64), rule.normal("in.cls.feat", 2, 32, 512)
-    rule.close(
-        f"{path} logit", classifier.logit(x, INT_T, features, project), golden[f"{path}.logit"]
-    )
-    rule.close(
-        f"{path} probability", classifier(x, INT_T, features, project), golden[f"{path}.prob"]
-    )
-    rule.close(
-        f"{path} log p",
-        classifier.log_prob(x, INT_T, features, project),
-        golden[f"{path}.prob"].log(),
-    )
-    rule.close(
-        f"{path} gradient",
-        classifier.grad_log_prob(x, INT_T, features, project),
-        golden[f"{path}.grad_log_prob"],
-    )
+    asked = classifier if project else official.Unprojected(classifier)
+    logit = asked.logit(x, INT_T, features)
+    rule.close(f"{path} logit", logit, golden[f"{path}.logit"])
+    rule.close(f"{path} probability", logit.sigmoid(), golden[f"{path}.prob"])
+    log_prob = asked.log_prob(x, INT_T, features)
+    rule.close(f"{path} log p", log_prob, golden[f"{path}.prob"].log())
+    gradient = asked.grad_log_prob(x, INT_T, features)
+    rule.close(f"{path} gradient", gradient, golden[f"{path}.grad_log_prob"])
     if project:
         rule.close(
             f"{path} probability at t 0",
@@ -321,7 +315,7 @@ def test_classifier(classifier, path, project):
     else:
         rule.close(
             f"{path} gradient, fractional t",
-            classifier.grad_log_prob(x, FLOAT_T, features, project),
+            asked.grad_log_prob(x, FLOAT_T, features),
             golden[f"{path}.grad_log_prob_float_t"],
         )
 
@@ -353,9 +347,8 @@ def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
         rule.normal("in.sample.feat", 1, 32, 512),
     )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
-    eps_fn = ldm.guided_eps(
-        unet, context, torch.zeros_like(context), 4.5, classifier, features, cg, project
-    )
+    asked = classifier if project else official.Unprojected(classifier)
+    eps_fn = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, asked, features, cg)
     rule.close(name, ldm.dpm_solver(eps_fn, x, 5), golden[name])
 
 
@@ -424,9 +417,8 @@ def test_bfloat16_stages(towers, autoencoder, unet, classifier):
         rule.normal("in.sample.feat", 1, 32, 512),
     )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
-    eps = ldm.guided_eps(
-        net, context, torch.zeros_like(context), 4.5, alignment, features, 50, project=False
-    )
+    asked = official.Unprojected(alignment)
+    eps = ldm.guided_eps(net, context, torch.zeros_like(context), 4.5, asked, features, 50)
     close(
         "five guided steps", ldm.dpm_solver(eps, x, 5), rule.recorded("sample")["dpm5.cfg4.5.cg50"]
     )
@@ -466,23 +458,29 @@ def test_frames_at_once_change_nothing(monkeypatch):
 
 
 def test_a_clip_prepares_its_condition_once():
-    """Keys and values of every cross-attention, and the conditioners, are computed once for all steps and both guidances."""
+    """Keys and values of every cross-attention, the conditioners and the time embeddings: once for
+    all steps and both guidances."""
     calls = collections.Counter()
     unet, classifier = (
         rule.fill(ldm.UNet(NARROW), "model.diffusion_model."),
         rule.fill(ldm.Alignment(MINI_CLASSIFIER)),
     )
+    fast.optimise(unet)
+    fast.optimise(classifier.model)
     watched = [
         m
         for net in (unet, classifier)
         for block in net.modules()
         if isinstance(block, ldm.TransformerBlock)
         for m in (block.attn2.to_k, block.attn2.to_v)
-    ] + [classifier.cond_model]
+    ] + [classifier.cond_model, unet.time_embed, classifier.model.time_embed]
     for module in watched:
         module.register_forward_hook(lambda m, *_: calls.update([m]))
     context, features = rule.normal("context", 1, 128, 16), rule.normal("features", 1, 128, 512)
-    eps = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, classifier, features, 15.0)
+    null_context, times = torch.zeros_like(context), ldm.dpm_times(3)
+    eps = fast.guided(
+        unet, context, null_context, 4.5, classifier, features, 15.0, times, ldm.sigma
+    )
     ldm.dpm_solver(eps, rule.normal("x", 1, 4, 16, 64), 3)
     assert len(watched) > 20 and all(calls[m] == 1 for m in watched)
 

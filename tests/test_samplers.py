@@ -1,10 +1,13 @@
 """Samplers and guidance against the official code's recorded runs on two analytic networks, and against formulas by hand."""
 
+import copy
+
 import pytest
 import torch
 
 import ldm
 from golden import rule
+from kernels import fast
 
 GOLDEN = rule.recorded("analytic")
 SCHEDULE = rule.recorded("schedule")
@@ -35,7 +38,7 @@ class Judge:
             - 0.5
         )
 
-    def grad_log_prob(self, x, t, features, project=True):
+    def grad_log_prob(self, x, t, features):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(
             torch.nn.functional.logsigmoid(self.logit(x, t, features)).sum(), x
@@ -270,29 +273,26 @@ def small():
 
 def test_a_time_that_was_not_prepared_is_no_other_time(small):
     unet, x, t, context = small
-    known = unet.prepare(context, torch.tensor([999.0, 500.0, 1.0]))
-    rule.close("a prepared time", unet(x, t, known), unet(x, t, context), 1e-6)
+    fused = fast.optimise(copy.deepcopy(unet))
+    known = fused.prepare(context, torch.tensor([999.0, 500.0, 1.0]))
+    rule.close("a prepared time", fused(x, t, known), unet(x, t, context), 1e-5)
     for wrong in (torch.tensor([250.0, 250.0]), torch.tensor([500.0, 250.0])):
         with pytest.raises(ValueError, match="time 250: not among the 3 that"):
-            unet(x, wrong, known)
+            fused(x, wrong, known)
 
 
 @pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
-def test_samplers_refuse_an_eps_that_was_prepared_for_other_times(small, sampler, monkeypatch):
-    """Before the first step, on the CPU: on a GPU no step waits to be looked at, least of all a recorded one."""
+def test_an_eps_asked_for_a_time_it_was_not_prepared_for_raises(small, sampler):
+    """On the CPU, where the samplers' times are: on a GPU no step waits to be looked at."""
     unet, x, _, context = small
+    fused = fast.optimise(copy.deepcopy(unet))
     draw = ldm.SAMPLERS[sampler]
     for steps in (1, 3):
-        eps = ldm.guided_eps(unet, context, None, 1.0, times=ldm.TIMES[sampler](steps))
+        eps = fast.guided(fused, context, None, 1.0, times=ldm.TIMES[sampler](steps))
         plain = draw(ldm.guided_eps(unet, context, None, 1.0), x, steps)
         rule.close(f"{sampler}, {steps} steps", draw(eps, x, steps), plain, 1e-5)
-        monkeypatch.setattr(ldm.UNet, "forward", lambda *_: pytest.fail("the network was called"))
-        for given in (eps, ldm.Replayed(eps)):
-            with pytest.raises(
-                ValueError, match="are not among the .* that eps was prepared for; give guided_eps"
-            ):
-                draw(given, x, 7)
-        monkeypatch.undo()
+        with pytest.raises(ValueError, match="not among the .* that this condition was prepared"):
+            draw(eps, x, 7)
 
 
 def test_a_time_may_be_a_number(small):
@@ -300,11 +300,12 @@ def test_a_time_may_be_a_number(small):
     expected = unet(x, t, context)
     for time in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
         assert torch.equal(unet(x, time, context), expected)
-    assert torch.equal(
-        unet(x, 500, unet.prepare(context, t[:1])), unet(x, t, unet.prepare(context, t[:1]))
-    )
-    with pytest.raises(ValueError, match="times of shape .3,. for 2 latents"):
-        unet(x, torch.zeros(3), context)
+    fused = fast.optimise(copy.deepcopy(unet))
+    known = fused.prepare(context, t[:1])
+    assert torch.equal(fused(x, 500, known), fused(x, t, known))
+    for network in (unet, fused):
+        with pytest.raises(ValueError, match="times of shape .3,. for 2 latents"):
+            network(x, torch.zeros(3), context)
 
 
 @pytest.mark.parametrize("frames", [127, 126, 64, 130])
@@ -314,9 +315,11 @@ def test_a_condition_of_another_length_is_said(small, frames):
         ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL)
     )
     wrong, features = rule.normal("wrong", 2, frames, 8), rule.normal("f", 2, frames, 16)
+    fused = fast.optimise(copy.deepcopy(unet))
     calls = [
         lambda: unet(x, t, wrong),
-        lambda: unet(x, t, unet.prepare(wrong)),
+        lambda: fused(x, t, wrong),
+        lambda: fused(x, t, fused.prepare(wrong)),
         lambda: align(x, t, features),
         lambda: align.grad_log_prob(x, t, features),
     ]

@@ -12,7 +12,7 @@ import kernels
 import ldm
 import vae
 from golden import rule
-from kernels import attention, group_norm, solver, transformer
+from kernels import attention, fast, group_norm, transformer
 
 UNET = ldm.UNetConfig(
     width=16, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=24, groups=4
@@ -22,7 +22,6 @@ INFERENCE = ["add_layer_norm_ref", "geglu_ref"]
 REFERENCES = {
     attention: ["attention_ref"],
     group_norm: ["group_norm_ref"],
-    solver: ["multistep_ref"],
     transformer: INFERENCE,
 }
 
@@ -85,7 +84,7 @@ def inputs(b=2, w=8):
 def test_unet(unet):
     ours, plain = both(lambda: unet(*inputs()))
     rule.close("U-Net", ours, plain, 1e-5)
-    fused = copy.deepcopy(unet).fuse()  # reads the skips where they are
+    fused = fast.optimise(copy.deepcopy(unet))  # reads the skips where they are
     rule.close("U-Net, fused", both(lambda: fused(*inputs()))[0], plain, 1e-5)
 
 
@@ -106,13 +105,15 @@ def test_classifier_gradient(classifier):
 @torch.no_grad()
 def test_guided_sampling(unet, classifier):
     x, _, context = inputs(1)
-    unet, classifier = copy.deepcopy(unet).fuse(), copy.deepcopy(classifier)
-    classifier.model.fuse()
-    features, times = rule.normal("features", 1, 8, 16), ldm.TIMES["dpm"](3)
+    unet, classifier = copy.deepcopy(unet), copy.deepcopy(classifier)
+    fast.optimise(unet)
+    fast.optimise(classifier.model)
+    features, times = rule.normal("features", 1, 8, 16), ldm.dpm_times(3)
+    null_context = torch.zeros_like(context)
 
     def run():
-        eps = ldm.guided_eps(
-            unet, context, torch.zeros_like(context), 4.5, classifier, features, 15.0, times=times
+        eps = fast.guided(
+            unet, context, null_context, 4.5, classifier, features, 15.0, times, ldm.sigma
         )
         return ldm.dpm_solver(eps, x, 3)
 

@@ -10,6 +10,7 @@ Random weights. `cudnn.benchmark` is for a process of its own: the first plan th
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -22,11 +23,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import diffusion
 import kernels
 import ldm
-import vae
-from kernels import attention, group_norm, packed, transformer
+from kernels import attention, fast, group_norm, transformer
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
@@ -58,76 +57,36 @@ def network(cls, config, dtype=DTYPE, seed=0):
 
 
 @contextlib.contextmanager
-def swapped(*triples):
-    old = [(m, n, getattr(m, n)) for m, n, _ in triples]
-    for m, n, v in triples:
-        setattr(m, n, v)
+def swapped(others):
+    own = {name: getattr(fast, name) for name in others}
+    for name, value in others.items():
+        setattr(fast, name, value)
     try:
         yield
     finally:
-        for m, n, v in old:
-            setattr(m, n, v)
+        for name, value in own.items():
+            setattr(fast, name, value)
 
 
-def in_place(x, y, layer):
-    """packed.add_product, but the product adds to x itself: addmm would first copy x. Not where a gradient is recorded."""
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return packed.add_product(x, y, layer)
-    x.flatten(0, -2).addmm_(y.flatten(0, -2), layer.weight.t())
-    return x
+def in_turn(function, x, row):
+    """`fast.beside` on one stream."""
+    result = function(x, row)
+    return lambda: result
 
 
-def first_bias_into_time(unet):
-    """The bias of a block's first convolution goes where the time embedding's is added anyway."""
-    for b in unet.modules():
-        if isinstance(b, ldm.ResBlock) and b.in_layers["2"].bias is not None:
-            b.emb_layers[1].bias += b.in_layers["2"].bias
-            b.in_layers["2"].bias = None
-
-
-def one_by_one_as_product(unet):
-    """cuBLAS adds the bias inside the product, cuDNN's convolution leaves it to a launch of its own."""
-    for s in unet.modules():
-        if isinstance(s, ldm.SpatialTransformer):
-            for conv in (s.proj_in, s.proj_out):
-                conv.forward = (
-                    lambda c: (
-                        lambda x: F.linear(
-                            x.permute(0, 2, 3, 1), c.weight.flatten(1), c.bias
-                        ).permute(0, 3, 1, 2)
-                    )
-                )(conv)
-
-
-VARIANTS = {  # name: (changes of the networks, swaps, settings)
-    "ours": ((), (), {}),
-    "torch's kernels, same graph": ((), (), {"mode": "torch"}),
-    "attention: torch's": ((), ((ldm, "attention", attention.attention_ref),), {}),
-    "group norm: torch's": ((), ((vae, "group_norm", group_norm.group_norm_ref),), {}),
+VARIANTS = {  # name: (what stands where in kernels.fast, settings)
+    "ours": ({}, {}),
+    "torch's kernels, same graph": ({}, {"mode": "torch"}),
+    "attention: torch's": ({"attention": attention.attention_ref}, {}),
+    "group norm: torch's": ({"group_norm": group_norm.group_norm_ref}, {}),
     "layer norm, geglu: torch's": (
-        (),
-        (
-            (ldm, "add_layer_norm", transformer.add_layer_norm_ref),
-            (ldm, "geglu", transformer.geglu_ref),
-        ),
+        {"add_layer_norm": transformer.add_layer_norm_ref, "geglu": transformer.geglu_ref},
         {},
     ),
-    "cudnn.benchmark": ((), (), {"benchmark": True}),
-    "addmm in place": ((), ((ldm, "add_product", in_place),), {}),
-    "first bias into time": ((first_bias_into_time,), (), {}),
-    "1x1 as product": ((one_by_one_as_product,), (), {}),
-    "all of these": (
-        (first_bias_into_time, one_by_one_as_product),
-        ((ldm, "add_product", in_place),),
-        {"benchmark": True},
-    ),
+    "one stream": ({"beside": in_turn}, {}),
+    "cudnn.benchmark": ({}, {"benchmark": True}),
 }
-VARIANTS["one stream"] = ((), (), {"beside": False})
-
-
-def plain_beside(function, x, t):
-    result = function(x, t)
-    return lambda: result
+BOTH = "ours", "torch's kernels, same graph"  # measured without the classifier too
 
 
 def timed(eps, x, times, rounds=5):
@@ -147,31 +106,25 @@ def timed(eps, x, times, rounds=5):
 
 @torch.no_grad()
 def run(name, clips, cg, emit, reference, keep=None):
-    changes, swaps, settings = VARIANTS[name]
+    others, settings = VARIANTS[name]
     kernels.choose("auto" if DRY else settings.get("mode", "triton"))
     torch.backends.cudnn.benchmark = settings.get("benchmark", False)
     start = time.perf_counter()
     unet, align = network(ldm.UNet, UNET), network(ldm.Alignment, ALIGN, seed=1)
-    unet.fuse()
-    align.model.fuse()
-    for change in changes:
-        change(unet)
+    fast.optimise(unet)
+    fast.optimise(align.model)
     torch.manual_seed(2)
-    x, context = (
-        torch.randn(clips, 4, 16, 64, device=DEVICE),
-        torch.randn(clips, 32, UNET.context_dim, device=DEVICE),
-    )
+    x = torch.randn(clips, 4, 16, 64, device=DEVICE)
+    context = torch.randn(clips, 32, UNET.context_dim, device=DEVICE)
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
-    times = ldm.TIMES["dpm"](25)
-    extra = () if settings.get("beside", True) else ((diffusion, "beside", plain_beside),)
-    with swapped(*swaps, *extra):
-        eps = ldm.guided_eps(
-            unet, context, torch.zeros_like(context), 4.5, align, features, cg, times=times
-        )
-        recorded = eps if DRY else ldm.Replayed(eps)
-        ms, z = timed(recorded, x, times.to(DEVICE)[: 2 if DRY else 25], 1 if DRY else 5)
+    null_context = torch.zeros_like(context)
+    times = ldm.dpm_times(25)
+    with swapped(others):
+        eps = fast.guided(unet, context, null_context, 4.5, align, features, cg, times, ldm.sigma)
+        ms, z = timed(eps, x, times[: 2 if DRY else 25], 1 if DRY else 5)
         if keep is not None:
-            keep(recorded, x, times.to(DEVICE))
+            keep(eps, x, times)
+    graphs = [kept.replay is not None for kept in unet.recorded.values()]
     ref = reference.setdefault((clips, cg > 0), z.float().cpu())
     emit(
         dict(
@@ -180,14 +133,15 @@ def run(name, clips, cg, emit, reference, keep=None):
             classifier=cg > 0,
             ms_per_step=round(ms, 4),
             differs=float((z.float().cpu() - ref).norm() / ref.norm()),
-            graph=DRY or bool(recorded.graph),
+            graph=DRY or graphs == [True],
             kernels=kernels.describe(),
             peak_gb=0 if DRY else round(torch.cuda.max_memory_allocated() / 1e9, 2),
             seconds=round(time.perf_counter() - start, 1),
         )
     )
     if not DRY:
-        del eps, recorded, unet, align
+        del eps, unet, align
+        gc.collect()  # a network and its recorded steps hold each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -263,27 +217,14 @@ def main():
 
     reference = {}
     for clips in args.clips:
-        for i, name in enumerate(args.only):
-            for cg in (
-                (50.0, 0.0)
-                if name
-                in ("ours", "torch's kernels, same graph", "cudnn.benchmark", "all of these")
-                else (50.0,)
-            ):
+        for name in args.only:
+            for cg in (50.0, 0.0) if name in BOTH else (50.0,):
+                keep = profile(args.out / "profile.txt") if name == "ours" and cg else None
                 try:
-                    run(
-                        name,
-                        clips,
-                        cg,
-                        emit,
-                        reference,
-                        profile(args.out / "profile.txt") if name == "ours" and cg else None,
-                    )
-                except Exception as error:
-                    print(
-                        f"step.py: {name}, {clips} clips: {type(error).__name__}: {str(error)[:300]}",
-                        flush=True,
-                    )
+                    run(name, clips, cg, emit, reference, keep)
+                except Exception as error:  # the other rows are worth having
+                    why = f"{type(error).__name__}: {str(error)[:300]}"
+                    print(f"step.py: {name}, {clips} clips: {why}", flush=True)
                     if not DRY:
                         torch.cuda.empty_cache()
 

@@ -1,0 +1,207 @@
+"""kernels/fast.py: optimised networks give the plain ones' numbers, and a recorded step serves all
+clips of its shape. Without a GPU: where one would record, a stand-in runs the step again."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ldm
+import sample
+import tiny
+from golden import rule
+from kernels import fast
+
+PUBLISHED = ldm.UNetConfig(width=32, context_dim=24, groups=8)
+FORMS = {  # the paper's depths, narrow, and the mini preset's
+    "published": (
+        PUBLISHED,
+        replace(ldm.AlignmentConfig().unet, width=32, context_dim=24, groups=8),
+    ),
+    "mini": tuple(config.unet for config in ldm.PRESETS["mini"]),
+}
+
+
+def networks(form):
+    """U-Net and classifier; the features of a window are as wide as its condition."""
+    unet, classifier = FORMS[form]
+    config = ldm.AlignmentConfig(positions=128, feature_dim=24, unet=classifier)
+    unet = rule.fill(ldm.UNet(unet), "model.diffusion_model.")
+    return unet, rule.fill(ldm.Alignment(config))
+
+
+def clip(name, unet, count=2):
+    """x, context, features"""
+    frames = 16 * max(1, unet.config.aligned)
+    return (
+        rule.normal(f"{name}.x", count, 4, 16, 16),
+        rule.normal(f"{name}.context", count, frames, unet.config.context_dim),
+        rule.normal(f"{name}.features", count, frames, 24),
+    )
+
+
+def optimised(unet, align):
+    unet, align = copy.deepcopy(unet), copy.deepcopy(align)
+    assert fast.optimise(unet) is unet and fast.optimise(unet) is unet
+    fast.optimise(align.model)
+    return unet, align
+
+
+def guided(unet, align, context, features, times, cg=15.0, cfg=4.5):
+    null_context = torch.zeros_like(context[:1])
+    return fast.guided(unet, context, null_context, cfg, align, features, cg, times, ldm.sigma)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_optimised_networks_give_the_same_numbers(form, deferred):
+    unet, align = networks(form)
+    fused, fused_align = optimised(unet, align)
+    if deferred:  # as on a GPU
+        fused.defer_biases()
+        fused_align.model.defer_biases()
+    x, context, features = clip("one", unet)
+    t = torch.tensor([500.5, 3.0])
+    rule.close("U-Net", fused(x, t, context), unet(x, t, context), 1e-5)
+    rule.close("logit", fused_align.logit(x, t, features), align.logit(x, t, features), 1e-5)
+    ours, plain = (a.grad_log_prob(x, t, features) for a in (fused_align, align))
+    rule.close("gradient", ours, plain, 1e-5)
+    times = ldm.dpm_times(3)
+    known = fused.prepare(context, times)
+    rows = times[[2, 0]]
+    rule.close("prepared", fused(x, rows, known), unet(x, rows, context), 1e-5)
+    for cfg, cg in ((4.5, 15.0), (1, 15.0), (2.5, 0.0)):
+        ours = guided(fused, fused_align, context, features, times, cg, cfg)
+        plain = ldm.guided_eps(
+            unet, context, torch.zeros_like(context[:1]), cfg, align, features, cg
+        )
+        made, expected = (ldm.dpm_solver(eps, x, 3) for eps in (ours, plain))
+        rule.close(f"three steps, cfg {cfg}, cg {cg}", made, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_networks_that_are_not_optimised_are_called_as_they_are():
+    unet, align = networks("mini")
+    x, context, features = clip("one", unet)
+    times = ldm.dpm_times(2)
+    plain = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, align, features, 15.0)
+    ours = guided(unet, align, context, features, times)
+    rule.close("plain", ldm.dpm_solver(ours, x, 2), ldm.dpm_solver(plain, x, 2), 1e-6)
+
+
+def test_what_has_no_fused_form_is_said():
+    with pytest.raises(ValueError, match="LDM: no fused form of it is known"):
+        fast.optimise(ldm.LDM(ldm.PRESETS["mini"][0]))
+    with pytest.raises(ValueError, match="ResBlock: no fused form"):
+        fast.optimise(ldm.ResBlock(8, 8, 8, 4))
+
+
+@torch.no_grad()
+def test_one_step_has_one_time():
+    unet, align = networks("mini")
+    fused, _ = optimised(unet, align)
+    x, context, _ = clip("one", unet)
+    eps = fast.guided(fused, context, None, 1.0, times=[3, 500])
+    with pytest.raises(ValueError, match="at one time for all latents"):
+        eps(x, torch.tensor([500.0, 3.0]))
+
+
+# --------------------------------------------------------------------------------------------------
+# recording
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """What is recorded, and how often it is replayed, on a machine that cannot."""
+    made = []
+
+    def record(function, device):
+        result = function()
+        made.append(0)
+        place = len(made) - 1
+
+        def replay():
+            made[place] += 1
+            result.copy_(function())
+
+        return result, replay
+
+    monkeypatch.setattr(fast, "record", record)
+    monkeypatch.setattr(fast, "recordable", lambda x: True)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+def test_a_recorded_step_serves_all_clips(records, sampler):
+    unet, align = networks("mini")
+    fused, fused_align = optimised(unet, align)
+    draw, times = ldm.SAMPLERS[sampler], ldm.TIMES[sampler](2)
+    clips = [clip(name, unet) for name in ("one", "two", "three")]
+    eps = [guided(fused, fused_align, c, f, times) for _, c, f in clips]
+    expected = [
+        draw(ldm.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0), x, 2)
+        for x, c, f in clips
+    ]
+    for k in (0, 1, 0, 2, 1, 0):  # also those that lost their place to another one
+        rule.close(f"clip {k}", draw(eps[k], clips[k][0], 2), expected[k], 1e-5)
+    assert len(records) == 1 and records[0] == 6 * (3 if sampler == "plms" else 2)
+    # step by step in turns
+    t = torch.full((2,), float(times[-1]))
+    first = [eps[k](clips[k][0], t) for k in (0, 1, 0)]
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+
+
+@torch.no_grad()
+def test_a_step_is_recorded_anew_only_for_what_changes_it(records):
+    unet, align = networks("mini")
+    fused, fused_align = optimised(unet, align)
+
+    def draw(count=2, steps=2, cfg=4.5, cg=15.0):
+        x, context, features = clip("one", unet, count)
+        times = ldm.dpm_times(steps)
+        eps = guided(fused, fused_align, context, features, times, cg, cfg)
+        ldm.dpm_solver(eps, x, steps)
+        return len(records)
+
+    assert [draw(), draw(), draw(count=1), draw(), draw(count=1)] == [1, 1, 2, 2, 2]
+    assert [draw(cfg=2.0), draw(cg=0.0), draw(), draw(cfg=2.0)] == [3, 4, 4, 4]
+    assert [draw(steps=3), len(fused.recorded)] == [5, fast.KEPT]
+    assert draw() == 6  # the oldest one went
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
+    unet, align = networks("mini")
+    fused, fused_align = optimised(unet, align)
+
+    def refuse(function, device):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(fast, "record", refuse)
+    clips = [clip(name, unet) for name in ("one", "two")]
+    eps = [guided(fused, fused_align, c, f, ldm.dpm_times(2)) for _, c, f in clips]
+    with pytest.warns(UserWarning, match="without a CUDA graph .operation not permitted.") as said:
+        made = [ldm.dpm_solver(eps[k], clips[k][0], 2) for k in (0, 1, 0)]
+    assert len(said) == 1 and torch.equal(made[0], made[2])
+    for k in (0, 1):
+        x, c, f = clips[k]
+        plain = ldm.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0)
+        rule.close(f"clip {k}", made[k], ldm.dpm_solver(plain, x, 2), 1e-5)
+
+
+@torch.no_grad()
+def test_windows_of_all_clips_share_the_recorded_steps(records):
+    """`sample.draw` of two films: two windows at once and a remainder of one, whatever the film."""
+    config = ldm.LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE)
+    classifier = ldm.AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
+    model, align = rule.fill(ldm.LDM(config)), rule.fill(ldm.Alignment(classifier))
+    fast.optimise(model.unet)
+    fast.optimise(align.model)
+    models = sample.Models(None, model, align)
+    for k in range(2):
+        features = rule.normal(f"film {k}", 300, tiny.TIME["feature_dim"])
+        sample.draw(features, [0, 65536, 131072], models, seed=k, steps=2, batch=2)
+    assert len(records) == 2 and records == [4, 4]

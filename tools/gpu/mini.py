@@ -1,0 +1,42 @@
+"""The mini model's sounds for held-out clips, in both dtypes: this process draws every WORLD-th clip, clip k with seed k.
+
+python tools/gpu/mini.py CLIPS RANK WORLD OUT           OUT/bf16/NAME.foley.flac, OUT/fp32/NAME.foley.flac
+"""
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import soundfile
+import torch
+
+from sample import generate, load_models
+
+warnings.simplefilter("ignore")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 2 if os.environ.get("DRY") else 25
+
+
+def main():
+    folder, out = Path(sys.argv[1]), Path(sys.argv[4])
+    rank, world = int(sys.argv[2]), int(sys.argv[3])
+    videos = sorted(folder.glob("*.mp4"))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        models = load_models("mini", DEVICE, dtype)
+        (out / name).mkdir(parents=True, exist_ok=True)
+        took = []
+        for k in range(rank, len(videos), world):
+            start = time.perf_counter()
+            wav = generate(videos[k], models, seed=k, steps=STEPS).wav
+            took.append(time.perf_counter() - start)
+            path = out / name / f"{videos[k].stem}.foley.flac"
+            soundfile.write(path, wav.numpy(), 16000, subtype="PCM_16")
+        print(name, rank, "seconds a clip:", " ".join(f"{t:.2f}" for t in took), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Checkpoints with random weights, of the published size (bfloat16, 2.2 GB) or of the mini model's, under the names that
+`sample.py --weights DIR` looks for.
+
+    python tools/gpu/weights.py DIR [--mini]
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import cavp
+import checkpoints
+import ldm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where 860 million take a second, not 15
+
+
+def drawn(key, t):
+    """Weights that keep activations of order one."""
+    if not t.is_floating_point():
+        return torch.zeros(t.shape, dtype=t.dtype)
+    value = torch.empty(t.shape, device=DEVICE)
+    if t.ndim > 1:
+        value.normal_(0, t[0].numel() ** -0.5)
+    else:
+        value.fill_(float(key.endswith(("weight", "running_var"))))
+    return value.bfloat16().cpu() if t.ndim > 1 else value.cpu()
+
+
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("folder", type=Path)
+    p.add_argument("--mini", action="store_true", help="narrow, to try a run without a GPU")
+    args = p.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    preset = "mini" if args.mini else "paper"
+    model, align = ldm.PRESETS[preset]
+    parts = {
+        "cavp": (cavp.CAVP, cavp.PRESETS[preset]),
+        "ldm": (ldm.LDM, model),
+        "align": (ldm.Alignment, align),
+    }
+    for name, (cls, config) in parts.items():
+        with torch.device("meta"):
+            state = cls(config).state_dict()
+        state = {key: drawn(key, t) if t.is_meta else t for key, t in state.items()}
+        path = args.folder / f"{name}.safetensors"
+        about = asdict(config) if args.mini else None
+        checkpoints.save_tensors(path, state, torch.bfloat16, config=about)
+        print(f"{path}: {sum(t.nbytes for t in state.values()) / 1e6:.0f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
