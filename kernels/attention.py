@@ -482,7 +482,7 @@ def shipped():
         calls.setdefault(
             (kernel, types["q"], *constants.values()),
             dict(
-                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}",
+                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}, batch {b}",
                 fn=kernel,
                 args=types,
                 constexprs=constants,
