@@ -36,6 +36,10 @@ HALF = {
     "dq": [(64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2)],
     "dkv": [(32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)],
 }
+# Of "few" where those make fewer programs than half of an H100's multiprocessors: one or two clips'
+# small maps. None: the same. `python tools/gpu/sweep.py` prints what it finds better
+SPARSE = [None, None, (16, 64, 4, 1), None]
+HALF_OF_GPU = 64
 EXACT = {
     "few": [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],  # float32
     "forward": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (32, 16, 8, 2)],
@@ -345,6 +349,8 @@ def plan(kind, q, k, v):
     width = sum(d1 + d2 > limit for limit in (64, 96, 160))
     few = kind == "forward" and m <= table["few"][width][1]
     bq, bk, warps, stages = table["few" if few else kind][width]
+    if few and table is HALF and SPARSE[width] and b * heads * -(-n // bq) < HALF_OF_GPU:
+        bq, bk, warps, stages = SPARSE[width]
     bk = _power(m) if few else bk
     steps = {
         f"{name}_{axis}": x.stride(i) if x.shape[i] > 1 else 0
@@ -476,7 +482,7 @@ def shipped():
         calls.setdefault(
             (kernel, types["q"], *constants.values()),
             dict(
-                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}",
+                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}, batch {b}",
                 fn=kernel,
                 args=types,
                 constexprs=constants,
@@ -494,9 +500,10 @@ def shipped():
     ):
         for heads, d, n, tokens in sites:
             for m in (None, tokens):
-                q, k, v = inputs(2, heads, d, n, m, dtype, "meta")
-                o, lse = forward(q, k, v, launch=record)
-                backward(o, q, k, v, o, lse, launch=record)
+                for b in (2, 16):  # few programs, and many
+                    q, k, v = inputs(b, heads, d, n, m, dtype, "meta")
+                    o, lse = forward(q, k, v, launch=record)
+                    backward(o, q, k, v, o, lse, launch=record)
     return list(calls.values())
 
 

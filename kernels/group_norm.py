@@ -31,10 +31,13 @@ from torch.autograd.function import once_differentiable
 import kernels
 from kernels.benchmark import Site, run
 
-HELD = 32768  # values in a program's registers: 64 in each thread of 16 warps, half of an SM's
+HELD = 32768  # values in a program's registers: 128 in each thread of 8 warps, half of an SM's
 TWICE = 131072  # values that one program of the backward pass reads twice; more take two launches
 TILE = 8192  # values a step, where a program does not hold its groups
 STRETCHES = 64  # at most, of a group
+# {(positions, channels of a group): groups a program}, forward, channels last, where an H100 wants
+# fewer than the rule of `plan` gives at every batch; `python tools/gpu/sweep.py` prints this table
+FEWER = {(256, 20): 1}
 
 
 def group_norm_ref(x, weight, bias, groups, eps=1e-5, silu=False, add=None, skip=None):
@@ -102,6 +105,7 @@ if kernels.triton is not None:
         x,
         skip,
         add,
+        add_row,
         b,
         start,
         last,
@@ -119,7 +123,7 @@ if kernels.triton is not None:
         mask = own[None, :] if EVEN else (p < last)[:, None] & own[None, :]
         u = _load(_at(x, skip, b, p, c, positions, channels, border, LAST), mask)
         if add is not None:
-            u = tl.where(mask, u + _load(add + b * channels + c, own)[None, :], 0.0)
+            u = tl.where(mask, u + _load(add + b * add_row + c, own)[None, :], 0.0)
         return u, p, mask
 
     @triton.jit
@@ -140,6 +144,7 @@ if kernels.triton is not None:
         x,
         skip,
         add,
+        add_row,
         means,
         squares,
         positions,
@@ -166,6 +171,7 @@ if kernels.triton is not None:
                 x,
                 skip,
                 add,
+                add_row,
                 b,
                 start,
                 last,
@@ -193,6 +199,7 @@ if kernels.triton is not None:
         x,
         skip,
         add,
+        add_row,
         weight,
         bias,
         y,
@@ -221,7 +228,21 @@ if kernels.triton is not None:
         last = tl.minimum(first + stretch, positions)
         if BLOCK_S == 1:
             u, p, mask = _read(
-                x, skip, add, b, 0, last, c, own, positions, channels, border, BLOCK_P, LAST, EVEN
+                x,
+                skip,
+                add,
+                add_row,
+                b,
+                0,
+                last,
+                c,
+                own,
+                positions,
+                channels,
+                border,
+                BLOCK_P,
+                LAST,
+                EVEN,
             )
             m = _by_group(tl.sum(u, 0), member) / (D * positions)
             n = tl.where(mask, u - _by_channel(m, member)[None, :], 0.0)
@@ -252,6 +273,7 @@ if kernels.triton is not None:
                     x,
                     skip,
                     add,
+                    add_row,
                     b,
                     start,
                     last,
@@ -297,6 +319,7 @@ if kernels.triton is not None:
         x,
         skip,
         add,
+        add_row,
         weight,
         bias,
         dy,
@@ -336,6 +359,7 @@ if kernels.triton is not None:
                     x,
                     skip,
                     add,
+                    add_row,
                     b,
                     start,
                     last,
@@ -367,6 +391,7 @@ if kernels.triton is not None:
                     x,
                     skip,
                     add,
+                    add_row,
                     b,
                     start,
                     last,
@@ -388,7 +413,7 @@ if kernels.triton is not None:
                 into = _at(dx, dskip, b, p, c, positions, channels, border, LAST)
                 tl.store(into, du.to(dx.dtype.element_ty), mask=mask)
                 total += tl.sum(du, 0)
-            if add is not None:
+            if dadd is not None:
                 tl.store(dadd + tl.program_id(1) * end + at, total, mask=own)
 
 
@@ -409,14 +434,18 @@ def plan(x, channels, groups, last, forward):
     while g > 1 and 2 * rows * power(g * d) > limit and g * run >= 64:
         g //= 2
     whole = rows * power(g * d) <= limit
-    g = g if whole else wide
+    if not whole:
+        g = wide
+    elif last and forward:
+        g = FEWER.get((positions, d), g)
     block_c = power(g * d)
     block_p = rows if whole and forward else min(rows, max(1, TILE // block_c))
     stretch = positions if whole else -(-positions // STRETCHES // block_p) * block_p
     constants = dict(
         D=d, G=g, BLOCK_P=block_p, BLOCK_C=block_c, LAST=last, EVEN=positions % block_p == 0
     )
-    warps = min(16, max(4, block_p * block_c // (1024 if forward else 512)))
+    # forward, 8 warps were never slower than 16 on an H100
+    warps = min(8 if forward else 16, max(4, block_p * block_c // (1024 if forward else 512)))
     return constants, groups // g, stretch, -(-positions // stretch), warps
 
 
@@ -440,15 +469,22 @@ def _dense(t, last=False):
     return t if t is None else t.movedim(1, -1).contiguous() if last else t.contiguous()
 
 
+def _rows(add):
+    """add (b, c), a slice or one row expanded too, as it is where its channels are contiguous."""
+    return add if add is None or add.stride(1) == 1 else add.contiguous()
+
+
 def _sources(x, weight, bias, groups, add, skip):
     channels, last = len(weight), x.stride(1) == 1
+    add = _rows(add)
     return (
         channels,
         last,
         dict(
             x=_dense(x, last),
             skip=_dense(skip, last),
-            add=_dense(add),
+            add=add,
+            add_row=0 if add is None else add.stride(0),
             weight=_dense(weight),
             bias=_dense(bias),
             positions=x[0, 0].numel(),
@@ -484,16 +520,18 @@ def forward(x, weight, bias, groups, eps, silu, add, skip, launch=_launch):
     return y, mean, rstd
 
 
-def backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, launch=_launch):
-    """Gradients of x, weight, bias, add and skip."""
+def backward(
+    dy, x, weight, bias, groups, silu, add, skip, mean, rstd, wanted=(True,) * 5, launch=_launch
+):
+    """Gradients of x, weight, bias, add and skip; sums over the batch only for those that are wanted."""
     channels, last, args = _sources(x, weight, bias, groups, add, skip)
     constants, blocks, stretch, stretches, warps = plan(x, channels, groups, last, False)
     grid, whole, constants["SILU"] = (len(x) * blocks, stretches), stretches == 1, silu
     dx, dskip = (None if t is None else _map(t, t.shape[1], last) for t in (x, skip))
-    sums, dadd = (
-        _new(x, 2, stretches, len(x), channels),
-        None if add is None else _new(x, stretches, *add.shape),
-    )
+    sums = _new(x, 2, stretches, len(x), channels)
+    dadd = None
+    if add is not None and wanted[3]:
+        dadd = _new(x, stretches, *add.shape)
     args |= dict(
         dy=_dense(dy, last),
         mean=mean,
@@ -505,7 +543,9 @@ def backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, launch=_l
         stretch=stretch,
     )
     launch(group_norm_backward, grid, args, constants | dict(SUM=True, SPREAD=whole), warps)
-    sums = sums.sum(1)  # (2, b, c)
+    of_weights = wanted[1] or wanted[2]
+    if of_weights or not whole:
+        sums = sums.sum(1)  # (2, b, c)
     if not whole:
         launch(
             group_norm_backward,
@@ -514,14 +554,13 @@ def backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, launch=_l
             constants | dict(SUM=False, SPREAD=True),
             warps,
         )
-    dbias, dweight = sums.sum(1)
-    return (
-        dx,
-        dweight.to(weight.dtype),
-        dbias.to(bias.dtype),
-        None if add is None else dadd.sum(0).to(add.dtype),
-        dskip,
-    )
+    dbias = dweight = None
+    if of_weights:
+        dbias, dweight = sums.sum(1)
+        dbias, dweight = dbias.to(bias.dtype), dweight.to(weight.dtype)
+    if dadd is not None:
+        dadd = dadd.sum(0).to(add.dtype)
+    return dx, dweight, dbias, dadd, dskip
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -538,12 +577,9 @@ class _GroupNorm(torch.autograd.Function):
         (*tensors, mean, rstd), (groups, eps, silu) = ctx.saved_tensors, ctx.settings
         x, weight, bias, add, skip = tensors
         try:
-            return (
-                *backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd),
-                None,
-                None,
-                None,
-            )
+            wanted = ctx.needs_input_grad[:5]
+            grads = backward(dy, x, weight, bias, groups, silu, add, skip, mean, rstd, wanted)
+            return *grads, None, None, None
         except torch.OutOfMemoryError:  # says nothing about the kernel
             raise
         except Exception as error:  # of the compiler's, the assembler's and the driver's own kinds
@@ -678,6 +714,9 @@ def shipped():
             given = _inputs(2, c, s, h, w, "meta", network != "vae" and not s)
             y, mean, rstd = forward(**given, eps=1e-5, launch=record)
             backward(y, **given, mean=mean, rstd=rstd, launch=record)
+            if network == "classifier":  # in guidance, whose gradient is x's alone
+                alone = True, False, False, False, False
+                backward(y, **given, mean=mean, rstd=rstd, wanted=alone, launch=record)
     return calls.values()
 
 

@@ -149,9 +149,27 @@ def test_the_sweep_starts_with_what_is_shipped(monkeypatch):
         put()
         first.setdefault(name, variant)
         sweep.restore()
-    assert (
-        len(first) == len(sweep.GN_SITES) + len(sweep.ATTENTION)
-        and sweep.group_norm.plan is sweep.GN_PLAN
+    assert len(first) == len(sweep.GN_SITES) + len(sweep.ATTENTION)
+    assert set(first.values()) == {"shipped"} and sweep.group_norm.plan is sweep.GN_PLAN
+    assert sweep.attention.HALF == sweep.TABLE and sweep.attention.SPARSE == sweep.SPARSE
+
+
+def test_the_sweep_says_what_belongs_into_the_tables(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools" / "gpu"))
+    import sweep
+
+    def rows(name, **us):
+        return [
+            dict(name=name, b=b, variant=variant.replace("_", " "), us=taken)
+            for variant, both in us.items()
+            for b, taken in zip((2, 16), both, strict=True)
+        ]
+
+    sweep.say(
+        rows("group norm 640@8x32 skip 0", shipped=(7.2, 11.5), one_group_a_program=(4.3, 8.7))
+        + rows("group norm 320@16x64 skip 0", shipped=(9.4, 19.4), one_group_a_program=(7.3, 22))
+        + rows("attention 64x64 of 160", shipped=(4.3, 5.2), other=(4.29, 7.0))
     )
-    shipped = {str(tuple(config)) for table in sweep.TABLE.values() for config in table}
-    assert all(variant == "shipped" or variant in shipped for variant in first.values())
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "group_norm.FEWER: (256, 20): 1" and len(said) == 4
+    assert said[2].startswith("batch 2, group norm 320@16x64 skip 0: one group a program, 7.30 us")

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bounds import check_kernel, rms
@@ -123,6 +124,46 @@ def test_real_shapes(shape, dtype, offset, layout):
 @pytest.mark.parametrize("layout", ["transposed", "expanded"])
 def test_more_layouts(layout, dtype):
     check((3, 12, 5, 7), 3, dtype, layout, 10.0)
+
+
+def test_what_the_time_adds_is_read_where_it_lies():
+    """A slice of a table, and one row for the whole batch."""
+    x = draw("x", (2, 64, 8, 8), torch.bfloat16, "channels_last")
+    weight, bias = (draw(name, (64,), torch.bfloat16) for name in ("weight", "bias"))
+    table = draw("table", (2, 160), torch.bfloat16)
+    for add in (table[:, 32:96], table[1:, 32:96].expand(2, -1), table.t()[32:96].t()):
+        assert not add.is_contiguous()
+        ours, same = (
+            group_norm.group_norm(x, weight, bias, 8, 1e-5, True, shift)
+            for shift in (add, add.contiguous())
+        )
+        assert torch.equal(ours, same)
+
+
+class Sums(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == "sum"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 8, 8), (1, 4, 256, 256)])
+def test_guidance_has_the_gradient_of_the_map_without_the_weights_sums(shape):
+    x = draw("x", shape, torch.float32).requires_grad_()
+    weight, bias = (draw(name, shape[1:2], torch.float32) for name in ("weight", "bias"))
+    add = draw("add", shape[:2], torch.float32)
+    gradients, sums = [], []
+    for wanted in (False, True):
+        rest = [t.detach().requires_grad_(wanted) for t in (weight, bias, add)]
+        y = group_norm.group_norm(x, *rest[:2], 2, 1e-5, True, rest[2])
+        with Sums() as counter:
+            y.backward(y.detach())
+        gradients.append(x.grad)
+        sums.append(counter.count)
+        x.grad = None
+    whole = group_norm.plan(x, shape[1], 2, False, False)[3] == 1
+    assert torch.equal(*gradients) and sums == [0 if whole else 1, 3]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -86,6 +86,9 @@ def test_unet(unet):
     rule.close("U-Net", ours, plain, 1e-5)
     fused = fast.optimise(copy.deepcopy(unet))  # reads the skips where they are
     rule.close("U-Net, fused", both(lambda: fused(*inputs()))[0], plain, 1e-5)
+    kernels.choose("triton")
+    fused.defer_biases()  # as on a GPU
+    rule.close("U-Net, biases deferred", fused(*inputs()), plain, 1e-5)
 
 
 @torch.no_grad()
@@ -108,6 +111,8 @@ def test_guided_sampling(unet, classifier):
     unet, classifier = copy.deepcopy(unet), copy.deepcopy(classifier)
     fast.optimise(unet)
     fast.optimise(classifier.model)
+    unet.defer_biases()
+    classifier.model.defer_biases()
     features, times = rule.normal("features", 1, 8, 16), ldm.dpm_times(3)
     null_context = torch.zeros_like(context)
 

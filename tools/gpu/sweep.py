@@ -1,6 +1,8 @@
-"""Other sizes of the kernels' blocks at the U-Net's places, timed in CUDA graphs; the shipped one first.
+"""Other sizes of the kernels' blocks at the U-Net's places, timed in CUDA graphs; the shipped one
+first. At the end, what belongs into `group_norm.FEWER`, `attention.HALF` and `attention.SPARSE`.
 
-python tools/gpu/sweep.py --out DIR         DIR/sweep.jsonl, line by line
+    python tools/gpu/sweep.py --out DIR         DIR/sweep.jsonl, line by line
+    python tools/gpu/sweep.py --read FILE       what rows of an earlier run say
 """
 
 import argparse
@@ -16,39 +18,43 @@ import kernels
 from kernels import attention, group_norm
 from kernels.benchmark import graph_us
 
-GN_PLAN, TABLE = group_norm.plan, {k: list(v) for k, v in attention.HALF.items()}
+GN_PLAN = group_norm.plan
+TABLE = {kind: list(rows) for kind, rows in attention.HALF.items()}
+SPARSE = list(attention.SPARSE)
+BETTER = 0.98  # of the shipped choice's time: less is noise
 
 
-def gn_plan(held, g=None, warps=None, stretches=None):
-    """group_norm.plan with another limit of what a program holds (smaller: two launches over many more programs), groups and warps."""
+def gn_plan(held=None, groups=None, warps=None, stretches=None):
+    """group_norm.plan with another limit of what a program holds (a smaller one: two launches over
+    many more programs), other groups a program, warps, stretches."""
 
-    def plan(x, channels, groups, last, forward):
-        old = group_norm.HELD, group_norm.STRETCHES, group_norm.TILE
-        group_norm.HELD, group_norm.STRETCHES = held, stretches or old[1]
-        if held < 32768:
+    def plan(x, channels, all_groups, last, forward):
+        own = group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER
+        if held:
+            group_norm.HELD = held
             group_norm.TILE = 4096
+        if stretches:
+            group_norm.STRETCHES = stretches
+        if groups:
+            place = x[0, 0].numel(), channels // all_groups
+            group_norm.FEWER = {place: groups}
         try:
-            con, blocks, stretch, n, w = GN_PLAN(x, channels, groups, last, forward)
+            *launch, chosen = GN_PLAN(x, channels, all_groups, last, forward)
         finally:
-            group_norm.HELD, group_norm.STRETCHES, group_norm.TILE = old
-        if g and n == 1:  # so many neighbouring groups a program
-            d, rows = con["D"], kernels.triton.next_power_of_2(x[0, 0].numel())
-            con |= dict(G=g, BLOCK_C=kernels.triton.next_power_of_2(g * d), BLOCK_P=rows)
-            con["EVEN"], blocks = x[0, 0].numel() % rows == 0, groups // g
-            w = min(16, max(4, rows * con["BLOCK_C"] // 1024))
-        return con, blocks, stretch, n, warps or w
+            group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER = own
+        return *launch, warps or chosen
 
     return plan
 
 
 GN = {
     "shipped": GN_PLAN,
-    "one group a program": gn_plan(32768, g=1),
-    "one group, 8 warps": gn_plan(32768, g=1, warps=8),
-    "8 warps": gn_plan(32768, warps=8),
+    "one group a program": gn_plan(groups=1),
+    "two groups a program": gn_plan(groups=2),
+    "4 warps": gn_plan(warps=4),
+    "16 warps": gn_plan(warps=16),
     "two launches, 4 stretches": gn_plan(1024, stretches=4),
     "two launches, 8 stretches": gn_plan(1024, stretches=8),
-    "two launches, 16 stretches": gn_plan(1024, stretches=16),
 }
 GN_SITES = [
     (16, 64, 320, 0),
@@ -106,20 +112,15 @@ ATTENTION = [
 
 def cases(b, device):
     """(name, variant, how to set it, how to call it)"""
+
+    def drawn(*shape):
+        return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
+
     for h, w, c, s in GN_SITES:
-        x, skip = (
-            torch.empty(b, n, h, w, device=device, dtype=torch.bfloat16).to(
-                memory_format=torch.channels_last
-            )
-            if n
-            else None
-            for n in (c - s, s)
-        )
-        one = torch.empty(c, device=device, dtype=torch.bfloat16)
-        add = None if s else torch.empty(b, c, device=device, dtype=torch.bfloat16)
-        for t in (x, skip, one, add):
-            if t is not None:
-                t.normal_()
+        x = drawn(b, c - s, h, w).to(memory_format=torch.channels_last)
+        skip = drawn(b, s, h, w).to(memory_format=torch.channels_last) if s else None
+        one = drawn(c)
+        add = None if s else drawn(b, c)
         for name, plan in GN.items():
             yield (
                 f"group norm {c}@{h}x{w} skip {s}",
@@ -130,61 +131,95 @@ def cases(b, device):
                 ),
             )
     for (heads, d, n, m), kind, width, configs in ATTENTION:
-        q, k, v = (
-            torch.empty(b, r, heads, d, device=device, dtype=torch.bfloat16) for r in (n, m, m)
-        )
-        for t in (q, k, v):
-            t.normal_()
+        q, k, v = (drawn(b, rows, heads, d) for rows in (n, m, m))
+        name = f"attention {n}x{m} of {d}"
+
+        def call(q=q, k=k, v=v):
+            return attention.attention(q, k, v)
+
+        yield name, "shipped", restore, call
         for config in configs:
 
             def put(kind=kind, width=width, config=config):
-                attention.HALF.update({key: list(value) for key, value in TABLE.items()})
+                restore()
                 attention.HALF[kind][width] = config
+                attention.SPARSE[width] = None
 
-            yield (
-                f"attention {n}x{m} of {d}",
-                str(config),
-                put,
-                lambda q=q, k=k, v=v: attention.attention(q, k, v),
-            )
+            yield name, str(config), put, call
 
 
 def restore():
     group_norm.plan = GN_PLAN
-    attention.HALF.update({k: list(v) for k, v in TABLE.items()})
+    attention.HALF.update({kind: list(rows) for kind, rows in TABLE.items()})
+    attention.SPARSE[:] = SPARSE
 
 
-@torch.no_grad()
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--batch", type=int, nargs="+", default=[2, 16])
-    args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    kernels.choose("triton")
-    for b in args.batch:
+def say(rows):
+    """At each place and batch the best choice, where it is better than the shipped one."""
+    places = {}
+    for row in rows:
+        if "us" in row:
+            places.setdefault((row["name"], row["b"]), {})[row["variant"]] = row["us"]
+    fewer = {}
+    for (name, b), us in places.items():
+        best = min(us, key=us.get)
+        if us[best] < BETTER * us["shipped"]:
+            print(f"batch {b}, {name}: {best}, {us[best]:.2f} us; shipped {us['shipped']:.2f}")
+        one = us.get("one group a program", us["shipped"])
+        fewer.setdefault(name, []).append(one < BETTER * us["shipped"])
+    for name, wins in fewer.items():
+        if name.startswith("group norm") and all(wins):
+            channels, size = name.split()[2].split("@")
+            h, w = map(int, size.split("x"))
+            print(f"group_norm.FEWER: ({h * w}, {int(channels) // 32}): 1")
+
+
+def measure(batches):
+    """A row at a time."""
+    for b in batches:
         shipped = {}
         for name, variant, put, call in cases(b, "cuda"):
             row = dict(name=name, b=b, variant=variant)
             try:
                 put()
                 out = call().float()
-                ref = shipped.setdefault(name, out)
-                row["differs"], row["us"] = float((out - ref).norm() / ref.norm()), graph_us(call)
-            except Exception as error:
+                reference = shipped.setdefault(name, out)
+                row["differs"] = float((out - reference).norm() / reference.norm())
+                row["us"] = graph_us(call)
+            except (
+                Exception
+            ) as error:  # of the compiler's and the driver's; others are worth having
                 row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
             restore()
-            with open(args.out / "sweep.jsonl", "a") as f:
-                print(json.dumps(row), file=f)
-            print(
-                f"b{b:<4d}{name:34}{variant:28}"
-                + (
-                    f"{row['us']:9.2f} us  differs {row['differs']:.1e}"
-                    if "us" in row
-                    else row["error"]
-                ),
-                flush=True,
-            )
+            yield row
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", type=Path, metavar="DIR")
+    p.add_argument("--read", type=Path, metavar="FILE")
+    p.add_argument("--batch", type=int, nargs="+", default=[2, 16])
+    args = p.parse_args()
+    if args.read:
+        say([json.loads(line) for line in args.read.read_text().splitlines()])
+        return
+    if args.out is None:
+        p.error("give --out DIR, or --read FILE")
+    args.out.mkdir(parents=True, exist_ok=True)
+    kernels.choose("triton")
+    rows = []
+    for row in measure(args.batch):
+        rows.append(row)
+        with open(args.out / "sweep.jsonl", "a") as f:
+            print(json.dumps(row), file=f)
+        result = row.get("error")
+        if result is None:
+            result = f"{row['us']:9.2f} us  differs {row['differs']:.1e}"
+        print(f"b{row['b']:<4d}{row['name']:34}{row['variant']:28}{result}", flush=True)
+    say(rows)
 
 
 if __name__ == "__main__":
