@@ -530,7 +530,8 @@ def name_channels(container, stream):
     context = stream.codec_context
     if "mov" not in container.format.name or not context.name.startswith("pcm_"):
         return
-    bits = int(re.search(r"\d+", context.name)[0])
+    bits = re.search(r"\d+", context.name)  # pcm_alaw and pcm_mulaw have none in their names, and 8
+    bits = int(bits[0]) if bits else 8
     channels = round((context.bit_rate or 0) / (context.sample_rate * bits))
     if channels > 2:
         context.layout = GUESSES.get(channels, f"{channels} channels")

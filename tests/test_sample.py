@@ -763,11 +763,11 @@ def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
 HELD = f"""
 import runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import ldm
+import diffusion
 def held(*_):
     print("sampling", flush=True)
     time.sleep({PATIENCE})
-ldm.UNet.forward = held
+diffusion.SAMPLERS["dpm"] = held
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
 """
 

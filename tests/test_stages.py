@@ -98,7 +98,7 @@ def test_aligned_condition_reaches_its_own_columns(network, config):
         for token in (None, 40, 41):
             if token is not None:
                 context[0, token] = 1
-            model.down(torch.zeros(1, 4, 16, 64), torch.zeros(1), context)
+            model(torch.zeros(1, 4, 16, 64), torch.zeros(1), context)
     hook.remove()
     changed = (seen[2] - seen[0]).abs().sum((0, 1, 2)) > 0
     assert changed.nonzero().flatten().tolist() == [20]
