@@ -6,7 +6,7 @@ export OMP_NUM_THREADS=2
 PYTHON=${PYTHON:-python3}
 CLIPS=${CLIPS:-96}
 RANKS=${RANKS:-8}
-[ -n "$DRY" ] && CLIPS=2 RANKS=2
+[ -n "$DRY" ] && CLIPS=2 RANKS=1
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 "$PYTHON" foley.py "$WORK/held" --clips "$CLIPS" --seed 1 --workers "$(nproc)" 2>&1 | tail -1
