@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,45 @@ def test_the_sweep_says_what_belongs_into_the_tables(monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "group_norm.FEWER: (256, 20): 1" and len(said) == 4
     assert said[2].startswith("batch 2, group norm 320@16x64 skip 0: one group a program, 7.30 us")
+
+
+TOOLS = Path(__file__).parent.parent / "tools" / "gpu"
+
+
+def test_the_check_of_a_gpu_calls_what_is_there():
+    script = (TOOLS / "check.sh").read_text()
+    for name in ("check.sh", "mini.sh"):
+        assert subprocess.run(["bash", "-n", TOOLS / name]).returncode == 0
+    called = set(re.findall(r"(?:tools|tests)/[\w/]+\.(?:py|sh)", script))
+    assert called >= {f"tools/gpu/{name}.py" for name in ("warm", "step", "sweep", "weights")}
+    assert all((TOOLS.parent.parent / path).is_file() for path in called)
+    variants = set(re.findall(r'"([^"$]+)"', " ".join(re.findall(r"--only (.*)", script))))
+    assert variants <= set(re.findall(r'^    "([^"]+)": \(', (TOOLS / "step.py").read_text(), re.M))
+    done = subprocess.run(["bash", TOOLS / "check.sh", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and "none of all, quick, sweep" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("mode", ["quick", "sweep"])
+def test_the_check_of_a_gpu_runs_without_one(mode, tmp_path):
+    """Every part, on small networks: each ends well and leaves what it found."""
+    env = dict(OUT=tmp_path / "out", TMPDIR=tmp_path, PYTHON=sys.executable, DRY=1, TOTAL=900)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
+    done = subprocess.run(
+        ["bash", TOOLS / "check.sh", mode],
+        cwd=TOOLS.parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    ends = dict(re.findall(r"^== (.*): exit (\d+)", done.stdout, re.M))
+    assert done.returncode == 0 and set(ends.values()) == {"0"}, done.stdout
+    parts = {
+        "quick": {"warm", "tests", "steps", "weights", "demo, run 2", "demo, three films"},
+        "sweep": {"warm", "mini in both dtypes"},
+    }
+    assert parts[mode] <= set(ends) and "left out" not in done.stdout
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    kept = {"quick": {"steps.jsonl", "profile.txt"}, "sweep": {"bf16.tar.aa", "fp32.tar.aa"}}
+    assert kept[mode] | {"log.txt"} <= written

@@ -15,6 +15,13 @@ SITE=$TMPDIR/site
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-python3}
 MODE=${1:-all}
+case $MODE in
+all | quick | sweep) ;;
+*)
+    echo "check.sh: $MODE is none of all, quick, sweep"
+    exit 2
+    ;;
+esac
 DEVICE=cuda
 [ -n "$DRY" ] && DEVICE=cpu
 mkdir -p "$OUT"
@@ -72,8 +79,9 @@ JOBS=$(($(nproc) > 2 ? $(nproc) - 2 : 1))
 FEW=()          # what is compiled ahead, and what is drawn, on a machine without a GPU
 SMALL=()
 STEPS=()
-[ -n "$DRY" ] && FEW=(--only 4) SMALL=(--mini) STEPS=(--steps 2)
-has xdist && N=(-n 6)
+CLIPS=()
+[ -n "$DRY" ] && FEW=(--only 4) SMALL=(--mini) STEPS=(--steps 2) CLIPS=(--clips 1)
+[ -z "$DRY" ] && has xdist && N=(-n 6)
 
 dub() { # NAME WEIGHTS: one film in two processes, then three in one, whose later ones find the graph recorded
     local name=$1 weights=$2
@@ -89,7 +97,7 @@ case $MODE in
 quick)
     part warm 45 "$PYTHON" tools/gpu/warm.py -j $JOBS "${FEW[@]}"
     part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${N[@]}" --maxfail=20 --tb=short -W ignore
-    part steps 40 "$PYTHON" tools/gpu/step.py --out "$OUT" --only ours "torch's kernels, same graph"
+    part steps 40 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph"
     dub "demo" mini
     part weights 45 "$PYTHON" tools/gpu/weights.py "$WEIGHTS" "${SMALL[@]}"
     dub "demo, published size" "$WEIGHTS"
@@ -103,9 +111,9 @@ sweep)
 all)
     part warm 75 "$PYTHON" tools/gpu/warm.py -j $JOBS "${FEW[@]}"
     part tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${N[@]}" --maxfail=20 --tb=short -W ignore
-    part steps 110 "$PYTHON" tools/gpu/step.py --out "$OUT" --only ours "torch's kernels, same graph" "one stream" "attention: torch's" "group norm: torch's" "layer norm, geglu: torch's"
+    part steps 110 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph" "one stream" "attention: torch's" "group norm: torch's" "layer norm, geglu: torch's"
     # a process of its own: the first plan that cuDNN takes for a shape stays
-    part "steps, cudnn.benchmark" 70 "$PYTHON" tools/gpu/step.py --out "$OUT" --only cudnn.benchmark
+    part "steps, cudnn.benchmark" 70 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only cudnn.benchmark
     dub "demo" mini
     part weights 45 "$PYTHON" tools/gpu/weights.py "$WEIGHTS" "${SMALL[@]}"
     dub "demo, published size" "$WEIGHTS"
@@ -115,10 +123,6 @@ all)
         done
         part "table" 170 "$PYTHON" tests/speed_gpu.py --ways ours torch eager compiled --mode reduce-overhead --clips 1 8 --runs 3 --out "$OUT/speed"
     fi
-    ;;
-*)
-    say "check.sh: $MODE is none of all, quick, sweep"
-    exit 2
     ;;
 esac
 say "== done at $SECONDS s"

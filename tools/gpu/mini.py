@@ -1,6 +1,7 @@
-"""The mini model's sounds for held-out clips, in both dtypes: this process draws every WORLD-th clip, clip k with seed k.
+"""The mini model's sounds for held-out clips, in both dtypes: this process draws every WORLD-th
+clip, clip k with seed k, into OUT/bf16 and OUT/fp32.
 
-python tools/gpu/mini.py CLIPS RANK WORLD OUT           OUT/bf16/NAME.foley.flac, OUT/fp32/NAME.foley.flac
+    python tools/gpu/mini.py CLIPS RANK WORLD OUT
 """
 
 import os
@@ -18,7 +19,8 @@ from sample import generate, load_models
 
 warnings.simplefilter("ignore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = 2 if os.environ.get("DRY") else 25
+DRY = bool(os.environ.get("DRY"))  # few steps, and no bfloat16, in which many a CPU takes minutes
+STEPS = 2 if DRY else 25
 
 
 def main():
@@ -26,7 +28,7 @@ def main():
     rank, world = int(sys.argv[2]), int(sys.argv[3])
     videos = sorted(folder.glob("*.mp4"))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        models = load_models("mini", DEVICE, dtype)
+        models = load_models("mini", DEVICE, torch.float32 if DRY else dtype)
         (out / name).mkdir(parents=True, exist_ok=True)
         took = []
         for k in range(rank, len(videos), world):

@@ -2,11 +2,11 @@
 # The mini model's sounds for held-out clips in bfloat16 and float32, eight processes on the one GPU; judged elsewhere:
 #   python evaluate.py --data HELD --samples DIR
 # CLIPS (96) films are drawn; the sounds come as $OUT/bf16.tar.aa and $OUT/fp32.tar.aa, ... in pieces of 15 MB.
-export OMP_NUM_THREADS=2
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 PYTHON=${PYTHON:-python3}
 CLIPS=${CLIPS:-96}
 RANKS=${RANKS:-8}
-[ -n "$DRY" ] && CLIPS=2 RANKS=2
+[ -n "$DRY" ] && CLIPS=2 RANKS=1
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 "$PYTHON" foley.py "$WORK/held" --clips "$CLIPS" --seed 1 --workers "$(nproc)" 2>&1 | tail -1

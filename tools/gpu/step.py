@@ -1,10 +1,13 @@
-"""A guided step of the published size: ours, and ours with one thing changed at a time, each as a CUDA graph of its own; then what
-its time is made of.
+"""A guided step of the published size: ours, and ours with one thing changed at a time, each as a
+CUDA graph of its own; then what its time is made of.
 
-    python tools/gpu/step.py --out DIR [--clips 1 8] [--only NAME ...]      DIR/steps.jsonl, line by line, and DIR/profile.txt
-    DRY=1 python tools/gpu/step.py --out DIR                                the same on a CPU: small networks, no graphs
+    python tools/gpu/step.py --out DIR [--clips 1 8] [--only NAME ...]
+    DRY=1 python tools/gpu/step.py --out DIR          on a CPU: small networks, no graphs
 
-Random weights. `cudnn.benchmark` is for a process of its own: the first plan that cuDNN takes for a shape stays.
+in   random weights
+out  DIR/steps.jsonl, line by line, and DIR/profile.txt
+
+`cudnn.benchmark` is for a process of its own: the first plan that cuDNN takes for a shape stays.
 """
 
 import argparse
@@ -45,12 +48,14 @@ def network(cls, config, dtype=DTYPE, seed=0):
     schedule = {k: v for k, v in m.named_buffers() if not v.is_meta}
     m = m.to_empty(device=DEVICE).eval().requires_grad_(False)
     for name, p in m.named_parameters():
-        p.normal_(0, p[0].numel() ** -0.5) if p.ndim > 1 else p.fill_(1.0) if name.endswith(
-            "weight"
-        ) else p.normal_(0, 0.1)
-        p.data = p.data.to(
-            dtype, memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format
-        )
+        if p.ndim > 1:
+            p.normal_(0, p[0].numel() ** -0.5)
+        elif name.endswith("weight"):
+            p.fill_(1.0)
+        else:
+            p.normal_(0, 0.1)
+        layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format
+        p.data = p.data.to(dtype, memory_format=layout)
     for k, v in schedule.items():
         m.get_buffer(k).copy_(v)
     return m
@@ -185,10 +190,8 @@ def profile(path):
             sums[group] += us
             counts[group] += n
         with open(path, "a") as f:
-            print(
-                f"\n{len(x)} clips: one guided step, kernels of both streams; us and launches a step",
-                file=f,
-            )
+            title = "one guided step, kernels of both streams; us and launches a step"
+            print(f"\n{len(x)} clips: {title}", file=f)
             for g, us in sums.most_common():
                 print(f"{us:10.1f} {counts[g]:8.1f}  {g}", file=f)
             print(f"{sum(sums.values()):10.1f} {sum(counts.values()):8.1f}  all", file=f)
@@ -210,7 +213,8 @@ def main():
         with open(args.out / "steps.jsonl", "a") as f:
             print(json.dumps(row), file=f)
         print(
-            f"{row['ms_per_step']:9.3f} ms a step  {row['clips']:3d} clips  classifier {row['classifier']!s:5}  differs {row['differs']:.1e}  "
+            f"{row['ms_per_step']:9.3f} ms a step  {row['clips']:3d} clips  "
+            f"classifier {row['classifier']!s:5}  differs {row['differs']:.1e}  "
             f"graph {row['graph']!s:5} {row['seconds']:5.1f} s  {row['variant']}",
             flush=True,
         )

@@ -1,10 +1,11 @@
-"""Compiles ahead what a first run on a GPU would compile one by one: all Triton kernels of the networks, the tests and
-the sweep, in parallel, without touching the GPU.
+"""Compiles ahead what a first run on a GPU would compile one by one: all Triton kernels of the
+networks, the tests and the sweep, in parallel, without touching the GPU.
 
     python tools/gpu/warm.py [-j 14] [--sets paper tests mini sweep]
 
-Launches are recorded on the meta device with the real networks, then compiled by the very JITFunction.run that a launch
-goes through, under a driver that answers "cuda:90": so the keys in Triton's cache are the same.
+Launches are recorded on the meta device with the real networks, then compiled by the very
+JITFunction.run that a launch goes through, under a driver that answers "cuda:90": so the keys in
+Triton's cache are the same.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Checkpoints with random weights, of the published size (bfloat16, 2.2 GB) or of the mini model's, under the names that
-`sample.py --weights DIR` looks for.
+"""Checkpoints with random weights, of the published size (bfloat16, 2.2 GB) or of the mini model's,
+under the names that `sample.py --weights DIR` looks for.
 
     python tools/gpu/weights.py DIR [--mini]
 """
