@@ -20,6 +20,7 @@ import official
 import sample
 from checkpoints import Checkpoint
 from golden import rule
+from kernels import fast
 from test_media import make, steady
 
 pytestmark = pytest.mark.slow
@@ -170,6 +171,24 @@ def test_published_files_give_the_official_numbers(published):
         else:
             decoded = golden[f"{name}.decoded_channel0"]
         rule.close(f"{name}, decoded", mels[:, 0], decoded, 1e-3)
+
+
+@torch.no_grad()
+def test_optimised_networks_of_the_published_size_give_the_plain_ones_numbers():
+    with torch.device("meta"):
+        unet, align = ldm.UNet(ldm.UNetConfig()), ldm.Alignment().model
+    rule.fill(unet, "model.diffusion_model.")
+    rule.fill(align, "model.")
+    x, context = rule.normal("in.unet.x", 2, 4, 16, 64), rule.normal("in.unet.context", 2, 32, 768)
+    features = rule.normal("in.cls.feat", 2, 32, 512)
+    t = torch.tensor([10.5, 699.25])
+    for name, network, condition in (("U-Net", unet, context), ("classifier", align, features)):
+        plain = network(x, t, condition)
+        fast.optimise(network)
+        rule.close(name, network(x, t, condition), plain, 1e-5)
+        rule.close(f"{name}, prepared", network(x, t, network.prepare(condition, t)), plain, 1e-5)
+        network.defer_biases()  # as on a GPU
+        rule.close(f"{name}, biases deferred", network(x, t, condition), plain, 1e-5)
 
 
 def test_converted_files_are_half_the_size_and_the_weights_rounded(published, converted):
