@@ -628,7 +628,7 @@ def read_audio(path, start=0.0, duration=None):
                 container, stream, info.start + start - 1.0
             )  # a decoder needs some frames to settle
         zero = info and info.start  # sound alone starts its own clock
-        until = math.inf if duration is None else start + duration
+        until = LONGEST if duration is None else start + duration  # beyond, the clock is damaged
         runs = sound_runs(container, stream, path, zero, until)
     if not runs and duration is None:
         raise MediaError(f"{path}: its sound track does not decode; give a video with sound")

@@ -842,3 +842,11 @@ def test_two_signals_end_it_at_once(tmp_path):
     _, said = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM and said.count("stopped") == 1
     assert not Path(f"/proc/{child}").exists() and list(tmp_path.iterdir()) == []
+
+
+def test_sound_a_day_late_is_damage(tmp_path):
+    """By a damaged clock; silence up to there would take gigabytes."""
+    clip = make(tmp_path / "a.mkv", steady(25, 1), wav=clicks(1, [0.5]), sound="flac", late=90000.0)
+    with pytest.raises(media.MediaError, match="does not decode"):
+        media.read_audio(clip)
+    assert not media.read_audio(clip, duration=1.0).any()
