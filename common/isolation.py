@@ -3,8 +3,8 @@
 in   call("common.ffmpeg", "read_audio", path, ...): a function by its name, and arguments
 out  what it returns; its warnings and errors too. MediaError where the child died
 
-One child serves all calls, so a call costs a fraction of a millisecond beside the file's own; it starts in a quarter of
-a second, while its parent still imports torch. A child that died is replaced at the next call. Requests and answers are
+One child serves all calls, so a call costs a fraction of a millisecond beside the file's own; it starts in about
+0.2 s, while its parent still imports torch. A child that died is replaced at the next call. Requests and answers are
 JSON and the plain bytes of arrays: the parent unpickles nothing that a child may have been made to say.
 """
 
