@@ -38,8 +38,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import training
-from checkpoints import Checkpoint, fill, fitting
+from common import audio, distributed, training
+from common.checkpoints import Checkpoint, checkpoint_errors, load_into
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,28 @@ PRESETS = {
 # paper: 300 epochs of 567,980 videos at 8 x 30, AdamW with decay 0.2 and a cosine to 0 (official `launch_script.sh`); its towers begin with
 # Kinetics' SlowOnly and PANNs' Cnn14, which are others' files: --init takes a whole CAVP
 RECIPES = {
-    "mini": dict(
-        steps=8000,
-        batch=16,
-        micro_batch=16,
-        lr=6e-4,
-        warmup=50,
-        clip=1,
-        by_loudness=1,
-        whole=1.0,
-        temporal=1,
-    ),
-    "paper": dict(
-        steps=710_000,
-        batch=240,
-        micro_batch=30,
-        lr=8e-4,
-        warmup=200,
-        clip=0,
-        by_loudness=0,
-        whole=0.0,
-        temporal=1,
-    ),
+    "mini": {
+        "steps": 8000,
+        "batch": 16,
+        "micro_batch": 16,
+        "lr": 6e-4,
+        "warmup": 50,
+        "clip": 1,
+        "by_loudness": 1,
+        "whole": 1.0,
+        "temporal": 1,
+    },
+    "paper": {
+        "steps": 710_000,
+        "batch": 240,
+        "micro_batch": 30,
+        "lr": 8e-4,
+        "warmup": 200,
+        "clip": 0,
+        "by_loudness": 0,
+        "whole": 0.0,
+        "temporal": 1,
+    },
 }
 NAMING = 2.0  # weight of the cross-entropies of naming, beside the contrast's terms
 FRAMES_AT_ONCE = 4  # of full size in memory
@@ -254,7 +254,7 @@ class Cnn14(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.bn = nn.BatchNorm2d(data.N_MELS)
+        self.bn = nn.BatchNorm2d(audio.N_MELS)
         widths = (1, *cfg.audio_widths)
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             setattr(self, f"conv_block{i + 1}", ConvBlock(a, b))
@@ -336,7 +336,7 @@ class CAVP(nn.Module):
     def load(cls, path, device="cpu", dtype=torch.float32, audio=True):
         """Ours, or the official cavp_epoch66.ckpt; strict. audio=False: without the audio tower, which generating does not need."""
         file = Checkpoint(path)
-        with fitting(path, cls), torch.device("meta"):
+        with checkpoint_errors(path, cls), torch.device("meta"):
             model = cls(
                 CAVPConfig(
                     **{
@@ -347,7 +347,7 @@ class CAVP(nn.Module):
             )
         if not audio:
             del model.spec_encoder
-        return fill(
+        return load_into(
             model,
             file,
             {k: file[k] for k in file if audio or not k.startswith("spec_encoder.")},
@@ -425,15 +425,15 @@ def clip_starts(videos, config, generator):
 def cut_clips(video, wav, config, starts):
     """The clips of each video that begin at `starts` (b, clips), and their sound from the sample where their first frame starts:
     (b, f, 3, h, w), (b, n) -> (b*clips, frames, 3, h, w), mel (b*clips, 128, s)."""
-    samples = config.frames // config.video_pool * config.audio_pool * AUDIO_STEP * data.HOP
+    samples = config.frames // config.video_pool * config.audio_pool * AUDIO_STEP * audio.HOP
     videos, wavs = [], []
     for v, a, row in zip(video, wav, starts.tolist()):
         for start in row:
             videos.append(v[start : start + config.frames])
-            first = round(start / config.fps * data.SAMPLE_RATE)
+            first = round(start / config.fps * audio.SAMPLE_RATE)
             piece = a[first : first + samples]
             wavs.append(F.pad(piece, (0, samples - len(piece))))
-    return torch.stack(videos), data.mel(torch.stack(wavs))
+    return torch.stack(videos), audio.mel(torch.stack(wavs))
 
 
 def augment(video, mirrored, gain):
@@ -495,15 +495,15 @@ def moving(model):
 def put_together(now, before, chunks):
     """Running statistics as one process would have them that sees all chunks in order: each process has moved the same
     `before` by its own `chunks`, each chunk taking a tenth of the way."""
-    if training.world() == 1 or not now:
+    if distributed.world() == 1 or not now:
         return
     kept = 0.9**chunks
     ours = torch.cat([(n - kept * b) for n, b in zip(now, before)]) * kept ** (
-        training.world() - 1 - training.rank()
+        distributed.world() - 1 - distributed.rank()
     )
     dist.all_reduce(ours)
     for n, b, moved in zip(now, before, ours.split([len(b) for b in before])):
-        n.copy_(kept ** training.world() * b + moved)
+        n.copy_(kept ** distributed.world() * b + moved)
 
 
 def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
@@ -525,7 +525,8 @@ def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
         seen = [features(*pair) for pair in zip(chunks, seeds)]
     after = [b.clone() for b in model.buffers()]
     video, audio = (
-        training.gathered(torch.cat([x[i].detach() for x in seen])).requires_grad_() for i in (0, 1)
+        distributed.all_gather(torch.cat([x[i].detach() for x in seen])).requires_grad_()
+        for i in (0, 1)
     )
     scale = seen[0][2].detach().requires_grad_()
     loss, terms = loss_of(video, audio, scale)
@@ -533,14 +534,16 @@ def backward(run, network, model, device, chunks, seeds, loss_of, share=0.0):
     for i, (chunk, rows) in enumerate(run.parts(network, chunks)):
         outputs = seen[0] if single else features(chunk, seeds[i])
         # the processes' gradients are averaged: a feature's comes from one of them, the scale's from all, once
-        shares = [g[rows] * training.world() for g in gradients[:2]] + [gradients[2] * (i == 0)]
-        shares += [torch.full_like(x, share * training.world()) for x in outputs[3:]]
+        shares = [g[rows] * distributed.world() for g in gradients[:2]] + [gradients[2] * (i == 0)]
+        shares += [torch.full_like(x, share * distributed.world()) for x in outputs[3:]]
         torch.autograd.backward(*zip(*[(y, g) for y, g in zip(outputs, shares) if y.requires_grad]))
     for b, value in zip(model.buffers(), after):
         b.copy_(value)
     put_together(moving(model), before, len(chunks))
     if share:
-        terms["named"] = share * training.gathered(torch.stack([x[3].detach() for x in seen])).sum()
+        terms["named"] = (
+            share * distributed.all_gather(torch.stack([x[3].detach() for x in seen])).sum()
+        )
         terms["loss"] = terms["loss"] + terms["named"]
     return terms
 
@@ -557,7 +560,7 @@ def contrast(video, audio, scale, weights, whole, temporal=True):
     with torch.no_grad():
         own = torch.einsum("nsd,nrd->nsr", video, audio).argmax(2)  # (n, segments)
         right = (own == torch.arange(segments, device=own.device)).float().mean()
-    loss, terms = inter + intra, dict(inter=inter, intra=intra, right_moment=right)
+    loss, terms = inter + intra, {"inter": inter, "intra": intra, "right_moment": right}
     if whole:
         terms["whole"] = contrastive_loss(
             *(F.normalize(x.amax(1), dim=-1) for x in (video, audio)), scale, 1
@@ -617,7 +620,11 @@ def nameless(model):
 
 
 def train(args):
-    device = training.settle(args, RECIPES, "cavp")
+    training.resolve_defaults(args, RECIPES, "cavp")
+    distributed.init(args.device)
+    training.check_batch(args)
+    training.check_run_folder(args)
+    device = training.set_up(args)
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
     config, labels, export = model.config, None, None
     if args.labels and not args.labels.is_dir():
@@ -626,11 +633,11 @@ def train(args):
         )
     if args.labels and config.clips > 1:
         raise training.TrainingError("--labels is for presets that train on one window of a clip")
-    root = training.once(
+    root = distributed.on_rank0(
         lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
     )
     reader = functools.partial(data.Clips, root, config.fps, config.size, span(config), args.seed)
-    clips, held_out = training.divided(reader, data.MediaError)
+    clips, held_out = training.train_val_split(reader)
     if args.labels:
         classes, onsets = read_labels(args.labels, (clips, held_out))
         model.namer, export = nn.Linear(config.embed_dim, len(classes)), nameless
@@ -650,7 +657,7 @@ def train(args):
     )
     ema = training.EMA(model)
     training.recompute(args, model, Bottleneck3d, ConvBlock)
-    run = training.Run(
+    run = training.TrainingRun(
         args,
         model,
         optimizer,
@@ -661,7 +668,7 @@ def train(args):
         functools.partial(validate, device=device, labels=labels),
         export,
     )
-    network, cut, n = training.parallel(model, embed), edge(model), args.batch * config.clips
+    network, cut, n = distributed.wrap_ddp(model, embed), edge(model), args.batch * config.clips
     for step in run:
         draw = training.generator(args, step)
         starts = clip_starts(args.batch, config, draw)
@@ -685,9 +692,11 @@ def train(args):
                 loudness_rise(mel, segments)[:, cut : segments - cut].reshape(args.micro_batch, -1)
             )
             seeds.append(training.seed_of(args.seed, step, 1 + rows.start // args.micro_batch))
-        weights = training.gathered(torch.cat(weights).to(device)) if args.by_loudness else None
+        weights = (
+            distributed.all_gather(torch.cat(weights).to(device)) if args.by_loudness else None
+        )
         share = (
-            NAMING / max(1, training.gathered(count[None].to(device)).sum().item())
+            NAMING / max(1, distributed.all_gather(count[None].to(device)).sum().item())
             if labels
             else 0.0
         )
@@ -704,7 +713,9 @@ def train(args):
 def extract(args):
     """A set of every clip's features (f, 512) float16 and sound int16 (n,), on one clock: what `ldm.py --data` reads. Clips that it holds
     already are not computed again. Any number of processes shares the work; the first one writes, in the order of the clips."""
-    device = training.settle(args, RECIPES, "cavp", trains=False)
+    training.resolve_defaults(args, RECIPES, "cavp")
+    distributed.init(args.device)
+    device = training.set_up(args)
     if not args.init:
         raise training.TrainingError(
             "--extract needs the trained network: add --init runs/cavp/last.safetensors"
@@ -716,7 +727,7 @@ def extract(args):
             model.video_project_head.weight.detach().float().cpu().numpy().tobytes()
         ).hexdigest()[:16],
     )
-    root = training.once(
+    root = distributed.on_rank0(
         lambda: data.prepared(args.data, config.fps, config.size, args.out.parent / "prepared")
     )
     clips = data.Clips(root, config.fps, config.size)
@@ -737,9 +748,9 @@ def extract(args):
             "sound": sound.numpy().tobytes(),
         }
 
-    first, world = training.rank() == 0, training.world()
+    first, world = distributed.rank() == 0, distributed.world()
     with data.Writer(args.extract, about) if first else contextlib.nullcontext() as writer:
-        todo = training.collected(
+        todo = distributed.all_gather_object(
             [i for i in range(len(clips)) if clips.about(i)[0] not in writer.names]
             if first
             else None
@@ -752,9 +763,10 @@ def extract(args):
             disable=not first,
         ) as bar:
             for k in range(0, len(todo), world):
-                mine = todo[k + training.rank()] if k + training.rank() < len(todo) else None
+                mine = todo[k + distributed.rank()] if k + distributed.rank() < len(todo) else None
                 for i, made in zip(
-                    todo[k : k + world], training.collected(None if mine is None else columns(mine))
+                    todo[k : k + world],
+                    distributed.all_gather_object(None if mine is None else columns(mine)),
                 ):
                     if first:
                         writer.add(*clips.about(i), made)
@@ -797,7 +809,7 @@ def main(argv=None):
         help="write the features of --data there instead of training",
     )
     args = p.parse_args(argv)
-    with training.command("cavp.py", data.MediaError):
+    with distributed.report_errors("cavp.py"):
         (extract if args.extract else train)(args)
 
 

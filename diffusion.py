@@ -12,7 +12,6 @@ Differs from the official code: every sampler takes every guidance; S steps of D
 
 import torch
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # noise schedule (official `diffusionmodules/util.py`: square roots evenly spaced, called "linear" there)
 
@@ -25,20 +24,20 @@ def make_schedule():
     a = (1 - betas).cumprod(0)
     previous = torch.cat([a.new_ones(1), a[:-1]])
     variance = betas * (1 - previous) / (1 - a)
-    s = dict(
-        betas=betas,
-        alphas_cumprod=a,
-        alphas_cumprod_prev=previous,
-        sqrt_alphas_cumprod=a.sqrt(),
-        sqrt_one_minus_alphas_cumprod=(1 - a).sqrt(),
-        log_one_minus_alphas_cumprod=(1 - a).log(),
-        sqrt_recip_alphas_cumprod=a.rsqrt(),
-        sqrt_recipm1_alphas_cumprod=(1 / a - 1).sqrt(),
-        posterior_variance=variance,
-        posterior_log_variance_clipped=variance.clamp(min=1e-20).log(),
-        posterior_mean_coef1=betas * previous.sqrt() / (1 - a),
-        posterior_mean_coef2=(1 - previous) * (1 - betas).sqrt() / (1 - a),
-    )
+    s = {
+        "betas": betas,
+        "alphas_cumprod": a,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": a.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - a).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - a).log(),
+        "sqrt_recip_alphas_cumprod": a.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / a - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - a),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - a),
+    }
     return {k: v.float() for k, v in s.items()}
 
 

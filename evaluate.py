@@ -15,13 +15,13 @@ out  the table, OUT/evaluate.json {"rows": {row: {column: value}}, "intervals": 
     torchrun --nproc_per_node 4 evaluate.py --data held-out         clips shared out; the same table
     python evaluate.py --data vggsound-test --official-melception melception-21-05-10T09-28-40.pt       the paper's figures too
 
-onset_f1_100ms ...  found onsets against labelled ones, pooled over clips, one to one within 100 or 50 ms (`data.match`)
+onset_f1_100ms ...  found onsets against labelled ones, pooled over clips, one to one within 100 or 50 ms (`audio.match`)
 heard_f1_100ms      the same within 100 ms of the onsets that are heard in the true sound, whatever the labels say
 onset_count_error   mean difference of how many there are
 desync_ms           mean over clips of how far the onset strengths must be slid over the true sound's to agree best (up to 1 s either
                     way), and desync_over_200ms, the share of clips beyond that; clips without any onset strength are left out
 align_acc           share of clips that the judging classifier calls aligned; it is trained as the paper trains its own (Sec. 5.1: clean
-                    latents), from its own seed, and neither guides nor ranks: `python ldm.py --model align --clean`
+                    latents), from its own seed, and neither guides nor ranks: `python align.py --clean`
 material_acc        share of labelled hits at which judge.py hears the right material
 frechet, inception_score, kl    in judge.py's space: distance of all clips, quality and variety, divergence clip by clip
 melception_fid, melception_is (and its deviation over 10 splits, so from 10 clips on), melception_kl    the paper's, see melception.py. Only KL
@@ -49,26 +49,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import training
+from align import Alignment
 from cavp import CAVP
-from data import (
-    COLUMN,
-    HOP,
-    SAMPLE_RATE,
-    SPLITS,
-    MediaError,
-    atomic_write,
-    find_videos,
-    probe,
-    read_audio,
-    read_onsets,
-    split_of,
-    write_wav,
-)
-from data import detect_onsets, f1, match, mel, onset_strength
-from judge import Judge, clear_hits, divergence, frechet, inception_score
-from ldm import LATENT_SCALE, Alignment
-from melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
+from common import distributed, plots, training
+from common.audio import COLUMN, HOP, SAMPLE_RATE, detect_onsets, f1, match, mel, onset_strength
+from common.media import MediaError, atomic_write, find_videos, probe, read_audio, write_wav
+from data import SPLITS, read_onsets, split_of
+from metrics.judge import Judge, clear_hits, divergence, frechet, inception_score
+from metrics.melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
 from sample import (
     COLUMNS,
     generate,
@@ -80,7 +68,7 @@ from sample import (
     video_features,
     vocode,
 )
-from vae import AutoencoderKL
+from vae import LATENT_SCALE, AutoencoderKL
 
 SLIDE = 62  # mel columns (1 s): how far onset strengths are slid over each other
 FLOOR = 1e-3  # of full scale: below, a level counts as this
@@ -304,18 +292,18 @@ def shared(items):
     return [
         result
         for _, result in sorted(
-            itertools.chain(*training.collected(items)), key=lambda item: item[0]
+            itertools.chain(*distributed.all_gather_object(items)), key=lambda item: item[0]
         )
     ]
 
 
 def each(items, function, name):
     """function(number, item) of every item, shared out over the processes; all of them get all results."""
-    numbers = range(training.rank(), len(items), training.world())
+    numbers = range(distributed.rank(), len(items), distributed.world())
     return shared(
         [
             (k, function(k, items[k]))
-            for k in tqdm(numbers, desc=name, unit="clip", disable=training.rank() > 0)
+            for k in tqdm(numbers, desc=name, unit="clip", disable=distributed.rank() > 0)
         ]
     )
 
@@ -323,15 +311,15 @@ def each(items, function, name):
 # Settings that a row may have of its own, as in the paper's ablations: (name of the row, {setting: value})
 ABLATIONS = {
     "guidance": [
-        ("none", dict(cfg=1.0, cg=0.0)),
-        ("classifier", dict(cfg=1.0)),
-        ("classifier_free", dict(cg=0.0)),
+        ("none", {"cfg": 1.0, "cg": 0.0}),
+        ("classifier", {"cfg": 1.0}),
+        ("classifier_free", {"cg": 0.0}),
         ("both", {}),
     ],
-    "cfg": [(f"cfg_{cfg:g}", dict(cfg=cfg)) for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)],
-    "cg": [(f"cg_{cg:g}", dict(cg=cg)) for cg in (0.0, 5.0, 15.0, 30.0, 50.0)],
+    "cfg": [(f"cfg_{cfg:g}", {"cfg": cfg}) for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)],
+    "cg": [(f"cg_{cg:g}", {"cg": cg}) for cg in (0.0, 5.0, 15.0, 30.0, 50.0)],
     "samplers": [
-        (f"{sampler}_{steps}", dict(sampler=sampler, steps=steps))
+        (f"{sampler}_{steps}", {"sampler": sampler, "steps": steps})
         for sampler, steps in (
             ("dpm", 10),
             ("dpm", 25),
@@ -447,7 +435,7 @@ def evaluate(args):
         variants = (
             [("ours", {})]
             if len(args.weights) == 1
-            else [(Path(w).name, dict(weights=w)) for w in args.weights]
+            else [(Path(w).name, {"weights": w}) for w in args.weights]
         )
     measured = {}
     for name, settings in variants:
@@ -512,27 +500,7 @@ def table(rows, intervals):
     )
 
 
-def draw(rows, intervals, path):
-    """The figures between 0 and 1 as dots with their intervals."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
-
-    columns = [
-        c
-        for c in ("onset_f1_100ms", "onset_f1_50ms", "align_acc", "material_acc")
-        if rows["ground_truth"].get(c) is not None
-    ]
-    figure = Figure((3 * len(columns) + 1, 1 + 0.35 * len(rows)), layout="constrained")
-    for axis, column in zip(
-        figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns
-    ):
-        for k, name in enumerate(rows):
-            low, high = intervals[name][column]
-            axis.plot([low, high], [k, k], "C0", linewidth=3, alpha=0.4)
-            axis.plot(rows[name][column], k, "C0o")
-        axis.set(title=column, xlim=(-0.02, 1.02), yticks=range(len(rows)), yticklabels=list(rows))
-        axis.grid(alpha=0.3)
-    figure.axes[0].invert_yaxis()
-    figure.savefig(path)
+PLOTTED = ("onset_f1_100ms", "onset_f1_50ms", "align_acc", "material_acc")
 
 
 def arguments(argv):
@@ -628,11 +596,11 @@ def main(argv=None):
     args = arguments(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with training.command("evaluate.py", MediaError, OSError):
-        training.join(args.device)
+    with distributed.report_errors("evaluate.py", MediaError, OSError):
+        distributed.init(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         rows, intervals, clips = evaluate(args)
-        if training.rank() == 0:
+        if distributed.rank() == 0:
             settings = {
                 name: str(value) if isinstance(value, (Path, list)) else value
                 for name, value in vars(args).items()
@@ -651,7 +619,8 @@ def main(argv=None):
                     + "\n"
                 )
             with atomic_write(args.out / "evaluate.png") as part:
-                draw(rows, intervals, part)
+                columns = [c for c in PLOTTED if rows["ground_truth"].get(c) is not None]
+                plots.plot_table(part, rows, intervals, columns)
             print(table(rows, intervals))
 
 

@@ -14,9 +14,7 @@ the classifier sees its own projection of exactly the window's features; log sig
 latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
 """
 
-import argparse
 import functools
-import itertools
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,27 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import stable_diffusion
-import training
-from checkpoints import Checkpoint, convert, fill, fitting
-from diffusion import (
-    ALPHAS_CUMPROD,
-    SAMPLERS,
-    TIMES,
-    ddim,
-    ddim_times,
-    dpm_solver,
-    dpm_times,
-    guided_eps,
-    log_alpha,
-    make_schedule,  # noqa: F401
-    plms,
-    plms_times,
-    q_sample,
-    sigma,
-)  # handed on: whoever has an LDM samples with it
+from common import audio, distributed, training
+from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from compat import stable_diffusion
+from diffusion import ALPHAS_CUMPROD, dpm_solver, guided_eps, make_schedule, q_sample
 from kernels.attention import attention
-from vae import PRESETS as VAE_PRESETS
 from vae import (
     LATENT_SCALE,
     AutoencoderKL,
@@ -56,6 +38,7 @@ from vae import (
     sample_posterior,
     tuples,
 )
+from vae import PRESETS as VAE_PRESETS
 
 # latents are scaled by LATENT_SCALE in this file and nowhere else
 LATENT_SHAPE = (
@@ -96,93 +79,53 @@ class LDMConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
 
 
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """The official double-guidance classifier's sizes (`double_guidance/alignment_backbone.py`)."""
-
-    fps: float = 4.0
-    frames: int = 32
-    positions: int = 40
-    feature_dim: int = 512
-    guidance: float = 50.0  # the scale of its gradient that suits it in double guidance
-    unet: UNetConfig = field(
-        default_factory=lambda: UNetConfig(
-            width=128, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), context_dim=512
-        )
-    )
-
-
-MINI = dict(fps=15.625, frames=128, positions=128)
+MINI = {"fps": 15.625, "frames": 128, "positions": 128}
 PRESETS = {
-    "paper": (LDMConfig(), AlignmentConfig()),
-    "mini": (
-        LDMConfig(
-            **MINI,
-            guidance=2.5,
-            vae=VAE_PRESETS["mini"],
-            unet=UNetConfig(
-                width=48,
-                multipliers=(1, 2, 3),
-                blocks=1,
-                attention=(2, 4),
-                heads=3,
-                context_dim=128,
-                groups=16,
-                aligned=2,
-            ),
-        ),
-        AlignmentConfig(
-            **MINI,
-            guidance=15.0,
-            unet=UNetConfig(
-                width=32,
-                multipliers=(1, 2, 4),
-                blocks=1,
-                attention=(2, 4),
-                heads=4,
-                context_dim=128,
-                groups=16,
-                aligned=2,
-            ),
+    "paper": LDMConfig(),
+    "mini": LDMConfig(
+        **MINI,
+        guidance=2.5,
+        vae=VAE_PRESETS["mini"],
+        unet=UNetConfig(
+            width=48,
+            multipliers=(1, 2, 3),
+            blocks=1,
+            attention=(2, 4),
+            heads=3,
+            context_dim=128,
+            groups=16,
+            aligned=2,
         ),
     ),
 }
 # paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
 # of the classifier only the lr is published, its steps and batch are ours
 RECIPES = {
-    "ldm": {
-        "mini": dict(
-            steps=5000,
-            batch=8,
-            lr=5e-4,
-            warmup=100,
-            clip=1,
-            merge=0.5,
-            roll=0,
-            repeats=4,
-            v_loss=1,
-            by_energy=1,
-            shift=3,
-        ),
-        "paper": dict(
-            steps=28_400,
-            batch=1760,
-            lr=1e-4,
-            warmup=1000,
-            clip=0,
-            merge=0.5,
-            roll=0,
-            repeats=1,
-            v_loss=0,
-            by_energy=0,
-            shift=1,
-        ),
+    "mini": {
+        "steps": 5000,
+        "batch": 8,
+        "lr": 5e-4,
+        "warmup": 100,
+        "clip": 1,
+        "merge": 0.5,
+        "roll": 0,
+        "repeats": 4,
+        "v_loss": 1,
+        "by_energy": 1,
+        "shift": 3,
     },
-    "align": {
-        "mini": dict(steps=800, batch=16, lr=5e-4, warmup=100, clip=1, merge=0, roll=1, repeats=4),
-        "paper": dict(
-            steps=50_000, batch=256, lr=5e-5, warmup=0, clip=0, merge=0, roll=0, repeats=1
-        ),
+    "paper": {
+        "steps": 28_400,
+        "batch": 1760,
+        "lr": 1e-4,
+        "warmup": 1000,
+        "clip": 0,
+        "merge": 0.5,
+        "roll": 0,
+        "repeats": 1,
+        "v_loss": 0,
+        "by_energy": 0,
+        "shift": 1,
     },
 }
 
@@ -446,23 +389,6 @@ class UNet(Backbone):
         return self.out["2"](self.out["0"](h, silu=True))
 
 
-class Classifier(Backbone):
-    """The way down with a pooled head: (b, 1) logit that sound x at noise level t and the context belong together."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        c = self.out_width
-        self.out = nn.ModuleDict(
-            {"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, cfg.width, 3, padding=1)}
-        )
-        self.classifier = nn.Linear(cfg.width, 1)
-
-    def forward(self, x, t, context):
-        h, _ = self.down(x, self.embed(self.one_time_each(t, x)), context.to(self.dtype))
-        h = self.out["2"](self.out["0"](h, silu=True))
-        return self.classifier(h.mean((2, 3)))
-
-
 class Conditioner(nn.Module):
     """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned embedding of the position."""
 
@@ -555,55 +481,13 @@ class LDM(nn.Module):
     def load(cls, path, device="cpu", dtype=torch.float32, encoder=True):
         """Ours, or the official ldm_epoch240.ckpt; strict. encoder=False: without the autoencoder's, which generating does not need."""
         file = Checkpoint(path)
-        with fitting(path, cls), torch.device("meta"):
+        with checkpoint_errors(path, cls), torch.device("meta"):
             model = cls(LDMConfig() if file.config is None else read_config(LDMConfig, file.config))
         unused = () if encoder else ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
         if unused:
             del model.vae.encoder, model.vae.quant_conv
         tensors = {k: file[k] for k in file if not k.startswith(unused)}
-        return fill(model, file, tensors, device, dtype).requires_grad_(False)
-
-
-class Alignment(nn.Module):
-    """Probability that sound and picture belong together, at any noise level: the classifier of double guidance (Sec. 3.3)."""
-
-    def __init__(self, config=AlignmentConfig()):
-        super().__init__()
-        self.config = config
-        self.register_buffer("scale_factor", torch.tensor(LATENT_SCALE))
-        add_schedule(self)
-        self.model = Classifier(config.unet)
-        self.cond_model = Conditioner(config.feature_dim, config.unet.context_dim, config.positions)
-
-    def logit(self, x, t, features):
-        """x scaled latents (b, 4, 16, w), t (b,), features (b, f, 512) -> (b, 1)."""
-        return self.model(x, t, self.cond_model(features))
-
-    def forward(self, x, t, features):
-        return self.logit(x, t, features).sigmoid()
-
-    def log_prob(self, x, t, features):
-        """log p(aligned); log sigmoid of the logit, which does not underflow where the sigmoid does."""
-        return F.logsigmoid(self.logit(x, t, features).float())
-
-    def grad_log_prob(self, x, t, features):
-        """d log p / d x, (b, 4, 16, w); through the classifier only, in x's own dtype."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.log_prob(x, t, features).sum(), x)[0]
-
-    @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """Ours, or the official double_guidance_classifier.ckpt; strict. An autoencoder that a file carries beside it is left out."""
-        file = Checkpoint(path)
-        with fitting(path, cls), torch.device("meta"):
-            model = cls(
-                AlignmentConfig()
-                if file.config is None
-                else read_config(AlignmentConfig, file.config)
-            )
-        tensors = {k: file[k] for k in file if not k.startswith("first_stage_model.")}
-        return fill(model, file, tensors, device, dtype).requires_grad_(False)
+        return load_into(model, file, tensors, device, dtype).requires_grad_(False)
 
 
 def read_config(cls, config):
@@ -644,13 +528,13 @@ def start(args, model, validate):
         merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
         return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
 
-    run = training.Run(
+    run = training.TrainingRun(
         args,
         model,
         optimizer,
         asdict(cfg),
         ema,
-        *training.divided(reader, data.MediaError),
+        *training.train_val_split(reader),
         validate,
         training.merge_lora if args.lora else None,
     )
@@ -695,13 +579,13 @@ def noise_levels(count, shift, generator):
     return (1000 * shift * u / (1 + (shift - 1) * u)).long().clamp(max=999)
 
 
-def validate_ldm(model, pairs, device, most=16, drawn=4, **weights):
+def validate(model, pairs, device, most=16, drawn=4, **weights):
     """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
     g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
     t, frames = torch.tensor([100, 350, 600, 850], device=device), model.config.frames
     for i in range(min(most, len(pairs))):
         item = pairs[i]
-        mel, features = data.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
+        mel, features = audio.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
         z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(
             len(t), -1, -1, -1
         )
@@ -745,7 +629,7 @@ def initial(args):
         if args.new_conditioner:
             model.conditioner.reset()
         if args.vae:
-            with fitting(args.vae, AutoencoderKL):
+            with checkpoint_errors(args.vae, AutoencoderKL):
                 model.first_stage_model.load_state_dict(AutoencoderKL.load(args.vae).state_dict())
         return model
     source = args.vae or (
@@ -756,23 +640,28 @@ def initial(args):
             "stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
         )
     first_stage = AutoencoderKL.load(source)
-    model = LDM(replace(PRESETS[args.preset][0], vae=first_stage.config))
+    model = LDM(replace(PRESETS[args.preset], vae=first_stage.config))
     model.first_stage_model.load_state_dict(first_stage.state_dict())
     if unet:
-        with fitting(args.init, UNet):
+        with checkpoint_errors(args.init, UNet):
             model.unet.load_state_dict(unet)
     return model
 
 
-def rate(args):
+def final_rate(args):
     """What the learning rate's cosine ends at, as a share of its peak; the published rate stays constant."""
     return 0.05 if args.preset == "mini" else 1.0
 
 
-def train_ldm(args, device):
+def train(args):
     """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
     (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
     half as much as the small U-Net's training."""
+    training.resolve_defaults(args, RECIPES, "ldm")
+    distributed.init(args.device)
+    training.check_batch(args)
+    training.check_run_folder(args)
+    device = training.set_up(args)
     model = initial(args).to(device, memory_format=torch.channels_last).train()
     (
         model.unet.requires_grad_(True),
@@ -781,12 +670,10 @@ def train_ldm(args, device):
     )
     if args.shift < 1:
         raise training.TrainingError("--shift must be at least 1")
-    weights = dict(v_loss=bool(args.v_loss), by_energy=bool(args.by_energy))
-    run, optimizer, ema = start(
-        args, model, functools.partial(validate_ldm, device=device, **weights)
-    )
+    weights = {"v_loss": bool(args.v_loss), "by_energy": bool(args.by_energy)}
+    run, optimizer, ema = start(args, model, functools.partial(validate, device=device, **weights))
     network, n = (
-        training.parallel(model, functools.partial(denoising_loss, **weights)),
+        distributed.wrap_ddp(model, functools.partial(denoising_loss, **weights)),
         args.repeats,
     )
     for step in run:
@@ -797,7 +684,7 @@ def train_ldm(args, device):
         kept = torch.rand(args.batch * n, 1, 1, generator=draw) >= 0.2
         for batch, rows in run.parts(network):
             many = slice(n * rows.start, n * rows.stop)
-            mel = data.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
+            mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
             features = batch["features"].to(device, non_blocking=True).repeat_interleave(
                 n, 0
             ) * kept[many].to(device)  # (b*n, f, 512)
@@ -808,153 +695,13 @@ def train_ldm(args, device):
                 loss = network(z, t[many].to(device), noise[many].to(device), features)
             (loss / run.count).backward()
             run.add(loss=loss)
-        run.report(gradient_norm=training.update(args, step, optimizer, ema, model, rate(args)))
-
-
-def pairings(features, generator=None):
-    """features (b, f, d) of the right moments -> the same, moved in time, or another clip's; labels (b, 1) float: 1 for the first half
-    in expectation, 0 for the two quarters (the official set that made its labels is unpublished). Moves wrap around; they are between a
-    fortieth (0.2 s) and a half of the window. The other clip is the one half a batch away."""
-    b, f, _ = features.shape
-    kind = torch.rand(b, generator=generator)
-    least = max(1, f // 40)
-    shift = torch.randint(least, f // 2 + 1, (b,), generator=generator)
-    shift *= torch.randint(0, 2, (b,), generator=generator) * 2 - 1  # either way
-    moved = (torch.arange(f) - shift[:, None]) % f  # (b, f)
-    row = torch.arange(b)
-    out = features.clone()
-    is_moved, is_other = (kind >= 0.5) & (kind < 0.75), kind >= 0.75
-    out[is_moved] = features[row[is_moved, None], moved[is_moved]]
-    out[is_other] = features[(row[is_other] + b // 2) % b]
-    return out, (kind < 0.5).float()[:, None]
-
-
-def classify(model, z, t, noise, features):
-    return model.logit(q_sample(z, t, noise), t, features).float()
-
-
-def noising(count, generator, clean=False):
-    """Times (count,) and noise for as many latents; clean: 0 and none."""
-    t, noise = (
-        torch.randint(0, 1000, (count,), generator=generator),
-        torch.randn(count, *LATENT_SHAPE, generator=generator),
-    )
-    return (torch.zeros_like(t), torch.zeros_like(noise)) if clean else (t, noise)
-
-
-def validate_align(model, pairs, device, first_stage, clean=False, most=32, repeats=4):
-    """Loss and share of right answers over pairings and noise levels of at most `most` clips, the same ones every time."""
-    g, items = torch.Generator().manual_seed(0), [pairs[i] for i in range(min(most, len(pairs)))]
-    features, label = pairings(
-        torch.stack([item["features"] for item in items]).repeat_interleave(repeats, 0), g
-    )
-    logits = []
-    for i, item in enumerate(items):
-        rows = slice(repeats * i, repeats * (i + 1))
-        z = latents(
-            first_stage,
-            data.mel(item["wav"].to(device))[None],
-            torch.randn(1, *LATENT_SHAPE, generator=g).to(device),
+        run.report(
+            gradient_norm=training.update(args, step, optimizer, ema, model, final_rate(args))
         )
-        t, noise = noising(repeats, g, clean)
-        logits.append(
-            classify(
-                model,
-                z.expand(repeats, -1, -1, -1),
-                t.to(device),
-                noise.to(device),
-                features[rows].to(device),
-            ).cpu()
-        )
-    logits = torch.cat(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, label).item()
-    return {
-        "val_loss": loss,
-        "val_accuracy": ((logits > 0) == (label > 0.5)).float().mean().item(),
-    }, []
-
-
-def train_align(args, device):
-    """Binary cross-entropy on noised latents, t uniform over 0..999 (official `alignment_classifier.py` 232). --clean: without noise, at
-    t = 0, as the paper trains the classifier that judges (official `alignment_classifier_metric.py` 248)."""
-    if args.batch < 2:
-        raise training.TrainingError(
-            "--batch 1 has no other clip to make a wrong pair with; give at least 2"
-        )
-    if not args.vae:
-        raise training.TrainingError(
-            "the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
-        )
-    model = (
-        (Alignment.load(args.init) if args.init else Alignment(PRESETS[args.preset][1]))
-        .requires_grad_(True)
-        .train()
-    )
-    model = model.to(device, memory_format=torch.channels_last)
-    first_stage = AutoencoderKL.load(args.vae, device).requires_grad_(False)
-    run, optimizer, ema = start(
-        args,
-        model,
-        functools.partial(validate_align, device=device, first_stage=first_stage, clean=args.clean),
-    )
-    network, n = training.parallel(model, classify), args.repeats
-    for step in run:
-        draw = training.generator(args, step)
-        posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
-        t, noise = noising(args.batch * n, draw, args.clean)
-        loaded = list(itertools.islice(run.loader, run.count))
-        # of the whole batch, because the other clip of a wrong pair may be another process's
-        features = training.gathered(torch.cat([batch["features"] for batch in loaded]).to(device))
-        features, label = pairings(features.repeat_interleave(n, 0), draw)
-        for batch, rows in run.parts(network, loaded):
-            many = slice(n * rows.start, n * rows.stop)
-            mel, right = (
-                data.mel(batch["wav"].to(device, non_blocking=True)),
-                label[many].to(device),
-            )
-            with training.autocast(args):
-                z = latents(first_stage, mel, posterior[rows].to(device)).repeat_interleave(n, 0)
-                logit = network(z, t[many].to(device), noise[many].to(device), features[many])
-            loss = F.binary_cross_entropy_with_logits(logit, right)
-            (loss / run.count).backward()
-            run.add(loss=loss, accuracy=((logit > 0) == (right > 0.5)).float().mean())
-        run.report(gradient_norm=training.update(args, step, optimizer, ema, model, rate(args)))
-
-
-def main_convert(argv):
-    p = argparse.ArgumentParser(
-        description="Published or other checkpoints as safetensors, half the size in bfloat16."
-    )
-    p.add_argument("--convert", type=Path, nargs=2, metavar=("DIR", "OUT"), required=True)
-    p.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="bfloat16",
-        help="of matrices and convolutions",
-    )
-    args = p.parse_args(argv)
-    for path, out in convert(*args.convert, getattr(torch, args.dtype)):
-        print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
 
 
 def main(argv=None):
-    stage = argparse.ArgumentParser(add_help=False)
-    stage.add_argument("--model", choices=list(RECIPES), default="ldm")
-    stage.add_argument("--convert", action="store_true")
-    first = stage.parse_known_args(argv)[0]
-    model = first.model  # the two trainings differ in their defaults
-    p = training.arguments(__doc__, RECIPES[model])
-    p.add_argument(
-        "--model",
-        choices=list(RECIPES),
-        default="ldm",
-        help="ldm: the U-Net and its conditioner; align: the classifier of double guidance",
-    )
-    p.add_argument(
-        "--convert",
-        metavar="DIR OUT",
-        help="instead of training: a folder's checkpoints as safetensors; see --convert --help",
-    )
+    p = training.arguments(__doc__, RECIPES)
     p.add_argument(
         "--vae",
         type=Path,
@@ -966,56 +713,26 @@ def main(argv=None):
         help="with --init: keep U-Net and autoencoder, start the conditioner anew "
         "(new features, as the published run did from Stable Diffusion)",
     )
-    p.add_argument(
-        "--lora",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="train the conditioner and adapters of this rank on the matrices "
-        "of the transformer blocks, which are part of the saved weights; 0: train everything",
-    )
-    p.add_argument(
-        "--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step"
-    )
-    p.add_argument(
-        "--merge",
-        type=float,
-        help="share of samples joined from two clips (split-and-merge augmentation)",
-    )
-    p.add_argument(
-        "--roll",
-        type=float,
-        help="share of samples whose sound and picture are rotated in time together",
-    )
+    training.add_stage2_arguments(p)
     p.add_argument(
         "--v-loss",
         type=int,
         choices=(0, 1),
-        help="of --model ldm: 1 counts every noise level alike, 0 as published",
+        help="1 counts every noise level alike, 0 as published",
     )
     p.add_argument(
         "--by-energy",
         type=int,
         choices=(0, 1),
-        help="of --model ldm: 1 counts a moment by the energy that is expected "
-        "there, 0 all alike, as published",
+        help="1 counts a moment by the energy that is expected there, 0 all alike, as published",
     )
     p.add_argument(
         "--shift",
         type=float,
-        help="of --model ldm: above 1, high noise levels are seen more often; 1: all alike, as published",
+        help="above 1, high noise levels are seen more often; 1: all alike, as published",
     )
-    p.add_argument(
-        "--clean",
-        action="store_true",
-        help="of --model align: see no noise; for the judge of evaluate.py, not for guidance",
-    )
-    with training.command("ldm.py", data.MediaError):
-        if first.convert:
-            return main_convert(argv)
-        args = p.parse_args(argv)
-        device = training.settle(args, RECIPES[model], model)
-        (train_ldm if model == "ldm" else train_align)(args, device)
+    with distributed.report_errors("ldm.py"):
+        train(p.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -222,16 +222,23 @@ from tqdm import tqdm
 
 import data
 import kernels
-import official
-import watermark
+from align import Alignment
 from cavp import CAVP
-from checkpoints import Checkpoint, CheckpointError
-from compat import hub
-from data import HOP, SAMPLE_RATE, WINDOW, MediaError
+from common import audio, media, plots, watermark
+from common.audio import HOP, SAMPLE_RATE, WINDOW
+from common.checkpoints import Checkpoint, CheckpointError
+from common.machine import (
+    computes_bfloat16,
+    find_device,
+    keep_freed_memory,
+    peak_memory,
+    return_freed_memory,
+)
+from common.media import MediaError
+from compat import hub, official
 from diffusion import SAMPLERS, TIMES, sigma
 from kernels import fast
-from ldm import LATENT_SHAPE, LDM, Alignment, UNetConfig
-from training import computes_bfloat16, keep_freed_memory, return_freed_memory
+from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 COLUMNS = WINDOW // HOP  # mel columns of a window
 LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
@@ -310,20 +317,6 @@ def noise_field(seed, candidate, columns):
 # measuring
 
 
-def peak_memory():
-    """Bytes that this process has had at most."""
-    status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # Linux, whose ru_maxrss begins with that of the process which started this one
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    import resource  # not on every system
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
 class Profile:
     """`with profile("stage"):` adds up seconds; memory is the peak so far: the process's, or on a GPU what was
     allocated there."""
@@ -333,10 +326,7 @@ class Profile:
         self.started = time.perf_counter() if started is None else started
 
     def add(self, stage, seconds):
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = peak_memory() / 2**20
+        peak = peak_memory("cuda" if self.cuda else "cpu") / 2**20
         seconds += self.rows.get(stage, {"seconds": 0.0})["seconds"]
         self.rows[stage] = {"seconds": seconds, "peak_mib": round(peak, 1)}
 
@@ -381,21 +371,6 @@ def find_checkpoint(folder, *patterns):
         if found:
             return found[0]
     return None
-
-
-def find_device(name):
-    """auto, cpu, cuda or cuda:1, also as a torch.device -> torch.device. auto: a GPU where torch finds one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {quoted(name)}: not one of auto, cpu, cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {quoted(name)}: torch finds no such GPU; give auto or cpu")
-    return device
 
 
 def load_models(weights="mini", device="auto", dtype=None):
@@ -467,7 +442,9 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
         with profile("decode"):
             wanted = min(high, shown) - low
             if wanted > 0:
-                frames = data.read_frames(path, fps, size, start + low / fps, wanted / fps)[:wanted]
+                frames = media.read_frames(path, fps, size, start + low / fps, wanted / fps)[
+                    :wanted
+                ]
             else:
                 frames = frames[-1:]
             still = frames[-1:].expand(high - low - len(frames), -1, -1, -1)
@@ -553,11 +530,11 @@ def tags_of(name, seed, mark=True):
 
 def mix(wavs, path, gain, start):
     """The clip's own sound, `gain` dB louder, under every candidate {number: sound (n,)}."""
-    if not data.probe(path).has_audio:
+    if not media.probe(path).has_audio:
         warnings.warn(f"{path}: has no sound of its own; --keep-audio adds nothing", stacklevel=2)
         return wavs
     samples = len(next(iter(wavs.values())))
-    own = data.read_audio(path, start, samples / SAMPLE_RATE) * 10 ** (gain / 20)
+    own = media.read_audio(path, start, samples / SAMPLE_RATE) * 10 ** (gain / 20)
     return {k: limit(wav + own) for k, wav in wavs.items()}
 
 
@@ -572,7 +549,7 @@ def vocode(mel, samples, device="cpu"):
     rise = (torch.arange(HOP) + 0.5) / HOP
     for a, b in itertools.pairwise([*cuts, columns]):
         low, high = max(0, a - 16), min(columns, b + 16)  # some columns more, for the phases
-        wav = data.vocode(mel[:, low:high].to(device)).cpu()  # ((high - low) * HOP,)
+        wav = audio.vocode(mel[:, low:high].to(device)).cpu()  # ((high - low) * HOP,)
         share = torch.ones_like(wav)
         if a:
             share[: (a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
@@ -739,7 +716,7 @@ def generate(
             "double_guidance_classifier.ckpt, or give cg 0 and one candidate"
         )
     with profile("decode"):
-        whole = data.probe(video_path).duration
+        whole = media.probe(video_path).duration
     if start >= whole:
         raise MediaError(
             f"{video_path}: start {start:g} is past its end, {whole:.2f} s; start earlier"
@@ -814,36 +791,17 @@ def finish(result, path, start, keep_audio, mark):
 # pictures and files
 
 
-def draw_plot(path, source, result, start):
-    """Frames, where things are struck (as the labels beside the clip say, if there are any) and where the sound has onsets,
-    spectrogram and waveform, on one time axis."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
-
-    seconds, count = result.seconds, 12
-    figure = Figure((12, 6), layout="constrained")
-    strip, marks, mel, wave = figure.subplots(4, 1, sharex=True, height_ratios=(4, 1.5, 8, 4))
-    frames = data.read_frames(source, count / seconds, 96, start + seconds / count / 2, seconds)[
-        :count
-    ]
-    for k, frame in enumerate(frames):  # (3, h, w)
-        extent = (k * seconds / count, (k + 1) * seconds / count, 0, 1)
-        strip.imshow(frame.permute(1, 2, 0).numpy(), extent=extent, aspect="auto")
-    strip.set(yticks=[], ylim=(0, 1), title=Path(source).name)
-    rows = {"heard": data.detect_onsets(result.mel.numpy())}
+def plot(path, source, result, start, count=12):
+    """NAME.foley.png of one result."""
+    seconds = result.seconds
+    middle = start + seconds / count / 2  # of the first of `count` equal parts
+    frames = media.read_frames(source, count / seconds, 96, middle, seconds)[:count]
+    onsets = {"generated": audio.detect_onsets(result.mel.numpy())}
     with suppress(MediaError):  # no labels
-        rows["labelled"] = [onset["time"] - start for onset in data.read_onsets(source)]
-    marks.eventplot(
-        list(rows.values()), colors=[f"C{k}" for k in range(len(rows))], linelengths=0.8
+        onsets["annotated"] = [onset["time"] - start for onset in data.read_onsets(source)]
+    plots.plot_result(
+        path, Path(source).name, frames, onsets, result.mel, result.wav, result.seconds
     )
-    marks.set(yticks=range(len(rows)), yticklabels=list(rows))
-    extent = (0, result.mel.shape[1] * HOP / SAMPLE_RATE, 0, result.mel.shape[0])
-    mel.imshow(result.mel.numpy(), origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1)
-    mel.set(ylabel="mel band")
-    wave.plot(
-        (torch.arange(len(result.wav)) / SAMPLE_RATE).numpy(), result.wav.numpy(), linewidth=0.5
-    )
-    wave.set(xlim=(0, seconds), ylim=(-1, 1), xlabel="seconds", ylabel="sound")
-    figure.savefig(path, dpi=100)
 
 
 def dub(source, target, models, args, profile, progress=None):
@@ -867,7 +825,7 @@ def dub(source, target, models, args, profile, progress=None):
         args.keep_audio,
     )
     tags = tags_of(models.name, args.seed, result.marked)
-    video, wave = f"{target}{data.output_suffix(source)}", f"{target}.wav"
+    video, wave = f"{target}{media.output_suffix(source)}", f"{target}.wav"
     every = (
         [{"wav": f"{target}.{k}.wav", "score": result.scores[k]} for k in result.wavs]
         if args.keep_all
@@ -875,18 +833,18 @@ def dub(source, target, models, args, profile, progress=None):
     )
     with ExitStack() as stack:  # all under temporary names first
         with profile("writing"):
-            part = stack.enter_context(data.atomic_write(video))
+            part = stack.enter_context(media.atomic_write(video))
             seconds = result.seconds if args.as_official else args.duration
-            data.write_video(source, result.wav, part, tags, args.start, seconds, args.keep_tracks)
+            media.write_video(source, result.wav, part, tags, args.start, seconds, args.keep_tracks)
             for path, wav in [
                 (wave, result.wav),
                 *zip((c["wav"] for c in every), result.wavs.values()),
             ]:
-                data.write_wav(stack.enter_context(data.atomic_write(path)), wav, tags)
+                media.write_wav(stack.enter_context(media.atomic_write(path)), wav, tags)
         if args.plot:
             with profile("plot"):
-                draw_plot(
-                    stack.enter_context(data.atomic_write(f"{target}.png")),
+                plot(
+                    stack.enter_context(media.atomic_write(f"{target}.png")),
                     source,
                     result,
                     args.start,
@@ -908,13 +866,13 @@ def verify(args):
     """--verify: of each file, of folders all videos and wavs, a line on stdout; mistakes on stderr. -> exit status"""
     failed = foreign = False
     files = [
-        data.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given]
+        media.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given]
         for given in map(Path, args.inputs)
     ]
     for file in itertools.chain(*files):
         try:
-            tags = data.read_tags(file).get("comment", "").startswith(CLAIM)
-            sure = watermark.confidence(data.read_audio(file))
+            tags = media.read_tags(file).get("comment", "").startswith(CLAIM)
+            sure = watermark.confidence(media.read_audio(file))
         except MediaError as e:
             print(f"sample.py: {e}", file=sys.stderr)
             line, words, failed = {"file": str(file), "error": str(e)}, None, True
@@ -942,9 +900,9 @@ def plan_outputs(inputs, out, verbose=False):
     jobs, seen, taken = [], set(), {}
     for given in inputs:
         try:
-            videos = data.find_videos([given])
+            videos = media.find_videos([given])
             if verbose and Path(given).is_dir():
-                for other in data.search(given)[1]:
+                for other in media.search(given)[1]:
                     print(f"sample.py: {other}: no video, left alone", file=sys.stderr)
         except MediaError as e:
             jobs.append((given, None, str(e)))

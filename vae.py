@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import stable_diffusion
-import training
-from checkpoints import Checkpoint, fill, fitting
+from common import audio, distributed, media, training
+from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from compat import stable_diffusion
 from kernels.group_norm import group_norm
 
 
@@ -46,8 +46,24 @@ PRESETS = {
 # the paper's run trains no autoencoder: that preset's numbers are latent diffusion's, its steps and batch ours;
 # kl weighs the KL sum against the sum of absolute errors; 1e-6 is latent diffusion's kl-f8 recipe
 RECIPES = {
-    "mini": dict(steps=4800, batch=8, lr=1e-3, warmup=200, clip=1, kl=1e-4, change=1.0),
-    "paper": dict(steps=100_000, batch=32, lr=4.5e-5, warmup=1000, clip=0, kl=1e-6, change=0.0),
+    "mini": {
+        "steps": 4800,
+        "batch": 8,
+        "lr": 1e-3,
+        "warmup": 200,
+        "clip": 1,
+        "kl": 1e-4,
+        "change": 1.0,
+    },
+    "paper": {
+        "steps": 100_000,
+        "batch": 32,
+        "lr": 4.5e-5,
+        "warmup": 1000,
+        "clip": 0,
+        "kl": 1e-6,
+        "change": 0.0,
+    },
 }
 LATENT_SCALE = (
     0.18215  # what ldm.py, and only ldm.py, multiplies latents by (Stable Diffusion's factor)
@@ -244,13 +260,13 @@ class AutoencoderKL(nn.Module):
         tensors = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
         if file.config is None:
             tensors = stable_diffusion.parts(tensors).get("vae", tensors)
-        with fitting(path, cls), torch.device("meta"):
+        with checkpoint_errors(path, cls), torch.device("meta"):
             model = cls(
                 PRESETS["paper"]
                 if file.config is None
                 else VAEConfig(**tuples(file.config.get("vae", file.config)))
             )
-        return fill(model, file, tensors, device, dtype)
+        return load_into(model, file, tensors, device, dtype)
 
 
 def tuples(config):
@@ -282,7 +298,7 @@ def latent_statistics(model, dataset, device, clips=64):
     """Mean and standard deviation (4,) of the posterior means over the first clips."""
     z = torch.cat(
         [
-            model.encode(data.mel(dataset[i]["wav"].to(device))[None, None])[0]
+            model.encode(audio.mel(dataset[i]["wav"].to(device))[None, None])[0]
             for i in range(min(clips, len(dataset)))
         ]
     )  # (n, 4, 16, w)
@@ -300,16 +316,16 @@ def onset_agreement(pairs):
     """[(true, made) mels (128, s)] -> F1 of the onsets in the one against those in the other, within 100 ms, over all of them."""
     counts = np.zeros(3, int)
     for pair in pairs:
-        true, made = (data.detect_onsets(level.float().cpu().numpy()) for level in pair)
-        counts += len(data.match(made, true, 0.1)), len(made), len(true)
-    return data.f1(*counts)[2]
+        true, made = (audio.detect_onsets(level.float().cpu().numpy()) for level in pair)
+        counts += len(audio.match(made, true, 0.1)), len(made), len(true)
+    return audio.f1(*counts)[2]
 
 
 def validate(model, clips, device, most=16):
     """Error, KL and the onsets that survive the round trip, over whole windows of at most `most` clips."""
     pairs, errors, kls = [], [], []
     for i in range(min(most, len(clips))):
-        mel = data.mel(clips[i]["wav"].to(device))[None, None]  # (1, 1, 128, s)
+        mel = audio.mel(clips[i]["wav"].to(device))[None, None]  # (1, 1, 128, s)
         mean, logvar = model.encode(mel)
         made = model.decode(mean)[:, :1].float()
         errors.append((made - mel).abs().mean().item())
@@ -323,7 +339,11 @@ def validate(model, clips, device, most=16):
 
 
 def train(args):
-    device = training.settle(args, RECIPES, "vae")
+    training.resolve_defaults(args, RECIPES, "vae")
+    distributed.init(args.device)
+    training.check_batch(args)
+    training.check_run_folder(args)
+    device = training.set_up(args)
     model = AutoencoderKL.load(args.init) if args.init else AutoencoderKL(PRESETS[args.preset])
     model = model.train().to(device, memory_format=torch.channels_last)
     training.freeze(args, model)
@@ -331,11 +351,13 @@ def train(args):
     optimizer = training.adamw([{"params": model.parameters()}], args, betas=(0.5, 0.9))
     ema = training.EMA(model)
     training.recompute(args, model, ResnetBlock, AttnBlock)
-    root = training.once(lambda: data.prepared(args.data, cache=args.out.parent / "prepared"))
-    clips, held_out = training.divided(
-        functools.partial(data.Sounds, root, data.WINDOW, args.seed), data.MediaError
+    root = distributed.on_rank0(
+        lambda: data.prepared(args.data, cache=args.out.parent / "prepared")
     )
-    run = training.Run(
+    clips, held_out = training.train_val_split(
+        functools.partial(data.Sounds, root, audio.WINDOW, args.seed), media.MediaError
+    )
+    run = training.TrainingRun(
         args,
         model,
         optimizer,
@@ -346,16 +368,16 @@ def train(args):
         functools.partial(validate, device=device),
         export=lambda m: calibrated(m, clips, device),
     )
-    network = training.parallel(model, losses)
+    network = distributed.wrap_ddp(model, losses)
     for step in run:
         draw = training.generator(args, step)
         # a quarter of the columns: the network is convolutional, and four times as many clips are seen in the same time
-        first = torch.randint(0, data.WINDOW // data.HOP - CROP + 1, (), generator=draw).item()
+        first = torch.randint(0, audio.WINDOW // audio.HOP - CROP + 1, (), generator=draw).item()
         noise = torch.randn(
-            args.batch, model.config.z_channels, data.N_MELS // 8, CROP // 8, generator=draw
+            args.batch, model.config.z_channels, audio.N_MELS // 8, CROP // 8, generator=draw
         )
         for batch, rows in run.parts(network):
-            mel = data.mel(batch["wav"].to(device, non_blocking=True))[
+            mel = audio.mel(batch["wav"].to(device, non_blocking=True))[
                 :, None, :, first : first + CROP
             ]  # (b, 1, 128, CROP)
             with training.autocast(args):
@@ -378,7 +400,7 @@ def main(argv=None):
     )
     p.add_argument("--kl", type=float, help="weight of the KL term; the preset's by default")
     args = p.parse_args(argv)
-    with training.command("vae.py", data.MediaError):
+    with distributed.report_errors("vae.py"):
         train(args)
 
 

@@ -27,6 +27,8 @@ import av.format
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from common.files import UserError
+
 SAMPLE_RATE = 16000
 LONGEST = 6 * 3600.0  # seconds; longer time stamps are taken for damage, not for a film
 SETTLE = 4.0  # seconds; a later start is reached by seeking
@@ -35,12 +37,51 @@ GAP = 10.0  # seconds; in broadcast formats a longer step forward is a new clock
 UNREAD = 0.75  # share of a file; where its last packet ends before, FFmpeg stopped early
 LOUDEST = 1e6  # times full scale; a larger sample is damage
 VIDEO_SUFFIXES = set(
-    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+    [
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    ]
 )
 # Playlists, which point elsewhere and may wait for more for ever, and devices: never opened.
 NOT_FILES = set(
-    "alsa concat concatf dash fbdev hls imf iec61883 jack kmsgrab lavfi oss pulse rtp rtsp sap sdp "
-    "v4l2 video4linux2,v4l2 webm_dash_manifest x11grab xcbgrab".split()
+    [
+        "alsa",
+        "concat",
+        "concatf",
+        "dash",
+        "fbdev",
+        "hls",
+        "imf",
+        "iec61883",
+        "jack",
+        "kmsgrab",
+        "lavfi",
+        "oss",
+        "pulse",
+        "rtp",
+        "rtsp",
+        "sap",
+        "sdp",
+        "v4l2",
+        "video4linux2,v4l2",
+        "webm_dash_manifest",
+        "x11grab",
+        "xcbgrab",
+    ]
 )
 # Text art and stills, which FFmpeg opens as pictures although nobody would call the file a video.
 NOT_VIDEOS = ("adf", "bin", "idf", "image2", "tty", "xbin")
@@ -55,7 +96,7 @@ DOWNMIX = {
 }
 
 
-class MediaError(Exception):
+class MediaError(UserError):
     """A user's file cannot be used: one line naming the file, the reason and the remedy."""
 
     def __str__(self):  # a data loader's worker hands it on as the last line of a traceback

@@ -28,7 +28,17 @@ import numpy as np
 # of the file that is written: the reader names a missing input itself
 DISK_ERRORS = {
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS ENAMETOOLONG ENOENT ENOTDIR".split()
+    for name in [
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENAMETOOLONG",
+        "ENOENT",
+        "ENOTDIR",
+    ]
     if hasattr(errno, name)
 }
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +145,7 @@ def start():
     """The child, started if there is none; call it early, so that its start costs no time."""
     global _child, _owner
     if _child is None or _owner != os.getpid() or _child.poll() is not None:
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _child = subprocess.Popen([sys.executable, "-c", COMMAND], **pipes)
         _owner = os.getpid()
     return _child
@@ -180,7 +190,10 @@ def call(module, function, *args, **kwargs):
     with _lock:
         child = start()
         try:
-            send(child.stdin, dict(module=module, function=function, args=args, kwargs=kwargs))
+            send(
+                child.stdin,
+                {"module": module, "function": function, "args": args, "kwargs": kwargs},
+            )
             reply = receive(child.stdout)
         except BrokenPipeError:
             reply = None

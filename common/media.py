@@ -11,8 +11,7 @@ crashes on a damaged file raises MediaError here. It costs about a millisecond a
 
 import io
 import os
-import secrets
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import soundfile
@@ -20,34 +19,12 @@ import torch
 
 from common import isolation
 from common.ffmpeg import SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo
+from common.files import atomic_write
 from common.mux import CONTAINERS
 
 # what lies beside clips (labels, lists), which need not be opened to know that it is no video
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
 SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
-FINAL = {}  # temporary path -> the path it stands for, which is what messages have to name
-
-
-@contextmanager
-def atomic_write(path):
-    """A temporary path beside `path` that becomes `path` on success and vanishes on failure: all or nothing."""
-    path = Path(path)
-    part = path.with_name(
-        f".{secrets.token_hex(8)}{path.suffix}"
-    )  # short: a name's length has a limit
-    FINAL[part] = FINAL.get(path, path)
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise MediaError(
-            f"{FINAL[part]}: cannot be written ({error.strerror or error}); "
-            "free some space or choose another folder"
-        ) from error
-    finally:
-        del FINAL[part]
-        with suppress(OSError):
-            part.unlink()
 
 
 def in_child(path, module, function, *args, **kwargs):

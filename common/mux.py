@@ -15,7 +15,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class Job:
 # ---- which container ---------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def holds(suffix, codec):
     """Whether the container of this suffix takes this video codec, by FFmpeg's own account."""
     with av.open(io.BytesIO(), "w", format=CONTAINERS[suffix][0]) as empty:
@@ -309,9 +309,12 @@ class Encoding:
 
     def colours(self):
         if self.frame.format.is_rgb:
-            return dict(
-                color_primaries=BT709, color_trc=BT709, colorspace=BT709, color_range=LIMITED
-            )
+            return {
+                "color_primaries": BT709,
+                "color_trc": BT709,
+                "colorspace": BT709,
+                "color_range": LIMITED,
+            }
         colours = {name: int(getattr(self.frame, name)) for name in COLOURS}
         if self.frame.format.name.startswith("yuvj"):
             colours["color_range"] = FULL
@@ -322,14 +325,14 @@ class Encoding:
         if (frame.format.name, frame.width, frame.height) == (self.pixels, *self.size):
             return frame
         if frame.format.is_rgb:
-            colours = dict(dst_colorspace="ITU709", dst_color_range="MPEG")
+            colours = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
         else:
             # swscale takes grey for full range, whatever it is told: both the same, and it leaves the values alone
             full = self.colours()["color_range"] == FULL or self.frame.format.name.startswith(
                 "gray"
             )
             colour_range = "JPEG" if full else "MPEG"
-            colours = dict(src_color_range=colour_range, dst_color_range=colour_range)
+            colours = {"src_color_range": colour_range, "dst_color_range": colour_range}
         return scaler.reformat(frame, *self.size, format=self.pixels, threads=1, **colours)
 
 

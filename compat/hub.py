@@ -21,13 +21,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from common.files import UserError
+
 REPO = "SimianLuo/Diff-Foley"
 SUBFOLDER = "diff_foley_ckpt"
 OFFICIAL = ("cavp_epoch66.ckpt", "ldm_epoch240.ckpt", "double_guidance_classifier.ckpt")
 BY_HAND = f"or download {', '.join(OFFICIAL)} yourself and give --weights DIR"
 
 
-class HubError(Exception):
+class HubError(UserError):
     """One line for the user: the file, what is wrong and the remedy."""
 
 

@@ -361,9 +361,17 @@ def plan(kind, q, k, v):
     args = dict(
         q=q, k=k, v=v, heads=heads, n=n, m=m, **{name: s // unit for name, s in steps.items()}
     )
-    constants = dict(D=d, D1=d1, D2=d2, UNIT=unit, SCALE=d**-0.5 * LOG2E, BQ=bq, BK=bk)
-    constants |= dict(FEW=few) if kind == "forward" else dict(BACK=d**-0.5)
-    constants |= {} if kind == "dkv" else dict(EVEN=m % bk == 0)
+    constants = {
+        "D": d,
+        "D1": d1,
+        "D2": d2,
+        "UNIT": unit,
+        "SCALE": d**-0.5 * LOG2E,
+        "BQ": bq,
+        "BK": bk,
+    }
+    constants |= {"FEW": few} if kind == "forward" else {"BACK": d**-0.5}
+    constants |= {} if kind == "dkv" else {"EVEN": m % bk == 0}
     return args, constants, (b * heads * -(-m // bk if kind == "dkv" else -n // bq),), warps, stages
 
 
@@ -380,7 +388,7 @@ def forward(q, k, v, launch=_launch):
     """o, and lse (b, heads, n) in base 2."""
     args, *rest = plan("forward", q, k, v)
     o, lse = _empty(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
-    launch(attention_forward, args | dict(o=o, lse=lse), *rest)
+    launch(attention_forward, args | {"o": o, "lse": lse}, *rest)
     return o, lse
 
 
@@ -388,12 +396,12 @@ def backward(do, q, k, v, o, lse, keys=True, launch=_launch):
     """dq, and dk and dv if `keys`."""
     args, *rest = plan("dq", q, k, v)
     do, delta, dq = do.contiguous(), _empty(lse), _empty(q)
-    launch(attention_dq, args | dict(o=o, do=do, lse=lse, delta=delta, dq=dq), *rest)
+    launch(attention_dq, args | {"o": o, "do": do, "lse": lse, "delta": delta, "dq": dq}, *rest)
     if not keys:
         return dq, None, None
     dk, dv = _empty(k), _empty(v)
     args, *rest = plan("dkv", q, k, v)
-    launch(attention_dkv, args | dict(do=do, lse=lse, delta=delta, dk=dk, dv=dv), *rest)
+    launch(attention_dkv, args | {"do": do, "lse": lse, "delta": delta, "dk": dk, "dv": dv}, *rest)
     return dq, dk, dv
 
 
@@ -481,16 +489,16 @@ def shipped():
         )
         calls.setdefault(
             (kernel, types["q"], *constants.values()),
-            dict(
-                name=f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}, batch {b}",
-                fn=kernel,
-                args=types,
-                constexprs=constants,
-                num_warps=warps,
-                num_stages=stages,
-                matrix=True,
-                wide=kernel is attention_forward and tile >= 512 * warps,
-            ),
+            {
+                "name": f"{kernel.__name__} {n}x{m or n} of {d}, {kinds[dtype]}, batch {b}",
+                "fn": kernel,
+                "args": types,
+                "constexprs": constants,
+                "num_warps": warps,
+                "num_stages": stages,
+                "matrix": True,
+                "wide": kernel is attention_forward and tile >= 512 * warps,
+            },
         )
 
     for dtype, sites in (

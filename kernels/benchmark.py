@@ -12,12 +12,14 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import kernels
+from common import plots
 
 
 class Site(NamedTuple):
@@ -89,7 +91,7 @@ def measure(sites, batches, backward, mode):
             for site in sites(b):
                 if backward and not len(site.leaves):
                     continue
-                row = dict(name=site.name, b=b, backward=backward)
+                row = {"name": site.name, "b": b, "backward": backward}
                 try:
                     if way == "compiled":
                         row["compiled_us"] = microseconds(
@@ -100,38 +102,23 @@ def measure(sites, batches, backward, mode):
                             microseconds(f, site, backward) for f in (site.ours, site.reference)
                         )
                         work = (site.backward if backward else 1) / row["ours_us"]
-                        row |= dict(gb_s=work * site.nbytes / 1e3, tflops=work * site.flops / 1e6)
+                        row |= {"gb_s": work * site.nbytes / 1e3, "tflops": work * site.flops / 1e6}
                 except Exception as error:  # of Triton's, Inductor's or the driver's; the other rows are worth having
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 yield row
 
 
-def draw(about, rows, path):
-    from matplotlib.figure import Figure  # only where a picture is drawn
-
+def plot(metadata, rows, path):
     merged = {}
     for row in rows:
         merged.setdefault(f"b{row['b']} {row['name']}", {}).update(row)
     done = {name: row for name, row in merged.items() if "ours_us" in row}
-    figure = Figure((8, 1.5 + 0.28 * len(done)), layout="constrained")
-    axis = figure.subplots()
-    for k, way in enumerate(("eager", "compiled")):
-        bars = [
-            (i + 0.4 * k - 0.2, row[f"{way}_us"] / row["ours_us"])
-            for i, row in enumerate(done.values())
-            if f"{way}_us" in row
-        ]
-        axis.barh([y for y, _ in bars], [ratio for _, ratio in bars], 0.4, label=way)
-    axis.axvline(1, color="black")
-    axis.set(
-        title=f"{about['benchmark']}, {about['device']}, bfloat16",
-        xlabel="its time, in ours (right of the line ours is faster)",
-        yticks=range(len(done)),
-        yticklabels=list(done),
-    )
-    axis.invert_yaxis()
-    axis.legend()
-    figure.savefig(path)
+    ratios = {
+        way: {n: row[f"{way}_us"] / row["ours_us"] for n, row in done.items() if f"{way}_us" in row}
+        for way in ("eager", "compiled")
+    }
+    title = f"{metadata['benchmark']}, {metadata['device']}, bfloat16"
+    plots.plot_speedups(path, title, ratios)
 
 
 def run(module, description, sites, argv=None):
@@ -160,16 +147,16 @@ def run(module, description, sites, argv=None):
         sys.exit(f"{module}: there is nothing to time without an NVIDIA GPU and Triton")
     kernels.choose("triton")
     copy_gb_s, matmul_tflops = reached()
-    about = dict(
-        benchmark=module,
-        device=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        triton=kernels.triton.__version__,
-        date=time.strftime("%Y-%m-%d"),
-        mode=args.mode,
-        copy_gb_s=copy_gb_s,
-        matmul_tflops=matmul_tflops,
-    )
+    about = {
+        "benchmark": module,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": kernels.triton.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "mode": args.mode,
+        "copy_gb_s": copy_gb_s,
+        "matmul_tflops": matmul_tflops,
+    }
     print(*(f"{k} {v}" for k, v in about.items()), sep="; ", flush=True)
     rows = []
     for row in measure(
@@ -186,4 +173,4 @@ def run(module, description, sites, argv=None):
             with args.out.with_suffix(".jsonl").open("a" if len(rows) > 1 else "w") as lines:
                 print(json.dumps(about | row), file=lines)
     if args.out:
-        draw(about, rows, args.out.with_suffix(".png"))
+        plot(about, rows, args.out.with_suffix(".png"))

@@ -442,7 +442,7 @@ def prepared(network, context, times):
 
 
 def prepared_gradient(classifier, features, times):
-    """Likewise of d log p(aligned) / d x; classifier as `ldm.Alignment`."""
+    """Likewise of d log p(aligned) / d x; classifier as `align.Alignment`."""
     model = getattr(classifier, "model", None)
     if not isinstance(model, FusedBackbone):
         return prepared(classifier.grad_log_prob, features, times)

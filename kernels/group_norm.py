@@ -441,9 +441,14 @@ def plan(x, channels, groups, last, forward):
     block_c = power(g * d)
     block_p = rows if whole and forward else min(rows, max(1, TILE // block_c))
     stretch = positions if whole else -(-positions // STRETCHES // block_p) * block_p
-    constants = dict(
-        D=d, G=g, BLOCK_P=block_p, BLOCK_C=block_c, LAST=last, EVEN=positions % block_p == 0
-    )
+    constants = {
+        "D": d,
+        "G": g,
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+        "LAST": last,
+        "EVEN": positions % block_p == 0,
+    }
     # forward, 8 warps were never slower than 16 on an H100
     warps = min(8 if forward else 16, max(4, block_p * block_c // (1024 if forward else 512)))
     return constants, groups // g, stretch, -(-positions // stretch), warps
@@ -480,18 +485,18 @@ def _sources(x, weight, bias, groups, add, skip):
     return (
         channels,
         last,
-        dict(
-            x=_dense(x, last),
-            skip=_dense(skip, last),
-            add=add,
-            add_row=0 if add is None else add.stride(0),
-            weight=_dense(weight),
-            bias=_dense(bias),
-            positions=x[0, 0].numel(),
-            channels=channels,
-            border=x.shape[1],
-            groups=groups,
-        ),
+        {
+            "x": _dense(x, last),
+            "skip": _dense(skip, last),
+            "add": add,
+            "add_row": 0 if add is None else add.stride(0),
+            "weight": _dense(weight),
+            "bias": _dense(bias),
+            "positions": x[0, 0].numel(),
+            "channels": channels,
+            "border": x.shape[1],
+            "groups": groups,
+        },
     )
 
 
@@ -505,15 +510,15 @@ def forward(x, weight, bias, groups, eps, silu, add, skip, launch=_launch):
         _new(x, 2, len(x), groups),
     )
     means, squares = _new(x, 2, stretches, len(x), groups) if stretches > 1 else (None, None)
-    args |= dict(means=means, squares=squares, stretch=stretch)
+    args |= {"means": means, "squares": squares, "stretch": stretch}
     if stretches > 1:
         sources = {k: v for k, v in args.items() if k not in ("weight", "bias")}
         launch(group_norm_statistics, grid, sources, constants, warps)
-    of = dict(SILU=silu, BLOCK_S=kernels.triton.next_power_of_2(stretches))
+    of = {"SILU": silu, "BLOCK_S": kernels.triton.next_power_of_2(stretches)}
     launch(
         group_norm_forward,
         grid,
-        args | dict(y=y, mean=mean, rstd=rstd, eps=eps),
+        args | {"y": y, "mean": mean, "rstd": rstd, "eps": eps},
         constants | of,
         warps,
     )
@@ -532,17 +537,17 @@ def backward(
     dadd = None
     if add is not None and wanted[3]:
         dadd = _new(x, stretches, *add.shape)
-    args |= dict(
-        dy=_dense(dy, last),
-        mean=mean,
-        rstd=rstd,
-        sums=sums,
-        dx=dx,
-        dskip=dskip,
-        dadd=dadd,
-        stretch=stretch,
-    )
-    launch(group_norm_backward, grid, args, constants | dict(SUM=True, SPREAD=whole), warps)
+    args |= {
+        "dy": _dense(dy, last),
+        "mean": mean,
+        "rstd": rstd,
+        "sums": sums,
+        "dx": dx,
+        "dskip": dskip,
+        "dadd": dadd,
+        "stretch": stretch,
+    }
+    launch(group_norm_backward, grid, args, constants | {"SUM": True, "SPREAD": whole}, warps)
     of_weights = wanted[1] or wanted[2]
     if of_weights or not whole:
         sums = sums.sum(1)  # (2, b, c)
@@ -550,8 +555,8 @@ def backward(
         launch(
             group_norm_backward,
             grid,
-            args | dict(sums=sums),
-            constants | dict(SUM=False, SPREAD=True),
+            args | {"sums": sums},
+            constants | {"SUM": False, "SPREAD": True},
             warps,
         )
     dbias = dweight = None
@@ -673,15 +678,15 @@ def _inputs(b, c, s, h, w, device, add=False):
     x, skip = (
         make(b, n, h, w).to(memory_format=torch.channels_last) if n else None for n in (c - s, s)
     )
-    return dict(
-        x=x,
-        weight=make(c),
-        bias=make(c),
-        groups=32,
-        silu=True,
-        add=make(b, c) if add else None,
-        skip=skip,
-    )
+    return {
+        "x": x,
+        "weight": make(c),
+        "bias": make(c),
+        "groups": 32,
+        "silu": True,
+        "add": make(b, c) if add else None,
+        "skip": skip,
+    }
 
 
 def shipped():
@@ -698,15 +703,15 @@ def shipped():
         name = f"{kernel.__name__} {network} {c}@{h}x{w}" + f" skip {s}" * (s > 0)
         calls.setdefault(
             (kernel, *constants.items(), *seen),
-            dict(
-                name=name,
-                fn=kernel,
-                args=args,
-                constexprs=constants,
-                num_warps=warps,
-                num_stages=1,
-                matrix=False,
-            ),
+            {
+                "name": name,
+                "fn": kernel,
+                "args": args,
+                "constexprs": constants,
+                "num_warps": warps,
+                "num_stages": 1,
+                "matrix": False,
+            },
         )
 
     for network, _, maps in SITES:

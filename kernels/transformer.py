@@ -132,23 +132,23 @@ def _norm(x, y, weight, bias, eps, launch=_launch):
     c, unit = x.shape[-1], math.gcd(x_row, y_row, 8)
     columns = max(256, 1 << (c - 1).bit_length())
     rows, warps = NORM[columns]
-    args = dict(
-        x=a,
-        y=b,
-        weight=weight.contiguous(),
-        bias=bias.contiguous(),
-        s=s,
-        z=z,
-        n=len(a),
-        x_row=x_row // unit,
-        y_row=y_row // unit,
-        eps=eps,
-    )
+    args = {
+        "x": a,
+        "y": b,
+        "weight": weight.contiguous(),
+        "bias": bias.contiguous(),
+        "s": s,
+        "z": z,
+        "n": len(a),
+        "x_row": x_row // unit,
+        "y_row": y_row // unit,
+        "eps": eps,
+    }
     launch(
         add_layer_norm_kernel,
         -(-len(a) // rows),
         args,
-        dict(C=c, UNIT=unit, ROWS=rows, COLUMNS=columns),
+        {"C": c, "UNIT": unit, "ROWS": rows, "COLUMNS": columns},
         warps,
     )
     return x if y is None else s, z
@@ -158,8 +158,8 @@ def _gated(h, launch=_launch):
     (a, h_row), d, (rows, columns, warps) = _rows(h), h.shape[-1] // 2, GATED
     g, unit = torch.empty((*h.shape[:-1], d), dtype=h.dtype, device=h.device), math.gcd(h_row, 8)
     args, constants = (
-        dict(h=a, g=g, n=len(a), h_row=h_row // unit),
-        dict(D=d, UNIT=unit, ROWS=rows, COLUMNS=columns),
+        {"h": a, "g": g, "n": len(a), "h_row": h_row // unit},
+        {"D": d, "UNIT": unit, "ROWS": rows, "COLUMNS": columns},
     )
     launch(geglu_kernel, -(-len(a) // rows) * -(-d // columns), args, constants, warps)
     return g
@@ -213,7 +213,11 @@ def inputs(b, n, c, device, dtype=torch.bfloat16):
     """Of the sum and its norm, of a norm alone, of GEGLU."""
     shapes = (b, n, c), (b, n, c), (c,), (c,), (b, n, 8 * c)
     x, y, weight, bias, h = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
-    return dict(add_layer_norm=(x, y, weight, bias), layer_norm=(x, None, weight, bias), geglu=(h,))
+    return {
+        "add_layer_norm": (x, y, weight, bias),
+        "layer_norm": (x, None, weight, bias),
+        "geglu": (h,),
+    }
 
 
 def shipped():
@@ -230,22 +234,24 @@ def shipped():
                 k: pointer if torch.is_tensor(v) else "fp32" if k == "eps" else v
                 for k, v in args.items()
             }
-            yield dict(
-                name=f"{name} {constants.get('C') or constants['D']} {pointer[1:]}",
-                fn=kernel,
-                args=kinds,
-                constexprs=constants,
-                num_warps=warps,
-                num_stages=1,
-                wide=True,
-            )
+            yield {
+                "name": f"{name} {constants.get('C') or constants['D']} {pointer[1:]}",
+                "fn": kernel,
+                "args": kinds,
+                "constexprs": constants,
+                "num_warps": warps,
+                "num_stages": 1,
+                "wide": True,
+            }
 
 
 def timed(b, device="cuda"):
     for n, c in SITES:
-        passes = dict(
-            add_layer_norm=4, layer_norm=2, geglu=1.5
-        )  # over memory of the first input's size
+        passes = {
+            "add_layer_norm": 4,
+            "layer_norm": 2,
+            "geglu": 1.5,
+        }  # over memory of the first input's size
         for name, given in inputs(b, n, c, device).items():
             args = tuple(t if t is None else t.normal_() for t in given)
             width, pair = (

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from bounds import check_kernel, largest, rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

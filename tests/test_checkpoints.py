@@ -19,20 +19,22 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-
-import cavp
-import checkpoints
-import ldm
-import vae
-from checkpoints import Checkpoint, CheckpointError
 from golden import rule
 
-MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
+import align
+import cavp
+import ldm
+import vae
+from common import checkpoints, files
+from common.checkpoints import Checkpoint, CheckpointError
+
+MINI_UNET = ldm.PRESETS["mini"]
+MINI_CLASSIFIER = align.PRESETS["mini"]
 MINI = [
     (cavp.CAVP, cavp.PRESETS["mini"]),
     (vae.AutoencoderKL, vae.PRESETS["mini"]),
     (ldm.LDM, MINI_UNET),
-    (ldm.Alignment, MINI_CLASSIFIER),
+    (align.Alignment, MINI_CLASSIFIER),
 ]
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 
@@ -80,24 +82,24 @@ def official_pickle(path, model, prefix="module."):
 
 def test_official_files_load_strictly(tmp_path):
     """A file without a configuration is of the published sizes."""
-    model = rule.fill(ldm.Alignment())
+    model = rule.fill(align.Alignment())
     official_pickle(tmp_path / "classifier.ckpt", model)
-    assert same(ldm.Alignment.load(tmp_path / "classifier.ckpt"), model)
+    assert same(align.Alignment.load(tmp_path / "classifier.ckpt"), model)
     state = {
         **model.state_dict(),
         "first_stage_model.quant_conv.bias": torch.zeros(8),
     }  # some releases carry an autoencoder along
     torch.save(state, tmp_path / "with_vae.ckpt")
-    assert same(ldm.Alignment.load(tmp_path / "with_vae.ckpt"), model)
+    assert same(align.Alignment.load(tmp_path / "with_vae.ckpt"), model)
     for change in ({"surplus": torch.zeros(1)}, {"model.classifier.bias": torch.zeros(2)}):
         torch.save({**model.state_dict(), **change}, tmp_path / "wrong.ckpt")
         with pytest.raises(checkpoints.CheckpointError, match="wrong.ckpt"):
-            ldm.Alignment.load(tmp_path / "wrong.ckpt")
+            align.Alignment.load(tmp_path / "wrong.ckpt")
     short = model.state_dict()
     del short["model.classifier.bias"]
     torch.save(short, tmp_path / "short.ckpt")
     with pytest.raises(checkpoints.CheckpointError, match="classifier.bias"):
-        ldm.Alignment.load(tmp_path / "short.ckpt")
+        align.Alignment.load(tmp_path / "short.ckpt")
 
 
 def test_autoencoder_loads_out_of_an_ldm_file(tmp_path):
@@ -220,7 +222,7 @@ def lightning_checkpoint(state):
 
 @both_formats
 def test_lightning_checkpoints_load_without_their_classes(tmp_path, zipped):
-    model = rule.fill(ldm.Alignment(MINI_CLASSIFIER))
+    model = rule.fill(align.Alignment(MINI_CLASSIFIER))
     before = set(sys.modules)
     try:
         save(lightning_checkpoint(model.state_dict()), tmp_path / "l.ckpt", zipped)
@@ -241,7 +243,7 @@ def peak():
 with torch.device("meta"):
     model = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 3) if i % 2 else torch.nn.Linear(1536, 1536) for i in range(40)])
 before = peak()
-checkpoints.fill(model, checkpoints.Checkpoint(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+checkpoints.load_into(model, checkpoints.Checkpoint(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
 own = sum(t.nbytes for t in model.state_dict().values())
 print((peak() - before) / own, own)
 """
@@ -453,7 +455,7 @@ def test_the_machine_itself_cannot_be_changed(tmp_path, target, state, build):
     """BUILD, SETITEM and APPEND on what a name stands for, rather than on an object made of it."""
     kept = {
         c: dict(vars(c))
-        for c in (checkpoints.Unpickler, checkpoints.Described, checkpoints.Dict, checkpoints.Inert)
+        for c in (checkpoints.Unpickler, checkpoints.TensorSpec, checkpoints.Dict, checkpoints.Stub)
     }
     (tmp_path / "m.ckpt").write_bytes(
         b"\x80\x02" + target + state + (b"K\x01" if build == b"s" else b"") + build + b"."
@@ -468,15 +470,15 @@ def test_the_machine_itself_cannot_be_changed(tmp_path, target, state, build):
 def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="another folder"):
-        checkpoints.make_folder(tmp_path / "file" / "run")
+        files.make_folder(tmp_path / "file" / "run")
     with pytest.raises(CheckpointError, match="another folder"):
-        checkpoints.write_whole(tmp_path / "file" / "x.safetensors", b"x")
+        files.write_bytes(tmp_path / "file" / "x.safetensors", b"x")
 
 
 @pytest.mark.parametrize("dtype, share", [("bfloat16", 0.5), ("float16", 0.5), ("float32", 1.0)])
 def test_convert(tmp_path, capsys, dtype, share):
     """Published names become ours, the trainer's leavings go, values are rounded once, and the same loader takes the result."""
-    model = rule.fill(ldm.Alignment(MINI_CLASSIFIER))
+    model = rule.fill(align.Alignment(MINI_CLASSIFIER))
     (tmp_path / "in").mkdir()
     checkpoints.save_model(tmp_path / "in" / "align.safetensors", model, asdict(MINI_CLASSIFIER))
     size = (tmp_path / "in" / "align.safetensors").stat().st_size
@@ -487,13 +489,13 @@ def test_convert(tmp_path, capsys, dtype, share):
         },
         tmp_path / "in" / "ldm_epoch240.ckpt",
     )
-    ldm.main(["--convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", dtype])
+    checkpoints.main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", dtype])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "align.safetensors",
         "ldm.safetensors",
     ]
     assert capsys.readouterr().out.count("MB") == 4
-    loaded = ldm.Alignment.load(tmp_path / "out" / "align.safetensors")
+    loaded = align.Alignment.load(tmp_path / "out" / "align.safetensors")
     assert loaded.config == MINI_CLASSIFIER
     for name in ("align", "ldm"):
         path = tmp_path / "out" / f"{name}.safetensors"
@@ -510,7 +512,7 @@ def test_convert(tmp_path, capsys, dtype, share):
 
 def test_convert_says_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match="no .ckpt or .safetensors there"):
-        ldm.main(["--convert", str(tmp_path), str(tmp_path / "out")])
+        checkpoints.main(["convert", str(tmp_path), str(tmp_path / "out")])
     checkpoints.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
     with pytest.raises(SystemExit, match="exists already"):
-        ldm.main(["--convert", str(tmp_path), str(tmp_path)])
+        checkpoints.main(["convert", str(tmp_path), str(tmp_path)])

@@ -16,12 +16,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import sample
 import torch
-from common import ffmpeg, isolation, media, mux
 from test_media import TICK, clicks, grey, make, onsets, packets, seen, steady
 
 import data
+import sample
+from common import ffmpeg, isolation, media, mux
 
 ROOT = Path(__file__).parent.parent
 SAID = pytest.mark.filterwarnings("ignore:.*encoded anew")
@@ -264,9 +264,9 @@ def test_later_time_codes():
 
 # ---- colours of what is encoded anew -----------------------------------------------------------
 
-HLG = dict(color_primaries=9, color_trc=18, colorspace=9, color_range=1)
-HD = dict(color_primaries=1, color_trc=1, colorspace=1, color_range=1)
-JPEG = dict(color_primaries=1, color_trc=1, colorspace=5, color_range=2)
+HLG = {"color_primaries": 9, "color_trc": 18, "colorspace": 9, "color_range": 1}
+HD = {"color_primaries": 1, "color_trc": 1, "colorspace": 1, "color_range": 1}
+JPEG = {"color_primaries": 1, "color_trc": 1, "colorspace": 5, "color_range": 2}
 
 
 @SAID
@@ -708,7 +708,7 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
     (folder / "labels.json").write_text("{}")
     (folder / "own.foley.mp4").write_bytes(clip.read_bytes())
     (folder / ".hidden.mp4").write_bytes(clip.read_bytes())
-    data.write_wav(folder / "sound.wav", torch.zeros(16000))
+    media.write_wav(folder / "sound.wav", torch.zeros(16000))
     os.symlink(folder, folder / "deep" / "round")  # a loop
     (tmp_path / "linked").mkdir()
     os.symlink(folder, tmp_path / "linked" / "inside")

@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bounds import PATIENCE
 from safetensors.torch import load_file
+from test_media import clicks, make, one_line, onsets, seen, steady
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import cavp
 import data
-from bounds import PATIENCE
-from checkpoints import save_model
-from common import ffmpeg
-from test_media import clicks, make, one_line, onsets, seen, steady
+from common import audio, ffmpeg, media
+from common.checkpoints import save_model
 
 GOLDEN = Path(__file__).parent / "golden" / "audio.safetensors"
 ROOT = Path(__file__).parent.parent
@@ -43,8 +43,8 @@ def relative(a, b):
 
 def test_mel_equals_the_golden():
     golden = load_file(GOLDEN)
-    assert relative(data.mel_basis(), golden["mel_basis_16k"]) < 1e-6
-    mel = data.mel(golden["waveform"])
+    assert relative(audio.mel_basis(), golden["mel_basis_16k"]) < 1e-6
+    mel = audio.mel(golden["waveform"])
     assert mel.shape == (128, 512)
     assert relative(mel[:, ::4], golden["mel_every4"]) < 1e-4
     assert (
@@ -55,14 +55,14 @@ def test_mel_equals_the_golden():
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 513, 514, 5000, 131072])
 def test_mel_columns(n):
     wav = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n)) * 0.1
-    mel = data.mel(wav)
-    assert mel.shape == (2, 3, 128, -(-n // 256)) and 0 <= mel.min() and mel.max() <= 1
-    torch.testing.assert_close(mel[1, 2], data.mel(wav[1, 2]), atol=1e-5, rtol=0)
+    mel = audio.mel(wav)
+    assert mel.shape == (2, 3, 128, -(-n // 256)) and mel.min() >= 0 and mel.max() <= 1
+    torch.testing.assert_close(mel[1, 2], audio.mel(wav[1, 2]), atol=1e-5, rtol=0)
 
 
 def test_inverse_filterbank_meets_the_mel():
-    mel = data.mel(load_file(GOLDEN)["waveform"])[None]
-    back = data.mel_basis() @ data.mel_to_magnitude(mel)
+    mel = audio.mel(load_file(GOLDEN)["waveform"])[None]
+    back = audio.mel_basis() @ audio.mel_to_magnitude(mel)
     target = torch.where(mel > 0, 10 ** (5 * mel - 4), 0.0)
     assert relative(back, target) < 0.002  # librosa's solver leaves 0.049 here
 
@@ -70,7 +70,7 @@ def test_inverse_filterbank_meets_the_mel():
 @pytest.mark.parametrize("hz", [250, 1000, 3000])
 def test_a_tone_keeps_its_pitch(hz):
     tone = 0.5 * torch.sin(2 * torch.pi * hz * torch.arange(65536) / 16000)
-    back = data.vocode(data.mel(tone))
+    back = audio.vocode(audio.mel(tone))
     assert back.shape == tone.shape
     peak = (
         torch.fft.rfft(back * torch.hann_window(len(back))).abs().argmax().item()
@@ -83,8 +83,8 @@ def test_a_tone_keeps_its_pitch(hz):
 
 def test_vocoder_closes_the_circle_and_keeps_onsets():
     golden = load_file(GOLDEN)["waveform"]
-    mel = data.mel(golden)
-    assert (data.mel(data.vocode(mel)) - mel).abs().mean() < 0.03
+    mel = audio.mel(golden)
+    assert (audio.mel(audio.vocode(mel)) - mel).abs().mean() < 0.03
     times = [0.5, 1.25, 2.0, 3.1]
     noise = torch.randn(1600, generator=torch.Generator().manual_seed(0)) * torch.exp(
         -torch.arange(1600) / 300
@@ -92,28 +92,28 @@ def test_vocoder_closes_the_circle_and_keeps_onsets():
     wav = torch.zeros(65536)
     for time in times:
         wav[round(time * 16000) :][:1600] += 0.3 * noise
-    back = data.vocode(data.mel(wav))
+    back = audio.vocode(audio.mel(wav))
     assert np.abs(onsets(back) - times).max() < 0.016
 
 
 def test_silence_stays_silence():
     mel = torch.zeros(2, 128, 64)
     mel[1, 40:50, 20:30] = 0.6
-    back = data.vocode(mel)
+    back = audio.vocode(mel)
     assert back[0].abs().max() == 0 and back[1].abs().max() > 0.001
     assert back[1, 40 * 256 :].abs().max() < 1e-6
 
 
 def test_vocoder_does_not_depend_on_the_batch_but_on_the_seed():
     mel = torch.rand(3, 128, 48, generator=torch.Generator().manual_seed(5)) * 0.7
-    alone, together = data.vocode(mel[2], seed=3), data.vocode(mel.view(3, 1, 128, 48), seed=3)
+    alone, together = audio.vocode(mel[2], seed=3), audio.vocode(mel.view(3, 1, 128, 48), seed=3)
     assert together.shape == (3, 1, 48 * 256)
     assert torch.allclose(
         alone, together[2, 0], atol=1e-5
     )  # a third of a 16-bit step: FFT libraries round by batch
-    assert not torch.allclose(alone, data.vocode(mel[2], seed=4), atol=1e-3)
-    assert data.vocode(mel[0], iterations=2, length=5000).shape == (5000,)
-    assert data.vocode(mel[0, :, :1], iterations=2).shape == (256,)
+    assert not torch.allclose(alone, audio.vocode(mel[2], seed=4), atol=1e-3)
+    assert audio.vocode(mel[0], iterations=2, length=5000).shape == (5000,)
+    assert audio.vocode(mel[0, :, :1], iterations=2).shape == (256,)
 
 
 def textbook_griffin_lim(magnitude, iterations, seed):
@@ -142,16 +142,17 @@ def test_griffin_lim_in_chunks_is_the_textbook_one(columns):
     magnitude = torch.rand(2, 513, columns, generator=torch.Generator().manual_seed(2))
     magnitude[1, :, 1] = 0
     exact = textbook_griffin_lim(magnitude.double(), 32, seed=4)
-    assert relative(data.griffin_lim(magnitude.double(), 32, seed=4), exact) < 1e-9
+    assert relative(audio.griffin_lim(magnitude.double(), 32, seed=4), exact) < 1e-9
     assert (
         relative(
-            data.griffin_lim(magnitude, 4, seed=4),
+            audio.griffin_lim(magnitude, 4, seed=4),
             textbook_griffin_lim(magnitude.double(), 4, seed=4),
         )
         < 1e-5
     )
     ours, theirs = (
-        data.stft(f(magnitude, 32, seed=4)).abs() for f in (data.griffin_lim, textbook_griffin_lim)
+        audio.stft(f(magnitude, 32, seed=4)).abs()
+        for f in (audio.griffin_lim, textbook_griffin_lim)
     )
     convergence = [(spectrum - magnitude).norm() / magnitude.norm() for spectrum in (ours, theirs)]
     assert abs(convergence[0] - convergence[1]) < 1e-4
@@ -160,13 +161,13 @@ def test_griffin_lim_in_chunks_is_the_textbook_one(columns):
 def test_inverse_filterbank_in_blocks_is_the_whole_one():
     mel = torch.rand(2, 128, 300, generator=torch.Generator().manual_seed(3)) * 0.9
     mel[:, :40, 7] = 0
-    basis = data.mel_basis()
+    basis = audio.mel_basis()
     target = torch.where(mel > 0, 10 ** (5 * mel - 4), 0.0)
     weight = basis.sum(0).clamp_min(1e-9)[:, None]
     whole = basis.T @ (target / basis.sum(1)[:, None]) / weight
     for _ in range(32):
         whole = whole * (basis.T @ (target / (basis @ whole + 1e-12))) / weight
-    ours = data.mel_to_magnitude(mel)
+    ours = audio.mel_to_magnitude(mel)
     assert ours.shape == whole.shape == (2, 513, 300)
     assert relative(ours, whole) < 1e-5
 
@@ -196,7 +197,8 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "vocoder, shape", [(data.griffin_lim, (1, 513, 1024)), (data.mel_to_magnitude, (1, 128, 1024))]
+    "vocoder, shape",
+    [(audio.griffin_lim, (1, 513, 1024)), (audio.mel_to_magnitude, (1, 128, 1024))],
 )
 def test_an_iteration_allocates_no_whole_spectrum(vocoder, shape):
     """Fresh memory of that size, and passes over it, took most of the vocoder's time."""
@@ -308,10 +310,10 @@ def test_a_set_holds_the_frames_and_the_sound_of_its_files(raw, set_of_four):
     """Frames within what JPEG loses, sound within half a step of 16 bits."""
     clips = data.Clips(set_of_four, FPS, 32)
     for k, name in enumerate(names(set_of_four)):
-        frames, item = data.read_frames(raw / name, FPS, 32), clips[k]
+        frames, item = media.read_frames(raw / name, FPS, 32), clips[k]
         assert item["video"].shape == frames.shape and item["name"] == name and "label" not in item
         assert (item["video"].float() - frames.float()).square().mean() < 10  # 38 dB
-        wav = data.read_audio(raw / name, duration=data.probe(raw / name).duration)
+        wav = media.read_audio(raw / name, duration=media.probe(raw / name).duration)
         assert (
             len(item["wav"]) == len(frames) * 1024 >= len(wav) and not item["wav"][len(wav) :].any()
         )
@@ -451,7 +453,7 @@ def small_shards(raw, out, answer, most, held):
     try:
         data.prepare(raw, out, FPS, 32, 2)
         answer.send("")
-    except data.MediaError as error:
+    except media.MediaError as error:
         answer.send(str(error))
 
 
@@ -508,7 +510,7 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(nine, tmp_path):
             time.sleep(0.001)
         process.kill()
         process.join()
-        with pytest.raises(data.MediaError, match="unfinished"):
+        with pytest.raises(media.MediaError, match="unfinished"):
             data.Set(out)
         there = (out / "index.bin").stat().st_size // record
         assert clips <= there <= 9
@@ -596,7 +598,7 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
             clips.__getitem__,
             lambda k: next(iter(torch.utils.data.DataLoader(clips, num_workers=1))),
         ):
-            with pytest.raises(data.MediaError) as caught:
+            with pytest.raises(media.MediaError) as caught:
                 read(0)
             yield caught
 
@@ -621,7 +623,7 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
             bits = bytearray(fresh().read_bytes())
             bits[first + at] ^= 4
             shard.write_bytes(bits)
-            with pytest.raises(data.MediaError) as caught:
+            with pytest.raises(media.MediaError) as caught:
                 data.Set(root).column(3, column, dtype)
             one_line(caught, str(shard), "sub/b.mp4 is damaged")
             data.Clips(root, FPS, 32)[0]  # the others are as they were
@@ -631,32 +633,32 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(set_of_four, tmp_path):
     for caught in damage(data.Clips(root, FPS, 32, frames=40, random_start=False)):
         one_line(caught, str(shard), "a.mkv is damaged")
     os.truncate(fresh(), 2000)
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Writer(root, {"columns": ["bounds", "frames", "sound"]})
     one_line(caught, str(root), "damaged, 0 of its first 4 clips")
     fresh()
     os.truncate(root / "index.bin", 100)
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Set(root)
     one_line(caught, "index.bin", "cut off")
 
 
 def test_a_set_made_otherwise_names_the_command(raw, set_of_four, tmp_path):
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Clips(set_of_four, 4, 32, frames=4)
     one_line(caught, "--fps 4 --size 32")
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.prepare(raw, set_of_four, 4, 32)
     one_line(caught, "fps 15.625 instead of 4", "another folder")
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Clips(raw, FPS, 32)
     one_line(caught, "not a prepared set", "data.py prepare")
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Pairs(set_of_four, FPS, 128)
     one_line(caught, "not features", "--extract")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.mp4").write_bytes(b"\0")
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.prepare(tmp_path / "bad", tmp_path / "none", FPS, 32)
     assert "no usable clip: left out 1 files (1 undecodable)" in str(caught.value)
 
@@ -677,7 +679,7 @@ def test_a_plain_folder_is_prepared_once_beside_the_run(raw, tmp_path, capsys, m
     (videos / "c.mp4").write_bytes((raw / "c.mp4").read_bytes())
     assert names(data.prepared(videos, FPS, 32, cache)) == ["a.mkv", "c.mp4"]
     assert data.prepared(videos, 4, 32, cache) != root
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.prepared(tmp_path / "missing", FPS, 32, cache)
     one_line(caught, "no such folder")
 
@@ -712,7 +714,7 @@ def test_readers_keep_to_their_split(set_of_four, raw, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.mkv").write_bytes((raw / "a.mkv").read_bytes())
     data.prepare(tmp_path / "one", tmp_path / "set", FPS, 32)
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.Clips(tmp_path / "set", FPS, 32, split="val")
     one_line(caught, "no clip of its 1 is for val", "three or more")
 
@@ -751,7 +753,7 @@ def test_vggsounds_csv_names_clips_labels_and_splits(raw, tmp_path):
         of["more/-full_id_000012.mp4"],
     } == {"train", "val"}
     table.write_text("a,b\n")
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(media.MediaError) as caught:
         data.prepare(videos, tmp_path / "other", FPS, 32, 1, table)
     one_line(caught, "--csv", "line 1")
 
@@ -835,7 +837,7 @@ def test_pairs_keep_sound_and_features_together(extracted, kind):
     joins, seams = set(), set()
     for index in range(24):
         item = pairs[index]
-        assert item["features"].shape == (128, 512) and item["wav"].shape == (data.WINDOW,)
+        assert item["features"].shape == (128, 512) and item["wav"].shape == (audio.WINDOW,)
         frame = item["features"][:, 0]
         assert torch.equal(frame, spoken(item))
         jumps = (frame.diff() != 1).nonzero().flatten().tolist()
@@ -867,28 +869,28 @@ def test_a_pair_longer_than_its_clip_ends_in_silence(extracted):
 
 
 def test_pairs_name_the_remedy(extracted, tmp_path):
-    with pytest.raises(data.MediaError, match="not a prepared set"):
+    with pytest.raises(media.MediaError, match="not a prepared set"):
         data.Pairs(tmp_path, FPS, 128)
-    with pytest.raises(data.MediaError, match="15.625"):
+    with pytest.raises(media.MediaError, match="15.625"):
         data.Pairs(extracted, 4.0, 32)
-    with pytest.raises(data.MediaError, match="not bounds"):
+    with pytest.raises(media.MediaError, match="not bounds"):
         data.Clips(extracted, FPS, 32)
-    with pytest.raises(data.MediaError, match="network made up instead of another"):
+    with pytest.raises(media.MediaError, match="network made up instead of another"):
         data.Writer(extracted, {**FEATURES, "network": "another"})
 
 
 def test_sounds_start_on_mel_columns(tmp_path):
-    ramp = (np.arange(3 * data.HOP * 64 + 100) // data.HOP).astype(
+    ramp = (np.arange(3 * audio.HOP * 64 + 100) // audio.HOP).astype(
         "<i2"
     )  # each sample says its mel column
     with data.Writer(tmp_path / "set", FEATURES) as writer:
         writer.add("a", "", "train", {"features": b"", "sound": ramp.tobytes()})
         writer.finish()
-    sounds = data.Sounds(tmp_path / "set", 64 * data.HOP)
+    sounds = data.Sounds(tmp_path / "set", 64 * audio.HOP)
     starts = {int((sounds[k]["wav"][0] * 32767).round()) for k in range(1500)}
     assert starts == set(range(129))  # every one that fits
     for k in range(5):
-        columns = (sounds[k]["wav"] * 32767).round().view(-1, data.HOP)
+        columns = (sounds[k]["wav"] * 32767).round().view(-1, audio.HOP)
         assert (columns == columns[:, :1]).all() and (columns[:, 0].diff() == 1).all()
 
 
@@ -951,7 +953,7 @@ def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, t
             torch.from_numpy(made.column(k, "sound", "<i2").astype(np.float32)) / 32767, item["wav"]
         )
     pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
-    assert pair["features"].shape == (20, 16) and pair["wav"].shape == (data.WINDOW,)
+    assert pair["features"].shape == (20, 16) and pair["wav"].shape == (audio.WINDOW,)
 
 
 def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tower, tmp_path):
@@ -960,7 +962,7 @@ def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tow
     counted = tmp_path / "counted.py"
     counted.write_text(
         f"import os, sys\nsys.path.insert(0, {str(Path(cavp.__file__).parent)!r})\nimport cavp, training\nencode = cavp.CAVP.encode_clip\n"
-        "def told(*args, **options):\n    os.write(1, b'encoded by %d, ' % training.rank())\n    return encode(*args, **options)\n"
+        "def told(*args, **options):\n    os.write(1, b'encoded by %d, ' % distributed.rank())\n    return encode(*args, **options)\n"
         "cavp.CAVP.encode_clip = told\ncavp.main(sys.argv[1:])\n"
     )
 

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from bounds import PATIENCE
 from safetensors.torch import load_file
 
 import cavp
-import tiny
-import training
-from bounds import PATIENCE
+from common import training
 
 HERE = Path(__file__).resolve().parent
 # what each process of a job does: all four trainings, two steps each, keeping the first step's gradients, loss terms and average
@@ -27,7 +27,7 @@ import torch
 import tiny, training
 out, ports = sys.argv[1], sys.argv[2].split(",")
 tiny.install(), tiny.install_no_extras()
-report, update, seen = training.Run.report, training.update, {{}}
+report, update, seen = training.TrainingRun.report, training.update, {{}}
 def spy_update(args, step, optimizer, ema, model, final=0.0):
     gradients = {{k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}}
     norm = update(args, step, optimizer, ema, model, final)
@@ -38,7 +38,7 @@ def spy_report(run, **values):
     report(run, **values)
     if run.step == 0:
         seen.update(terms={{k: v[-1] for k, v in run.totals.items()}})
-training.update, training.Run.report = spy_update, spy_report
+training.update, training.TrainingRun.report = spy_update, spy_report
 for stage, port in zip(tiny.MAINS, ports):
     os.environ["MASTER_PORT"] = port
     tiny.MAINS[stage](tiny.arguments(stage, f"{{out}}/{{stage}}", 2, 4, f"{{out}}/first_stage.safetensors", micro_batch=sys.argv[3]))
@@ -123,7 +123,7 @@ def gradients(monkeypatch, tmp_path):
     """gradients(stage, **flags) -> those of a first step, {name: tensor}, and the step's terms."""
     tiny.install(monkeypatch.setattr)
     tiny.install_no_extras(monkeypatch.setattr)
-    update, report, number = training.update, training.Run.report, iter(range(99))
+    update, report, number = training.update, training.TrainingRun.report, iter(range(99))
 
     def run(stage, **flags):
         seen = {}
@@ -140,7 +140,7 @@ def gradients(monkeypatch, tmp_path):
             seen["terms"] = dict(run.totals)
 
         monkeypatch.setattr(training, "update", spy_update)
-        monkeypatch.setattr(training.Run, "report", spy_report)
+        monkeypatch.setattr(training.TrainingRun, "report", spy_report)
         tiny.MAINS[stage](
             tiny.arguments(
                 stage,
@@ -274,7 +274,7 @@ def test_one_process_that_fails_ends_the_job_with_one_line(tmp_path):
 real = tiny.Sounds.__getitem__
 def gone(self, index):
     if os.environ["RANK"] == "1" and index >= 6:
-        raise data.MediaError("set/shard-00001.bin: missing; prepare the set again")
+        raise media.MediaError("set/shard-00001.bin: missing; prepare the set again")
     return real(self, index)
 tiny.Sounds.__getitem__ = gone
 """

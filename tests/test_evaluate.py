@@ -14,25 +14,26 @@ import torch
 
 import data
 import evaluate
-import sample
 import foley
-import judge
+import sample
+from common import audio, media
+from metrics import judge
 from vae import AutoencoderKL
 
 
 def clicks(times, seconds=4.0):
     """Short decaying bursts at the given times over a faint hiss."""
     rng = np.random.default_rng(0)
-    wav = 1e-4 * rng.standard_normal(round(seconds * data.SAMPLE_RATE))
+    wav = 1e-4 * rng.standard_normal(round(seconds * audio.SAMPLE_RATE))
     burst = 0.5 * rng.standard_normal(1600) * np.exp(-np.arange(1600) / 200)
     for time in times:
-        start = round(time * data.SAMPLE_RATE)
+        start = round(time * audio.SAMPLE_RATE)
         wav[start : start + 1600] += burst[: len(wav) - start]
     return torch.tensor(wav, dtype=torch.float32)
 
 
 def onsets_of(wav):
-    return data.detect_onsets(data.mel(torch.as_tensor(wav)).numpy())
+    return audio.detect_onsets(audio.mel(torch.as_tensor(wav)).numpy())
 
 
 def times_of(video):
@@ -51,11 +52,11 @@ def foley_set(tmp_path_factory):
 def test_onsets_of_clicks_are_found_within_a_column():
     times = [0.3, 0.8013, 1.1, 1.25, 2.9307, 3.5]
     found = onsets_of(clicks(times))
-    assert len(found) == len(times) and np.abs(found - times).max() <= data.COLUMN
+    assert len(found) == len(times) and np.abs(found - times).max() <= audio.COLUMN
 
 
 def test_steady_noise_tones_and_silence_have_no_onsets():
-    t = torch.arange(64000) / data.SAMPLE_RATE
+    t = torch.arange(64000) / audio.SAMPLE_RATE
     noise = torch.randn(64000, generator=torch.Generator().manual_seed(0))
     glide = 0.3 * torch.sin(2 * torch.pi * (300 * t + 200 * t * t))
     for wav in (
@@ -71,18 +72,18 @@ def test_steady_noise_tones_and_silence_have_no_onsets():
 def test_strength_only_counts_rises():
     level = np.full((128, 40), 0.4, np.float32)
     level[:, 20:] = 0.8
-    assert np.flatnonzero(data.onset_strength(level)).tolist() == [20, 21]
-    assert not data.onset_strength(level[:, ::-1]).any()
+    assert np.flatnonzero(audio.onset_strength(level)).tolist() == [20, 21]
+    assert not audio.onset_strength(level[:, ::-1]).any()
 
 
 def test_matching_is_one_to_one_and_as_large_as_can_be():
-    assert data.match([1.0, 1.05], [1.02], 0.1) == [(0, 0)]  # two found for one label count once
-    assert data.match([1.0], [1.2], 0.1) == []
-    assert len(data.match([1.0, 1.09], [0.95, 1.0], 0.1)) == 2
+    assert audio.match([1.0, 1.05], [1.02], 0.1) == [(0, 0)]  # two found for one label count once
+    assert audio.match([1.0], [1.2], 0.1) == []
+    assert len(audio.match([1.0, 1.09], [0.95, 1.0], 0.1)) == 2
     rng = np.random.default_rng(0)
     for _ in range(50):
         found, labelled = (np.sort(rng.uniform(0, 1, 4)) for _ in range(2))
-        pairs = data.match(found, labelled, 0.1)
+        pairs = audio.match(found, labelled, 0.1)
         assert all(abs(found[i] - labelled[j]) <= 0.1 for i, j in pairs)
         assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
         best = max(
@@ -93,17 +94,17 @@ def test_matching_is_one_to_one_and_as_large_as_can_be():
 
 
 def test_f1_of_counts():
-    assert data.f1(3, 4, 6) == pytest.approx((0.75, 0.5, 0.6))
-    assert data.f1(0, 0, 0) == (0, 0, 0) and data.f1(0, 0, 5) == (0, 0, 0)
+    assert audio.f1(3, 4, 6) == pytest.approx((0.75, 0.5, 0.6))
+    assert audio.f1(0, 0, 0) == (0, 0, 0) and audio.f1(0, 0, 5) == (0, 0, 0)
 
 
 def test_desync_slides_onset_strengths():
     true = np.zeros(400, np.float32)
     true[[30, 111, 180, 333]] = 1, 0.5, 0.8, 0.9
     for shift in (-25, 0, 8):
-        assert evaluate.slide(np.roll(true, shift), true) == pytest.approx(shift * data.COLUMN)
+        assert evaluate.slide(np.roll(true, shift), true) == pytest.approx(shift * audio.COLUMN)
     assert evaluate.slide(np.roll(true, 8)[:350], true) == pytest.approx(
-        8 * data.COLUMN
+        8 * audio.COLUMN
     )  # a shorter sound
     assert np.isnan(evaluate.slide(np.zeros(400), true)) and np.isnan(
         evaluate.slide(true, np.zeros(400))
@@ -213,7 +214,7 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     samples, out = tmp_path / "samples", tmp_path / "out"
     samples.mkdir()
     for video in foley_set.glob("*.mp4"):
-        data.write_wav(samples / f"{video.stem}.foley.wav", clicks(times_of(video), 8.192))
+        media.write_wav(samples / f"{video.stem}.foley.wav", clicks(times_of(video), 8.192))
     flags = ["--data", str(foley_set), "--samples", str(samples), "--judges", str(tmp_path)]
     evaluate.main([*flags, "--out", str(out)])
     made = json.loads((out / "evaluate.json").read_text())
@@ -235,7 +236,7 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     pairs, found, labelled = (
         sum(clip["ours"][k] for clip in clips.values()) for k in ("pairs_50", "found", "labelled")
     )
-    assert data.f1(pairs, found, labelled)[2] == pytest.approx(rows["ours"]["onset_f1_50ms"])
+    assert audio.f1(pairs, found, labelled)[2] == pytest.approx(rows["ours"]["onset_f1_50ms"])
     assert all(
         clip["silence"]["late"] is None and clip["ours"]["seconds"] is None
         for clip in clips.values()
@@ -266,7 +267,7 @@ def test_videos_without_labels_are_judged_by_their_own_onsets(foley_set, tmp_pat
     case = evaluate.read_case(video, evaluate.Judges())
     assert (
         case.hits is None
-        and list(case.times) == pytest.approx(list(onsets_of(data.read_audio(video))))
+        and list(case.times) == pytest.approx(list(onsets_of(media.read_audio(video))))
         and case.own == case.times
     )
 
@@ -280,7 +281,7 @@ def test_labels_and_what_is_heard_are_two_things(tmp_path):
     labels.write_text(json.dumps(said))
     case = evaluate.read_case(tmp_path / "00000.mp4", evaluate.Judges())
     assert len(case.times) > len(case.own)
-    true = evaluate.measure(data.read_audio(case.video), case, evaluate.Judges())
+    true = evaluate.measure(media.read_audio(case.video), case, evaluate.Judges())
     row = evaluate.score([true], [true])[0]
     assert row["heard_f1_100ms"] == 1 > row["onset_f1_100ms"]
 
@@ -297,7 +298,9 @@ def test_the_round_trip_goes_through_the_autoencoder(tmp_path):
         case = evaluate.read_case(folder / "00000.mp4", evaluate.Judges())
         made, silent = evaluate.round_trip(case, vae), evaluate.round_trip(case, mute)
         assert len(made) == len(silent) == evaluate.samples_of(case.mel) and len(case.own) > 1
-        assert data.match(onsets_of(made), case.own, 0.05) == [(k, k) for k in range(len(case.own))]
+        assert audio.match(onsets_of(made), case.own, 0.05) == [
+            (k, k) for k in range(len(case.own))
+        ]
         assert not len(onsets_of(silent))
     out = tmp_path / "out"
     foley.make_set(tmp_path / "12.0", 2, seed=64, size=64, fps=15.625, duration=12.0)
@@ -329,7 +332,7 @@ def test_a_split_is_that_of_training(foley_set):
         name for name in every if data.split_of(name) == "train"
     ]
     args.split = "val"
-    with pytest.raises(data.MediaError, match="of the split val"):
+    with pytest.raises(media.MediaError, match="of the split val"):
         evaluate.find_clips(args)
 
 
@@ -346,7 +349,7 @@ def test_sounds_of_another_length_are_judged_over_the_clip(tmp_path):
         )
         assert short["found"] == long["found"] == (2 if seconds == 3.0 else 3)
         assert short["aligned"] == long["aligned"]
-        assert evaluate.measure(data.read_audio(folder / "00000.mp4").numpy(), case, judges)[
+        assert evaluate.measure(media.read_audio(folder / "00000.mp4").numpy(), case, judges)[
             "aligned"
         ]
 
@@ -384,11 +387,11 @@ def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
         tmp_path / "00000.foley.wav"
     )  # marked and tagged; the table is of the sound without the mark
     assert (
-        data.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5")
+        media.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5")
         and used[0]["mark"] is False
     )
     marked = sample.marked(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
-    assert (data.read_audio(written) - marked).abs().max() < 1e-4
+    assert (media.read_audio(written) - marked).abs().max() < 1e-4
     assert (
         json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9
     )

@@ -6,21 +6,24 @@ import functools
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+from golden import rule
 
+import diffusion
 import ldm
 import sample
-import tiny
-from golden import rule
+from align import PRESETS as ALIGN_PRESETS
+from align import Alignment, AlignmentConfig
 from kernels import fast
 
 PUBLISHED = ldm.UNetConfig(width=32, context_dim=24, groups=8)
 FORMS = {  # the paper's depths, narrow, and the mini preset's
     "published": (
         PUBLISHED,
-        replace(ldm.AlignmentConfig().unet, width=32, context_dim=24, groups=8),
+        replace(AlignmentConfig().unet, width=32, context_dim=24, groups=8),
     ),
-    "mini": tuple(config.unet for config in ldm.PRESETS["mini"]),
+    "mini": (ldm.PRESETS["mini"].unet, ALIGN_PRESETS["mini"].unet),
     "tiny": (tiny.UNET, tiny.UNET),
 }
 
@@ -29,9 +32,9 @@ FORMS = {  # the paper's depths, narrow, and the mini preset's
 def networks(form):
     """U-Net and classifier, not to be changed."""
     unet, classifier = FORMS[form]
-    config = ldm.AlignmentConfig(positions=128, feature_dim=24, unet=classifier)
+    config = AlignmentConfig(positions=128, feature_dim=24, unet=classifier)
     unet = rule.fill(ldm.UNet(unet), "model.diffusion_model.")
-    return unet, rule.fill(ldm.Alignment(config))
+    return unet, rule.fill(Alignment(config))
 
 
 def clip(name, unet, count=2):
@@ -53,7 +56,9 @@ def optimised(unet, align):
 
 def guided(unet, align, context, features, times, cg=15.0, cfg=4.5):
     null_context = torch.zeros_like(context[:1])
-    return fast.guided(unet, context, null_context, cfg, align, features, cg, times, ldm.sigma)
+    return fast.guided(
+        unet, context, null_context, cfg, align, features, cg, times, diffusion.sigma
+    )
 
 
 @torch.no_grad()
@@ -71,16 +76,16 @@ def test_optimised_networks_give_the_same_numbers(form, deferred):
     rule.close("logit", fused_align.logit(x, t, features), align.logit(x, t, features), 1e-5)
     ours, plain = (a.grad_log_prob(x, t, features) for a in (fused_align, align))
     rule.close("gradient", ours, plain, 1e-5)
-    times = ldm.dpm_times(3)
+    times = diffusion.dpm_times(3)
     known = fused.prepare(context, times)
     rows = times[[2, 0]]
     rule.close("prepared", fused(x, rows, known), unet(x, rows, context), 1e-5)
     for cfg, cg in ((4.5, 15.0), (1, 15.0), (2.5, 0.0)):
         ours = guided(fused, fused_align, context, features, times, cg, cfg)
-        plain = ldm.guided_eps(
+        plain = diffusion.guided_eps(
             unet, context, torch.zeros_like(context[:1]), cfg, align, features, cg
         )
-        made, expected = (ldm.dpm_solver(eps, x, 3) for eps in (ours, plain))
+        made, expected = (diffusion.dpm_solver(eps, x, 3) for eps in (ours, plain))
         rule.close(f"three steps, cfg {cfg}, cg {cg}", made, expected, 1e-5)
 
 
@@ -88,15 +93,17 @@ def test_optimised_networks_give_the_same_numbers(form, deferred):
 def test_networks_that_are_not_optimised_are_called_as_they_are():
     unet, align = networks("tiny")
     x, context, features = clip("one", unet)
-    times = ldm.dpm_times(2)
-    plain = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, align, features, 15.0)
+    times = diffusion.dpm_times(2)
+    plain = diffusion.guided_eps(
+        unet, context, torch.zeros_like(context), 4.5, align, features, 15.0
+    )
     ours = guided(unet, align, context, features, times)
-    rule.close("plain", ldm.dpm_solver(ours, x, 2), ldm.dpm_solver(plain, x, 2), 1e-6)
+    rule.close("plain", diffusion.dpm_solver(ours, x, 2), diffusion.dpm_solver(plain, x, 2), 1e-6)
 
 
 def test_what_has_no_fused_form_is_said():
     with pytest.raises(ValueError, match="LDM: no fused form of it is known"):
-        fast.optimise(ldm.LDM(ldm.PRESETS["mini"][0]))
+        fast.optimise(ldm.LDM(ldm.PRESETS["mini"]))
     with pytest.raises(ValueError, match="ResBlock: no fused form"):
         fast.optimise(ldm.ResBlock(8, 8, 8, 4))
 
@@ -137,15 +144,15 @@ def records(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
 def test_a_recorded_step_serves_all_clips(records, sampler):
     unet, align = networks("tiny")
     fused, fused_align = optimised(unet, align)
-    draw, times = ldm.SAMPLERS[sampler], ldm.TIMES[sampler](2)
+    draw, times = diffusion.SAMPLERS[sampler], diffusion.TIMES[sampler](2)
     clips = [clip(name, unet) for name in ("one", "two", "three")]
     eps = [guided(fused, fused_align, c, f, times) for _, c, f in clips]
     expected = [
-        draw(ldm.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0), x, 2)
+        draw(diffusion.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0), x, 2)
         for x, c, f in clips
     ]
     for k in (0, 1, 0, 2, 1, 0):  # also those that lost their place to another one
@@ -164,9 +171,9 @@ def test_a_step_is_recorded_anew_only_for_what_changes_it(records):
 
     def draw(count=2, steps=2, cfg=4.5, cg=15.0):
         x, context, features = clip("one", unet, count)
-        times = ldm.dpm_times(steps)
+        times = diffusion.dpm_times(steps)
         eps = guided(fused, fused_align, context, features, times, cg, cfg)
-        ldm.dpm_solver(eps, x, steps)
+        diffusion.dpm_solver(eps, x, steps)
         return len(records)
 
     assert [draw(), draw(), draw(count=1), draw(), draw(count=1)] == [1, 1, 2, 2, 2]
@@ -185,22 +192,22 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
 
     monkeypatch.setattr(fast, "record", refuse)
     clips = [clip(name, unet) for name in ("one", "two")]
-    eps = [guided(fused, fused_align, c, f, ldm.dpm_times(2)) for _, c, f in clips]
+    eps = [guided(fused, fused_align, c, f, diffusion.dpm_times(2)) for _, c, f in clips]
     with pytest.warns(UserWarning, match="without a CUDA graph .operation not permitted.") as said:
-        made = [ldm.dpm_solver(eps[k], clips[k][0], 2) for k in (0, 1, 0)]
+        made = [diffusion.dpm_solver(eps[k], clips[k][0], 2) for k in (0, 1, 0)]
     assert len(said) == 1 and torch.equal(made[0], made[2])
     for k in (0, 1):
         x, c, f = clips[k]
-        plain = ldm.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0)
-        rule.close(f"clip {k}", made[k], ldm.dpm_solver(plain, x, 2), 1e-5)
+        plain = diffusion.guided_eps(unet, c, torch.zeros_like(c), 4.5, align, f, 15.0)
+        rule.close(f"clip {k}", made[k], diffusion.dpm_solver(plain, x, 2), 1e-5)
 
 
 @torch.no_grad()
 def test_windows_of_all_clips_share_the_recorded_steps(records):
     """`sample.draw` of two films: two windows at once and a remainder of one, whatever the film."""
     config = ldm.LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE)
-    classifier = ldm.AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
-    model, align = rule.fill(ldm.LDM(config)), rule.fill(ldm.Alignment(classifier))
+    classifier = AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
+    model, align = rule.fill(ldm.LDM(config)), rule.fill(Alignment(classifier))
     fast.optimise(model.unet)
     fast.optimise(align.model)
     models = sample.Models(None, model, align)

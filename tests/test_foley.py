@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import data
-import foley
 from bounds import PATIENCE
 
-SMALL = dict(size=64, fps=15.625, duration=4.096)
+import foley
+from common import audio, media
+
+SMALL = {"size": 64, "fps": 15.625, "duration": 4.096}
 ROOT = Path(foley.__file__).parent
 
 
@@ -72,13 +72,13 @@ def test_files_do_not_depend_on_the_workers(tmp_path):
 def test_file_holds_picture_and_sound_of_equal_length_from_zero(tmp_path):
     clip = foley.make_clip(8, 0, **SMALL)
     foley.write_clip(clip, tmp_path / "a.mp4")
-    info, wav = data.probe(tmp_path / "a.mp4"), data.read_audio(tmp_path / "a.mp4").numpy()
+    info, wav = media.probe(tmp_path / "a.mp4"), media.read_audio(tmp_path / "a.mp4").numpy()
     assert (
         info.frames == 64
         and abs(info.duration - 4.096) < 1e-3
         and len(wav) == len(clip.wav) == 65536
     )
-    frames = data.read_frames(tmp_path / "a.mp4", 15.625, 64).permute(0, 2, 3, 1).numpy()
+    frames = media.read_frames(tmp_path / "a.mp4", 15.625, 64).permute(0, 2, 3, 1).numpy()
     assert frames.shape == clip.frames.shape
     errors = [np.abs(frames.astype(int) - np.roll(clip.frames, k, 0)).mean() for k in (0, 1, -1)]
     assert errors[0] < 8 and errors[0] == min(errors)  # every picture in its own place
@@ -152,7 +152,7 @@ def test_interrupt_leaves_whole_clips_only(tmp_path):
     made = sorted(tmp_path.glob("*.mp4"))
     assert 0 < len(made) < 500 and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     for path in made:
-        assert data.probe(path).frames == 31 and path.with_suffix(".json").exists()
+        assert media.probe(path).frames == 31 and path.with_suffix(".json").exists()
 
 
 def test_sound_rises_at_the_labels_and_not_before(clips):
@@ -161,7 +161,7 @@ def test_sound_rises_at_the_labels_and_not_before(clips):
     rises = []
     for clip in clips:
         assert np.abs(clip.wav).max() < 1 and clip.wav.dtype == np.float32
-        starts = [round(time * data.SAMPLE_RATE) for time in onset_times(clip)]
+        starts = [round(time * audio.SAMPLE_RATE) for time in onset_times(clip)]
         for k in starts:
             before, after = clip.wav[k - 80 : k], clip.wav[k : k + 80]
             rises.append(10 * np.log10(np.sum(np.diff(after) ** 2) / np.sum(np.diff(before) ** 2)))
@@ -174,14 +174,14 @@ def test_sound_rises_at_the_labels_and_not_before(clips):
 
 
 def onsets_of(wav):
-    return data.detect_onsets(data.mel(torch.as_tensor(wav)).numpy())
+    return audio.detect_onsets(audio.mel(torch.as_tensor(wav)).numpy())
 
 
 def agreement(wavs, labelled, tolerance):
     """F1 over all of them."""
     found = [onsets_of(wav) for wav in wavs]
-    pairs = sum(len(data.match(a, b, tolerance)) for a, b in zip(found, labelled))
-    return data.f1(pairs, sum(map(len, found)), sum(map(len, labelled)))[2]
+    pairs = sum(len(audio.match(a, b, tolerance)) for a, b in zip(found, labelled))
+    return audio.f1(pairs, sum(map(len, found)), sum(map(len, labelled)))[2]
 
 
 def test_one_detector_finds_the_labels(clips):
@@ -230,11 +230,11 @@ def test_rubbing_is_heard_only_while_it_moves():
         for w in (world_of(foley.act_glide, seed) for seed in range(20))
         if w.rubs and not w.audible()
     )
-    wav = foley.sound(world, np.random.default_rng(0), round(world.duration * data.SAMPLE_RATE))
+    wav = foley.sound(world, np.random.default_rng(0), round(world.duration * audio.SAMPLE_RATE))
     moving = np.zeros(len(wav), bool)
     for rub in world.rubs:
-        start = round(rub.start * data.SAMPLE_RATE)
-        moving[start : start + round((len(rub.speed) / foley.FINE + 0.35) * data.SAMPLE_RATE)] = (
+        start = round(rub.start * audio.SAMPLE_RATE)
+        moving[start : start + round((len(rub.speed) / foley.FINE + 0.35) * audio.SAMPLE_RATE)] = (
             True  # and its echo
         )
     assert moving.any() and not moving.all()
@@ -248,7 +248,7 @@ def test_materials_sound_apart():
     def features(material, size, strength):
         wave = foley.ring(foley.Thing.make(rng, material, size), strength, rng)
         power = np.abs(np.fft.rfft(wave, 1 << 16)) ** 2
-        hertz = np.fft.rfftfreq(1 << 16, 1 / data.SAMPLE_RATE)
+        hertz = np.fft.rfftfreq(1 << 16, 1 / audio.SAMPLE_RATE)
         energy = np.cumsum(wave**2) / np.sum(wave**2)
         share = np.cumsum(power) / power.sum()
         return [np.log2(hertz[np.searchsorted(share, q)] + 1) for q in (0.2, 0.5, 0.9)] + [
@@ -259,7 +259,7 @@ def test_materials_sound_apart():
     known = np.array(
         [np.mean([features(name, size, 0.5) for size in (0.06, 0.08, 0.1)], 0) for name in names]
     )
-    right = {name: 0 for name in names}
+    right = dict.fromkeys(names, 0)
     for name, size, strength in itertools.product(names, (0.055, 0.07, 0.09, 0.11), (0.2, 0.8)):
         nearest = names[int(np.abs(known - features(name, size, strength)).sum(1).argmin())]
         right[name] += nearest == name
@@ -294,7 +294,7 @@ def test_size_lowers_pitch_and_strength_brightens():
             foley.Thing("wood", size, (1, 1, 1, 1)), strength, np.random.default_rng(0)
         )
         power = np.abs(np.fft.rfft(wave)) ** 2
-        return np.sum(power * np.fft.rfftfreq(len(wave), 1 / data.SAMPLE_RATE)) / power.sum()
+        return np.sum(power * np.fft.rfftfreq(len(wave), 1 / audio.SAMPLE_RATE)) / power.sum()
 
     assert centroid(0.12, 0.5) < 0.8 * centroid(0.06, 0.5)
     assert centroid(0.08, 0.1) < 0.9 * centroid(0.08, 1.0)
@@ -375,7 +375,7 @@ def test_every_material_pattern_draws_inside_its_shape():
 
 def test_demo_is_the_documented_clip(tmp_path):
     """demo.mp4 is clip 1274 of seed 2306 at 320 pixels, 25 frames a second, 8 s; its sound is that clip's."""
-    info, wav = data.probe(ROOT / "demo.mp4"), data.read_audio(ROOT / "demo.mp4")
+    info, wav = media.probe(ROOT / "demo.mp4"), media.read_audio(ROOT / "demo.mp4")
     assert (info.width, info.height, info.frames) == (320, 320, 200) and len(wav) == 128000
     world = foley.make_world(np.random.default_rng([2306, 1274, 0]), np.arange(200) / 25, 8.0)
     assert agreement([wav], [[h.time for h in world.audible()]], 0.1) >= 0.9

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import rule
+from test_media import make, steady
 
 import cavp
-import checkpoints
-import data
 import ldm
-import official
 import sample
-from checkpoints import Checkpoint
-from golden import rule
+from align import Alignment
+from common import audio, checkpoints, media
+from common.checkpoints import Checkpoint
+from compat import official
 from kernels import fast
-from test_media import make, steady
 
 pytestmark = pytest.mark.slow
 ROOT = Path(sample.__file__).resolve().parent
@@ -92,7 +92,7 @@ def published(tmp_path_factory):
         state = {f"module.{k}": v for k, v in rule.fill(cavp.CAVP()).state_dict().items()}
         torch.save(lightning(state, 66), folder / "cavp_epoch66.ckpt")
         torch.save(
-            lightning(rule.fill(ldm.Alignment()).state_dict(), 30),
+            lightning(rule.fill(Alignment()).state_dict(), 30),
             folder / "double_guidance_classifier.ckpt",
         )
         with torch.device("meta"):
@@ -106,10 +106,14 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(published, tmp_path_factory):
-    """The same as `ldm.py --convert` writes them."""
+    """The same as `python -m common.checkpoints convert` writes them."""
     folder = tmp_path_factory.mktemp("converted") / "bfloat16"
     try:
-        print(launch(ROOT / "ldm.py", "--convert", published, folder, "--dtype", "bfloat16")[0])
+        print(
+            launch("-m", "common.checkpoints", "convert", published, folder, "--dtype", "bfloat16")[
+                0
+            ]
+        )
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,11 +141,11 @@ def dub(clip, weights, out, *flags):
     print(*err, f"peak {peak / 2**20:.0f} MiB", sep="\n")
     assert line["windows"] == 1 and line["seconds"] == 3.0 and line["score"] < 0
     assert (
-        abs(data.probe(line["output"]).duration - 3.0) < 0.04
-        and data.probe(line["output"]).has_audio
+        abs(media.probe(line["output"]).duration - 3.0) < 0.04
+        and media.probe(line["output"]).has_audio
     )
-    wav = data.read_audio(line["wav"])
-    assert len(wav) == 3 * data.SAMPLE_RATE and wav.isfinite().all() and wav.abs().max() > 0
+    wav = media.read_audio(line["wav"])
+    assert len(wav) == 3 * audio.SAMPLE_RATE and wav.isfinite().all() and wav.abs().max() > 0
     assert line["profile"]["total"]["peak_mib"] == pytest.approx(peak / 2**20, rel=0.02)
     return line, peak
 
@@ -176,7 +180,7 @@ def test_published_files_give_the_official_numbers(published):
 @torch.no_grad()
 def test_optimised_networks_of_the_published_size_give_the_plain_ones_numbers():
     with torch.device("meta"):
-        unet, align = ldm.UNet(ldm.UNetConfig()), ldm.Alignment().model
+        unet, align = ldm.UNet(ldm.UNetConfig()), Alignment().model
     rule.fill(unet, "model.diffusion_model.")
     rule.fill(align, "model.")
     x, context = rule.normal("in.unet.x", 2, 4, 16, 64), rule.normal("in.unet.context", 2, 32, 768)
@@ -199,7 +203,7 @@ def test_converted_files_are_half_the_size_and_the_weights_rounded(published, co
     ]
     print(f"{size(converted) / 1e9:.2f} GB of {size(published) / 1e9:.2f} GB")
     assert 0.49 < size(converted) / size(published) < 0.51
-    for name, cls in (("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("align", ldm.Alignment)):
+    for name, cls in (("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("align", Alignment)):
         stem = {stem for stem, ours in checkpoints.PUBLISHED.items() if ours == name}.pop()
         file, loaded = (
             Checkpoint(published / f"{stem}.ckpt"),

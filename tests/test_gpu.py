@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-
-import data
-import kernels
-import ldm
 from bounds import check_kernel, rms
 from golden import rule
+
+import diffusion
+import kernels
+import ldm
+from align import Alignment, AlignmentConfig
+from common import audio
 from kernels import attention, fast, group_norm, transformer
 
 pytestmark = [
@@ -100,9 +102,9 @@ def test_transformer_kernels(dtype):
 
 def small_networks(dtype):
     """Plain and optimised: U-Net, classifier."""
-    config = ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
+    config = AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
     unet = rule.fill(ldm.UNet(UNET), "model.diffusion_model.").to("cuda", dtype)
-    align = rule.fill(ldm.Alignment(config)).to("cuda", dtype)
+    align = rule.fill(Alignment(config)).to("cuda", dtype)
     fused, fused_align = copy.deepcopy(unet), copy.deepcopy(align)
     fast.optimise(fused)
     fast.optimise(fused_align.model)
@@ -119,17 +121,17 @@ def conditions(name, clips):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
 def test_a_recorded_run_is_the_plain_one(sampler, dtype, bound):
     """Kernels, graph and second stream together, against torch's own kernels call by call; a second
     clip through the same graph too, and the first one again after it."""
     unet, align, fused, fused_align = small_networks(dtype)
-    draw, times = ldm.SAMPLERS[sampler], ldm.TIMES[sampler](5)
+    draw, times = diffusion.SAMPLERS[sampler], diffusion.TIMES[sampler](5)
 
     def recorded(x, context, features):
         null_context = torch.zeros_like(context)
         eps = fast.guided(
-            fused, context, null_context, 4.5, fused_align, features, 15.0, times, ldm.sigma
+            fused, context, null_context, 4.5, fused_align, features, 15.0, times, diffusion.sigma
         )
         return eps, x
 
@@ -142,7 +144,7 @@ def test_a_recorded_run_is_the_plain_one(sampler, dtype, bound):
     for clip, run in ours:
         x, context, features = clips[clip]
         null_context = torch.zeros_like(context)
-        eps = ldm.guided_eps(unet, context, null_context, 4.5, align, features, 15.0)
+        eps = diffusion.guided_eps(unet, context, null_context, 4.5, align, features, 15.0)
         rule.close(f"{sampler} {dtype} clip {clip}", run.cpu(), draw(eps, x, 5).cpu(), bound)
 
 
@@ -151,8 +153,10 @@ def test_shapes_have_graphs_of_their_own_and_few_are_kept():
     _, _, fused, _ = small_networks(torch.float32)
     for clips in (1, 2, 3, 1, 4, 5):
         x, context, _ = conditions("shape", clips)
-        eps = fast.guided(fused, context, torch.zeros_like(context), 4.5, times=ldm.dpm_times(2))
-        assert ldm.dpm_solver(eps, x, 2).isfinite().all()
+        eps = fast.guided(
+            fused, context, torch.zeros_like(context), 4.5, times=diffusion.dpm_times(2)
+        )
+        assert diffusion.dpm_solver(eps, x, 2).isfinite().all()
         assert len(fused.recorded) <= fast.KEPT
     assert len({x[-2][0] for x in fused.recorded}) == fast.KEPT
 
@@ -161,14 +165,14 @@ def test_shapes_have_graphs_of_their_own_and_few_are_kept():
 def test_a_time_that_was_not_prepared_stops_a_recorded_run():
     _, _, fused, _ = small_networks(torch.float32)
     x, context, _ = conditions("times", 1)
-    eps = fast.guided(fused, context, None, 1.0, times=ldm.dpm_times(5))
-    first = ldm.dpm_solver(eps, x, 5)
+    eps = fast.guided(fused, context, None, 1.0, times=diffusion.dpm_times(5))
+    first = diffusion.dpm_solver(eps, x, 5)
     with pytest.raises(ValueError, match="not among the 5 that this condition was prepared for"):
-        ldm.dpm_solver(eps, x, 7)
-    assert torch.equal(ldm.dpm_solver(eps, x, 5), first)
+        diffusion.dpm_solver(eps, x, 7)
+    assert torch.equal(diffusion.dpm_solver(eps, x, 5), first)
 
 
 def test_vocoder():
     mel = torch.rand(128, 700, generator=torch.Generator().manual_seed(0)) * 0.7
-    ours, theirs = data.vocode(mel.cuda(), iterations=4).cpu(), data.vocode(mel, iterations=4)
+    ours, theirs = audio.vocode(mel.cuda(), iterations=4).cpu(), audio.vocode(mel, iterations=4)
     rule.close("vocoder", ours, theirs, 1e-4)

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 from bounds import PATIENCE
+
 from compat import hub
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_sample import make_video
 
 import data
 import foley
-import judge
-from test_sample import make_video
+from common import audio, media
+from metrics import judge
 
 ROOT = Path(judge.__file__).parent
 
@@ -43,7 +44,7 @@ def test_quiet_moments_hold_no_hit():
     assert len(found) > 300
     for column in found:
         for onset in onsets:
-            at = round(onset["time"] / data.COLUMN)
+            at = round(onset["time"] / audio.COLUMN)
             assert not column - judge.BEFORE <= at < column - judge.BEFORE + judge.SPAN
 
 
@@ -84,7 +85,7 @@ KINDS = ("click", "hiss", "tone")
 
 def strike(kind, rng):
     """A quarter of a second of one kind, float32. They differ in shape: the tower hardly knows a low tone from a high one."""
-    seconds = np.arange(data.SAMPLE_RATE // 4) / data.SAMPLE_RATE
+    seconds = np.arange(audio.SAMPLE_RATE // 4) / audio.SAMPLE_RATE
     if kind == "tone":
         wave = np.sin(2 * np.pi * 1000 * seconds)
     else:
@@ -97,13 +98,13 @@ def make_strikes(folder, clips):
     """Clips of 8 s with nine hits each, three of each kind, with their labels."""
     rng = np.random.default_rng(0)
     for number in range(clips):
-        wav = 1e-4 * rng.standard_normal(8 * data.SAMPLE_RATE).astype(np.float32)
+        wav = 1e-4 * rng.standard_normal(8 * audio.SAMPLE_RATE).astype(np.float32)
         onsets = [
             hit(0.5 + 0.8 * k, str(kind)) for k, kind in enumerate(rng.permutation(3 * [*KINDS]))
         ]
         for onset in onsets:
             wave = strike(onset["material"], rng)
-            at = round(onset["time"] * data.SAMPLE_RATE)
+            at = round(onset["time"] * audio.SAMPLE_RATE)
             wav[at : at + len(wave)] += wave
         video = make_video(folder / f"{number:05d}.mp4", 8, fps=5, sound=wav)
         video.with_suffix(".json").write_text(json.dumps({"onsets": onsets}))
@@ -134,7 +135,7 @@ def test_it_learns_and_loads(tmp_path):
     assert model.config.classes == (judge.NOTHING, *KINDS)
     right = total = 0
     for video in sorted((tmp_path / "clips").glob("*.mp4")):
-        hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.clear_hits(data.read_onsets(video)), audio.mel(media.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right += sum(
             model.config.classes[k] == name for k, (_, name) in zip(heard, hits, strict=True)
@@ -158,10 +159,10 @@ def test_clips_without_labels_or_with_others_are_named(tmp_path):
         '{"onsets": 1}',
     ):
         (tmp_path / "00000.json").write_text(text)
-        with pytest.raises(data.MediaError, match="00000.json: not the labels"):
+        with pytest.raises(media.MediaError, match="00000.json: not the labels"):
             judge.Moments(tmp_path)
     (tmp_path / "00000.json").unlink()
-    with pytest.raises(data.MediaError, match="00000.json: no such file"):
+    with pytest.raises(media.MediaError, match="00000.json: no such file"):
         judge.Moments(tmp_path)
 
 
@@ -174,7 +175,7 @@ def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
     foley.make_set(tmp_path, 8, seed=77, size=64, fps=15.625, duration=8.192)
     model, right, total = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors"), 0, 0
     for video in sorted(tmp_path.glob("*.mp4")):
-        hits, level = judge.clear_hits(data.read_onsets(video)), data.mel(data.read_audio(video))
+        hits, level = judge.clear_hits(data.read_onsets(video)), audio.mel(media.read_audio(video))
         heard = model.hear(level, [column for column, _ in hits])
         right, total = (
             right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)),

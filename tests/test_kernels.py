@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import ldm
 import vae
-from golden import rule
 from kernels import attention, benchmark, fast, group_norm, transformer
 
 ROOT = Path(kernels.__file__).parent.parent
@@ -320,7 +320,7 @@ def test_a_benchmark_times_ours_before_anything_is_compiled(
         module
     ] and len(rows) == 2 * len(done)
     assert sum("error" in row for row in rows) == (2 if done and module is transformer else 0)
-    benchmark.draw({"benchmark": "b", "device": "d"}, rows, tmp_path / "out.png")
+    benchmark.plot({"benchmark": "b", "device": "d"}, rows, tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 

@@ -462,7 +462,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             image, np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
         ),
     )
-    code = f"""
+    code = """
 import resource, sys, torch
 from common import media
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

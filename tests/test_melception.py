@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import evaluate
 import foley
-import judge
-import melception
-from melception import Melception
+from common import audio, media
+from metrics import judge, melception
+from metrics.melception import Melception
 
 ROOT = Path(melception.__file__).parent
 
@@ -346,8 +345,8 @@ def test_true_sound_is_specvqgans_mel():
 
 def test_a_tone_lands_where_it_should():
     centres = np.array(plain_filterbank(22050, 80, 125, 7600)[1])
-    wav = 0.5 * torch.sin(2 * torch.pi * 1000 * torch.arange(data.WINDOW) / 16000)
-    true, made = melception.true_mel(wav), melception.made_mel(data.mel(wav))
+    wav = 0.5 * torch.sin(2 * torch.pi * 1000 * torch.arange(audio.WINDOW) / 16000)
+    true, made = melception.true_mel(wav), melception.made_mel(audio.mel(wav))
     assert (
         true.shape == (80, 848)
         and made.shape == (80, 706)
@@ -479,9 +478,9 @@ def test_the_table_has_the_papers_figures(published, tmp_path, monkeypatch, caps
     videos = sorted((tmp_path / "clips").glob("*.mp4"))
     (tmp_path / "samples").mkdir()
     for video in videos:
-        data.write_wav(
+        media.write_wav(
             tmp_path / "samples" / f"{video.stem}.wav",
-            0.5 * data.read_audio(video)[-16000:].flip(0),
+            0.5 * media.read_audio(video)[-16000:].flip(0),
         )
     evaluate.main(
         [
@@ -499,11 +498,11 @@ def test_the_table_has_the_papers_figures(published, tmp_path, monkeypatch, caps
     )
     written = json.loads((tmp_path / "evaluate.json").read_text())
     model = Melception.load(published)
-    true = [model.clip(melception.true_mel(data.read_audio(video))) for video in videos]
+    true = [model.clip(melception.true_mel(media.read_audio(video))) for video in videos]
     made = [
         model.clip(
             melception.made_mel(
-                data.mel(data.read_audio(tmp_path / "samples" / f"{video.stem}.wav"))
+                audio.mel(media.read_audio(tmp_path / "samples" / f"{video.stem}.wav"))
             )
         )
         for video in videos

@@ -5,8 +5,8 @@ wide as the features.
 """
 
 import json
-import re
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,24 +18,25 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import VideoReformatter
-
-import data
-import ldm
-import official
-import sample
-from cavp import CAVP, CAVPConfig
-from checkpoints import save_model
-from common import ffmpeg
-from compat import demo_frames
-from data import HOP, SAMPLE_RATE, MediaError
 from golden import rule
 from test_media import grey, make, seen, steady
 from test_sample import run, shuffled
+
+import align
+import diffusion
+import ldm
+import sample
+from cavp import CAVP, CAVPConfig
+from common import audio, ffmpeg, media
+from common.audio import HOP, SAMPLE_RATE
+from common.checkpoints import save_model
+from common.media import MediaError
+from compat import demo_frames, official
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 WINDOW = 511 * HOP  # samples of one window there, 8.176 s
-UNET = dict(width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, groups=4)
+UNET = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (2,), "heads": 2, "groups": 4}
 
 
 CUT = r"sample\.py: .*film\.mp4: the cut does not begin and end on key frames; its picture is encoded anew \(H\.264\)"
@@ -59,8 +60,8 @@ def weights(tmp_path_factory):
         "ldm": ldm.LDM(
             ldm.LDMConfig(feature_dim=16, unet=ldm.UNetConfig(**UNET, context_dim=24), vae=vae)
         ),
-        "align": ldm.Alignment(
-            ldm.AlignmentConfig(feature_dim=16, unet=ldm.UNetConfig(**UNET, context_dim=16))
+        "align": align.Alignment(
+            align.AlignmentConfig(feature_dim=16, unet=ldm.UNetConfig(**UNET, context_dim=16))
         ),
     }
     for seed, (name, model) in enumerate(parts.items()):
@@ -102,16 +103,16 @@ def pitch(wav):
 
 
 def test_a_tone_falls_there_and_stays_here():
-    mel = data.mel(0.25 * torch.sin(2 * math.pi * 1000 * torch.arange(data.WINDOW) / SAMPLE_RATE))
+    mel = audio.mel(0.25 * torch.sin(2 * math.pi * 1000 * torch.arange(audio.WINDOW) / SAMPLE_RATE))
     assert pitch(official.vocode(mel[None])) == pytest.approx(
         1000 * 16000 / 22050, abs=4
     )  # librosa's: 724.4
-    assert pitch(data.vocode(mel)) == pytest.approx(1000, abs=4)
+    assert pitch(audio.vocode(mel)) == pytest.approx(1000, abs=4)
 
 
 def test_magnitudes_are_librosas():
     golden = rule.recorded("audio")
-    magnitude = official.mel_to_magnitude(data.mel(golden["waveform"])[None])[0]
+    magnitude = official.mel_to_magnitude(audio.mel(golden["waveform"])[None])[0]
     rule.close(
         "inverse at 22,050 Hz", magnitude[:, ::32], golden["inverse_magnitude_22k_every32"], 1e-5
     )
@@ -145,7 +146,8 @@ class Seer:
 
     def unet(self, x, t, context):
         alpha, sigma = (
-            f(t).view(-1, 1, 1, 1) for f in (lambda t: ldm.log_alpha(t).exp(), ldm.sigma)
+            f(t).view(-1, 1, 1, 1)
+            for f in (lambda t: diffusion.log_alpha(t).exp(), diffusion.sigma)
         )
         clean = context[:, :, 0].repeat_interleave(2, 1)[:, None, None]  # (b, 1, 1, 64)
         return ((x - alpha * clean) / sigma).float()
@@ -168,7 +170,7 @@ def test_sound_slips_by_176_ms_a_window_there_and_stays_in_time_here(tmp_path):
     flashes = (2, 8, 10, 14, 18)  # each for a frame of 4 a second
     levels = [250 if any(f <= k / 25 < f + 0.25 for f in flashes) else 10 for k in range(500)]
     clip = make(tmp_path / "clip.mp4", steady(25, 20), levels=levels)
-    seer, off = Seer(), dict(steps=4, cfg=1.0, cg=0.0)
+    seer, off = Seer(), {"steps": 4, "cfg": 1.0, "cg": 0.0}
     align = SimpleNamespace(
         config=SimpleNamespace(guidance=0.0, unet=SimpleNamespace(context_dim=16))
     )
@@ -238,7 +240,9 @@ def test_each_of_these_changes_what_the_networks_say(models):
 
     def eps(null, features, project):  # random networks' gradients are small
         align = models.align if project else official.Unprojected(models.align)
-        return ldm.guided_eps(models.ldm.unet, context, null, 4.5, align, features, 5000.0)(x, t)
+        return diffusion.guided_eps(models.ldm.unet, context, null, 4.5, align, features, 5000.0)(
+            x, t
+        )
 
     ours = eps(null, window, True)
     steps = [
@@ -271,7 +275,7 @@ def test_windows_have_noise_of_their_own_and_a_tail_has_no_window_there(models):
 
 def through_ffmpeg(path, start, seconds):
     """The frames that `ffmpeg -ss START -t SECONDS -filter:v fps=4` passes on."""
-    graph, passed, zero = None, [], start + data.probe(path).start
+    graph, passed, zero = None, [], start + media.probe(path).start
 
     def pull():
         try:
@@ -325,7 +329,7 @@ def test_unevenly_shown_frames_are_those_of_ffmpegs_filter_too(tmp_path):
 
 
 def test_frames_come_up_to_half_a_tick_late_there_and_when_seen_here(film):
-    theirs, ours = official.read_frames(film, 4, 32, 0, 8.2), data.read_frames(film, 4, 32, 0, 8.2)
+    theirs, ours = official.read_frames(film, 4, 32, 0, 8.2), media.read_frames(film, 4, 32, 0, 8.2)
     assert (
         len(theirs) == len(ours) == 33
         and theirs.shape == ours.shape
@@ -355,7 +359,7 @@ def test_frames_are_coded_anew_there_and_the_sources_own_here(tmp_path):
         for frame in demo_frames.at_ticks(clip, 4, 0, 33)
     ]
     own = torch.from_numpy(np.stack(own))
-    assert torch.equal(data.read_frames(clip, 4, 32, 0, 8.2), own)
+    assert torch.equal(media.read_frames(clip, 4, 32, 0, 8.2), own)
     assert (official.read_frames(clip, 4, 32, 0, 8.2).float() - own.float()).abs().mean() > 1
 
 
@@ -383,7 +387,7 @@ def test_odd_and_turned_pictures_are_read_there_too(tmp_path):
     for clip in (plain, turned):
         theirs, ours = (
             official.read_frames(clip, 4, 32, 0, 8.2),
-            data.read_frames(clip, 4, 32, 0, 8.2),
+            media.read_frames(clip, 4, 32, 0, 8.2),
         )
         assert len(theirs) == 33 and (theirs.float() - ours.float()).abs().mean() < 3
 
@@ -437,7 +441,7 @@ def test_30_ddim_steps_are_31_calls_there_and_30_here(models, film):
 
 def test_without_cfg_the_classifier_is_dropped_by_dpm_there_and_kept_here(models, film):
     def mels(sampler, there):
-        drawn = dict(steps=4, cfg=1.0, sampler=sampler, duration=8, as_official=there)
+        drawn = {"steps": 4, "cfg": 1.0, "sampler": sampler, "duration": 8, "as_official": there}
         return [sample.generate(film, models, cg=cg, **drawn).mel for cg in (0.0, 5000.0)]
 
     without, guided = mels("dpm", True)
@@ -462,8 +466,8 @@ def test_decoded_mels_go_on_as_they_are_there_and_clamped_here(models, film, mon
     assert theirs.wav.abs().max() > 3 and ours.wav.abs().max() == pytest.approx(1, abs=1e-3)
     full = []
     for result in (theirs, ours):
-        data.write_wav(tmp_path / "x.wav", result.wav)
-        full.append((data.read_audio(tmp_path / "x.wav").abs() > 0.999).sum().item())
+        media.write_wav(tmp_path / "x.wav", result.wav)
+        full.append((media.read_audio(tmp_path / "x.wav").abs() > 0.999).sum().item())
     assert full[0] > 1000 and full[1] < 10
 
 
@@ -513,20 +517,21 @@ def test_command_says_and_writes_what_the_demo_makes(film, weights, tmp_path):
     ]
     assert Path(line["wav"]).read_bytes() == Path(lines[1]["wav"]).read_bytes()
     assert (
-        len(data.read_audio(line["wav"])) == WINDOW and data.read_audio(line["wav"]).abs().max() > 0
+        len(media.read_audio(line["wav"])) == WINDOW
+        and media.read_audio(line["wav"]).abs().max() > 0
     )
-    assert data.probe(line["output"]).duration == pytest.approx(
+    assert media.probe(line["output"]).duration == pytest.approx(
         8.2, abs=0.04
     )  # the demo's first 8.2 s
     for name in (line["output"], line["wav"]):
-        assert data.read_tags(name)["comment"].startswith(
+        assert media.read_tags(name)["comment"].startswith(
             "AI-generated sound: diff-foley published, seed 0"
         )
     drawn = sample.generate(
         film, sample.load_models(str(weights), "cpu"), steps=2, as_official=True
     ).wav.clamp(-1, 1)
     assert (
-        data.read_audio(line["wav"]) - drawn
+        media.read_audio(line["wav"]) - drawn
     ).abs().max() < 1e-4  # the tag alone: no watermark changes its numbers
 
 
@@ -539,12 +544,12 @@ def test_candidates_are_drawn_and_not_rated_there(capsys, film, weights, tmp_pat
         and re.fullmatch(CUT, *err)
         and [c["score"] for c in line["candidates"]] == [None, None]
     )
-    first, second = (data.read_audio(c["wav"]) for c in line["candidates"])
-    assert torch.equal(data.read_audio(line["wav"]), first) and rule.relative(second, first) > 0.1
+    first, second = (media.read_audio(c["wav"]) for c in line["candidates"])
+    assert torch.equal(media.read_audio(line["wav"]), first) and rule.relative(second, first) > 0.1
     status, lines, _ = command(capsys, film, weights, tmp_path, *flags)
     assert status == 0 and "candidates" not in json.loads(lines[0])
     alone = command(capsys, film, weights, tmp_path / "alone", "--as-official", "--seed", 5)[1]
-    assert rule.relative(data.read_audio(json.loads(alone[0])["wav"]), first) < 0.01
+    assert rule.relative(media.read_audio(json.loads(alone[0])["wav"]), first) < 0.01
 
 
 def test_a_tail_is_silent_there_and_sounds_here(capsys, film, weights, tmp_path):
@@ -554,8 +559,11 @@ def test_a_tail_is_silent_there_and_sounds_here(capsys, film, weights, tmp_path)
         flags = ["--duration", 15] + ["--as-official"] * (there == "official")
         status, lines, _ = command(capsys, film, weights, tmp_path / there, *flags)
         line = json.loads(lines[0])
-        assert status == 0 and data.probe(line["output"]).duration == pytest.approx(15, abs=0.04)
-        sounds[there] = data.read_audio(line["wav"]), data.read_audio(line["output"], duration=15.0)
+        assert status == 0 and media.probe(line["output"]).duration == pytest.approx(15, abs=0.04)
+        sounds[there] = (
+            media.read_audio(line["wav"]),
+            media.read_audio(line["output"], duration=15.0),
+        )
     assert len(sounds["official"][0]) == WINDOW and len(sounds["ours"][0]) == 15 * SAMPLE_RATE
     tail = slice(WINDOW + 2048, 15 * SAMPLE_RATE - 2048)  # a coder's block smears the edge
     assert (

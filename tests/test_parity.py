@@ -10,21 +10,23 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-
-import cavp
-import ldm
-import official
-import training
-import vae
 from golden import rule
-from kernels import fast
 from plain import plainly
+
+import align
+import cavp
+import diffusion
+import ldm
+import vae
+from common import machine
+from compat import official
+from kernels import fast
 
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
     """The full networks take 5 GB; what they free is reused at once instead of being faulted in anew."""
-    training.keep_freed_memory()
+    machine.keep_freed_memory()
     yield
     gc.collect()
 
@@ -47,7 +49,7 @@ def shapes(model):
 
 
 @pytest.mark.parametrize(
-    "name, cls", [("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("classifier", ldm.Alignment)]
+    "name, cls", [("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("classifier", align.Alignment)]
 )
 def test_keys_and_shapes(name, cls):
     with torch.device("meta"):
@@ -57,7 +59,7 @@ def test_keys_and_shapes(name, cls):
 
 def test_evaluation_classifier_is_the_classifier_and_the_autoencoder():
     with torch.device("meta"):
-        both = shapes(ldm.Alignment()) | {
+        both = shapes(align.Alignment()) | {
             f"first_stage_model.{k}": v for k, v in shapes(vae.AutoencoderKL()).items()
         }
     assert both == rule.official_keys("eval_classifier")
@@ -260,10 +262,11 @@ def unet():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return rule.fill(ldm.Alignment())
+    return rule.fill(align.Alignment())
 
 
-MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
+MINI_UNET = ldm.PRESETS["mini"]
+MINI_CLASSIFIER = align.PRESETS["mini"]
 INT_T, FLOAT_T = torch.tensor([10, 700]), torch.tensor([10.5, 699.25])
 
 
@@ -348,8 +351,10 @@ def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
     )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
     asked = classifier if project else official.Unprojected(classifier)
-    eps_fn = ldm.guided_eps(unet, context, torch.zeros_like(context), 4.5, asked, features, cg)
-    rule.close(name, ldm.dpm_solver(eps_fn, x, 5), golden[name])
+    eps_fn = diffusion.guided_eps(
+        unet, context, torch.zeros_like(context), 4.5, asked, features, cg
+    )
+    rule.close(name, diffusion.dpm_solver(eps_fn, x, 5), golden[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,9 +423,11 @@ def test_bfloat16_stages(towers, autoencoder, unet, classifier):
     )
     context = network(lambda c: ldm.Conditioner(512, c, 40), 768, "cond_stage_model.")(features)
     asked = official.Unprojected(alignment)
-    eps = ldm.guided_eps(net, context, torch.zeros_like(context), 4.5, asked, features, 50)
+    eps = diffusion.guided_eps(net, context, torch.zeros_like(context), 4.5, asked, features, 50)
     close(
-        "five guided steps", ldm.dpm_solver(eps, x, 5), rule.recorded("sample")["dpm5.cfg4.5.cg50"]
+        "five guided steps",
+        diffusion.dpm_solver(eps, x, 5),
+        rule.recorded("sample")["dpm5.cfg4.5.cg50"],
     )
 
 
@@ -463,7 +470,7 @@ def test_a_clip_prepares_its_condition_once():
     calls = collections.Counter()
     unet, classifier = (
         rule.fill(ldm.UNet(NARROW), "model.diffusion_model."),
-        rule.fill(ldm.Alignment(MINI_CLASSIFIER)),
+        rule.fill(align.Alignment(MINI_CLASSIFIER)),
     )
     fast.optimise(unet)
     fast.optimise(classifier.model)
@@ -477,18 +484,19 @@ def test_a_clip_prepares_its_condition_once():
     for module in watched:
         module.register_forward_hook(lambda m, *_: calls.update([m]))
     context, features = rule.normal("context", 1, 128, 16), rule.normal("features", 1, 128, 512)
-    null_context, times = torch.zeros_like(context), ldm.dpm_times(3)
+    null_context, times = torch.zeros_like(context), diffusion.dpm_times(3)
     eps = fast.guided(
-        unet, context, null_context, 4.5, classifier, features, 15.0, times, ldm.sigma
+        unet, context, null_context, 4.5, classifier, features, 15.0, times, diffusion.sigma
     )
-    ldm.dpm_solver(eps, rule.normal("x", 1, 4, 16, 64), 3)
+    diffusion.dpm_solver(eps, rule.normal("x", 1, 4, 16, 64), 3)
     assert len(watched) > 20 and all(calls[m] == 1 for m in watched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # in and out of the latents
 
-MINI_UNET, MINI_CLASSIFIER = ldm.PRESETS["mini"]
+MINI_UNET = ldm.PRESETS["mini"]
+MINI_CLASSIFIER = align.PRESETS["mini"]
 
 
 @torch.no_grad()

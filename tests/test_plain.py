@@ -4,13 +4,14 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+from plain import plainly
 
+import align
 import cavp
 import ldm
-import tiny
 import vae
-from plain import plainly
 
 PUBLISHED = replace(tiny.TOWERS, peak=False, clips=3, temporal=cavp.CAVPConfig().temporal)
 
@@ -67,7 +68,7 @@ def test_a_plain_reading_gives_the_networks_own_numbers(kind):
 def test_a_plain_classifier_has_the_same_gradient(form):
     torch.manual_seed(0)
     unet = tiny.UNET if form == "mini" else replace(tiny.UNET, aligned=0)
-    ours = ldm.Alignment(ldm.AlignmentConfig(**tiny.TIME, unet=unet)).requires_grad_(False)
+    ours = align.Alignment(align.AlignmentConfig(**tiny.TIME, unet=unet)).requires_grad_(False)
     for p in ours.parameters():
         torch.nn.init.normal_(p, 0.1, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     theirs = plainly(copy.deepcopy(ours))

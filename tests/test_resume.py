@@ -12,14 +12,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from bounds import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import data
-import tiny
-import training
-from bounds import PATIENCE
+from common import training
 
 HERE = Path(__file__).resolve().parent
 STEPS = 6  # a checkpoint after 2, 4 and 6
@@ -33,14 +32,14 @@ def spy(args, step, *rest):
 training.update = spy
 """,
     "in the log": """
-log = training.Run.log
+log = training.TrainingRun.log
 def half(run, step, **row):
     if step == 4:
         with open(run.args.out / "log.jsonl", "a") as f:
             f.write('{"step": 4, "val')
         die()
     log(run, step, **row)
-training.Run.log = half
+training.TrainingRun.log = half
 """,
     "with the weights half written": """
 def half(tensors, path, about):
@@ -168,7 +167,7 @@ def in_a_process(stage, args, before):
     """A run in a process of its own, in which the code `before` ran first."""
     code = (
         f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
-        f"training.draw = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])"
+        f"training.plot = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])"
     )
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
@@ -202,16 +201,16 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, run, tmp_path, stage, moment):
 @pytest.mark.parametrize("stage", tiny.MAINS)
 def test_ctrl_c_leaves_no_trace(whole, run, monkeypatch, stage):
     """Stopped after three steps, between two checkpoints, then resumed: the same log too."""
-    report = training.Run.report
+    report = training.TrainingRun.report
 
     def interrupt(self, **values):
         if self.step == 2:
             signal.raise_signal(signal.SIGINT)
         report(self, **values)
 
-    monkeypatch.setattr(training.Run, "report", interrupt)
+    monkeypatch.setattr(training.TrainingRun, "report", interrupt)
     assert state(run(stage, "stopped"))["step"] == 3
-    monkeypatch.setattr(training.Run, "report", report)
+    monkeypatch.setattr(training.TrainingRun, "report", report)
     same_run(whole(stage), run(stage, "stopped", resume=True))
 
 
@@ -302,7 +301,7 @@ VANISH = """
 item = tiny.Sounds.__getitem__
 def gone(self, index):
     if index >= 6:
-        raise data.MediaError("set/shard-00001.bin: missing; prepare the set again")
+        raise media.MediaError("set/shard-00001.bin: missing; prepare the set again")
     return item(self, index)
 tiny.Sounds.__getitem__ = gone
 """

@@ -15,16 +15,19 @@ import av
 import numpy as np
 import pytest
 import torch
+from bounds import PATIENCE
 
 import data
 import sample
-import watermark
-from bounds import PATIENCE
+from align import Alignment, AlignmentConfig
 from cavp import CAVP, CAVPConfig
-from checkpoints import save_model
+from common import audio, media, watermark
+from common.audio import HOP, SAMPLE_RATE, WINDOW
+from common.checkpoints import save_model
+from common.media import MediaError
 from compat import hub
-from data import HOP, SAMPLE_RATE, WINDOW, MediaError
-from ldm import LDM, Alignment, AlignmentConfig, LDMConfig, UNetConfig, log_alpha, sigma
+from diffusion import log_alpha, sigma
+from ldm import LDM, LDMConfig, UNetConfig
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
@@ -39,7 +42,7 @@ UNET = UNetConfig(
     groups=4,
     aligned=2,
 )
-TIME = dict(fps=FPS, frames=128, positions=128, feature_dim=16)
+TIME = {"fps": FPS, "frames": 128, "positions": 128, "feature_dim": 16}
 
 
 def shuffled(model, seed):
@@ -260,7 +263,7 @@ def test_long_sound_is_vocoded_in_spans_without_slip_or_hole(monkeypatch):
     clicks = [int(k) for k in torch.arange(8000, 250_000, 11_000)]
     for k in clicks:
         wav[k : k + 64] += 0.5
-    out = sample.vocode(data.mel(wav), 1000 * HOP - 77)
+    out = sample.vocode(audio.mel(wav), 1000 * HOP - 77)
     assert out.shape == (1000 * HOP - 77,)
     for k in clicks:
         near = out[max(0, k - 4000) : k + 4000].abs()
@@ -302,7 +305,7 @@ def test_same_seed_same_sound_at_any_batch(models, tmp_path):
 def test_the_picture_matters_and_features_do_not_depend_on_spans(models, tmp_path):
     video = make_video(tmp_path / "clip.mp4", 70, 10, flashes=(3, 59.9, 60.3, 65))
     features = sample.video_features(video, models.cavp, 1100, 70.0)
-    frames = data.read_frames(video, FPS, 16)
+    frames = media.read_frames(video, FPS, 16)
     frames = torch.cat([frames, frames[-1:].expand(1100 - len(frames), -1, -1, -1)])
     assert torch.allclose(features, models.cavp.encode_clip(frames), atol=1e-5)
     assert features.std(0).max() > 1e-3
@@ -353,21 +356,21 @@ def test_without_classifier_guidance_must_be_off(models, clip):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(sampler="euler"), 'sampler "euler": not one of dpm, ddim, plms'),
-        (dict(sampler=None), "sampler None: not one of dpm, ddim, plms"),
-        (dict(steps=0), "steps 0: not a whole number from 1 to 1000"),
-        (dict(steps=2.5), "steps 2.5: not a whole number from 1 to 1000"),
-        (dict(steps=True), "steps True: not a whole number from 1 to 1000"),
-        (dict(steps=1000, sampler="ddim"), "steps 1000: not a whole number from 1 to 999"),
-        (dict(cfg="4.5"), 'cfg "4.5": not a number from 0 up'),
-        (dict(cfg=math.nan), "cfg nan: not a number from 0 up"),
-        (dict(cg=-1), "cg -1: not a number from 0 up"),
-        (dict(candidates=0), "candidates 0: not a whole number from 1 to 1000"),
-        (dict(seed=-1), "seed -1: not a whole number from 0 to "),
-        (dict(start=-0.5), "start -0.5: not a number from 0 up"),
-        (dict(start=None), "start None: not a number from 0 up"),
-        (dict(duration=0), "duration 0: not a number from 0.001 up"),
-        (dict(batch=0), "batch 0: not a whole number from 1 to 4096"),
+        ({"sampler": "euler"}, 'sampler "euler": not one of dpm, ddim, plms'),
+        ({"sampler": None}, "sampler None: not one of dpm, ddim, plms"),
+        ({"steps": 0}, "steps 0: not a whole number from 1 to 1000"),
+        ({"steps": 2.5}, "steps 2.5: not a whole number from 1 to 1000"),
+        ({"steps": True}, "steps True: not a whole number from 1 to 1000"),
+        ({"steps": 1000, "sampler": "ddim"}, "steps 1000: not a whole number from 1 to 999"),
+        ({"cfg": "4.5"}, 'cfg "4.5": not a number from 0 up'),
+        ({"cfg": math.nan}, "cfg nan: not a number from 0 up"),
+        ({"cg": -1}, "cg -1: not a number from 0 up"),
+        ({"candidates": 0}, "candidates 0: not a whole number from 1 to 1000"),
+        ({"seed": -1}, "seed -1: not a whole number from 0 to "),
+        ({"start": -0.5}, "start -0.5: not a number from 0 up"),
+        ({"start": None}, "start None: not a number from 0 up"),
+        ({"duration": 0}, "duration 0: not a number from 0.001 up"),
+        ({"batch": 0}, "batch 0: not a whole number from 1 to 4096"),
     ],
 )
 def test_wrong_arguments_are_one_line(models, clip, wrong, message):
@@ -431,10 +434,10 @@ def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_pat
     parts = sum(line["profile"][s]["seconds"] for s in stages[1:-1])
     assert 0 < parts <= line["profile"]["total"]["seconds"]
     assert all(row["peak_mib"] > 50 for row in line["profile"].values())
-    assert abs(data.probe(line["output"]).duration - 2.0) < 0.04
-    assert abs(len(data.read_audio(line["output"])) - 2 * SAMPLE_RATE) <= 1024  # an AAC frame
+    assert abs(media.probe(line["output"]).duration - 2.0) < 0.04
+    assert abs(len(media.read_audio(line["output"])) - 2 * SAMPLE_RATE) <= 1024  # an AAC frame
     for name in (line["output"], line["wav"]):
-        assert data.read_tags(name)["comment"].startswith(
+        assert media.read_tags(name)["comment"].startswith(
             "AI-generated sound: diff-foley tiny, seed 0"
         )
 
@@ -452,7 +455,7 @@ def test_plot_marks_what_is_labelled_and_what_is_heard(clip, tmp_path, monkeypat
     wav[SAMPLE_RATE : SAMPLE_RATE + 800] = 0.5 * torch.randn(
         800, generator=torch.Generator().manual_seed(0)
     )
-    result = sample.Result(wav, {0: wav}, [None], 0, data.mel(wav), [0], 2.0, None)
+    result = sample.Result(wav, {0: wav}, [None], 0, audio.mel(wav), [0], 2.0, None)
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure,
@@ -460,7 +463,7 @@ def test_plot_marks_what_is_labelled_and_what_is_heard(clip, tmp_path, monkeypat
         lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs)),
     )
     for start, path in ((0.25, shown), (0.0, clip)):  # the second has no labels beside it
-        sample.draw_plot(tmp_path / "shown.png", path, result, start)
+        sample.plot(tmp_path / "shown.png", path, result, start)
     marks = [
         [list(events.get_positions()) for events in figure.axes[1].collections]
         for figure in figures
@@ -521,12 +524,12 @@ def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
     assert all(torch.equal(result.wavs[k], sample.marked(wav)) for k, wav in drawn.wavs.items())
     for k, wav in drawn.wavs.items():
         written, marked = (
-            data.read_audio(line["candidates"][k]["wav"]),
+            media.read_audio(line["candidates"][k]["wav"]),
             sample.limit(watermark.mark(wav)),
         )
         assert (written - marked).abs().max() < 1e-4 and (written - wav).abs().max() > 1e-3
     sound, best = (
-        data.read_audio(line["output"])[: len(drawn.wav)],
+        media.read_audio(line["output"])[: len(drawn.wav)],
         sample.limit(watermark.mark(drawn.wav)),
     )
     assert (sound - best).norm() < 0.9 * (
@@ -588,7 +591,7 @@ def bad_files(folder):
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is no film\n" * 50)
     (folder / "folder").mkdir()
-    data.write_wav(folder / "sound.wav", torch.zeros(1600))
+    media.write_wav(folder / "sound.wav", torch.zeros(1600))
     return [
         folder / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "folder", "sound.wav")
     ]

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-
-import ldm
 from golden import rule
+
+import diffusion
+import ldm
+from align import Alignment, AlignmentConfig
 from kernels import fast
 
 GOLDEN = rule.recorded("analytic")
@@ -29,7 +31,7 @@ def eps_b(x, t, context):
 
 
 class Judge:
-    """The analytic classifier, with the interface of ldm.Alignment that guidance uses."""
+    """The analytic classifier, with the interface of Alignment that guidance uses."""
 
     def logit(self, x, t, features):
         return (
@@ -68,9 +70,11 @@ def recorder(eps_fn):
 def run(sampler, steps, inputs, cfg=4.5, cg=0.0, network=eps_a, **options):
     x, context, features = inputs
     eps_fn, calls = recorder(
-        ldm.guided_eps(network, context, torch.zeros_like(context), cfg, Judge(), features, cg)
+        diffusion.guided_eps(
+            network, context, torch.zeros_like(context), cfg, Judge(), features, cg
+        )
     )
-    return ldm.SAMPLERS[sampler](eps_fn, x, steps, **options), calls
+    return diffusion.SAMPLERS[sampler](eps_fn, x, steps, **options), calls
 
 
 def test_analytic_networks_are_the_recorded_ones(inputs):
@@ -142,13 +146,13 @@ def test_classifier_guidance_stays_at_cfg_1(inputs):
 @pytest.mark.parametrize("steps", [5, 25, 50])
 def test_dpm_schedule(steps):
     eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
-    ldm.dpm_solver(eps_fn, torch.zeros(1, 4, 16, 64), steps)
+    diffusion.dpm_solver(eps_fn, torch.zeros(1, 4, 16, 64), steps)
     times = SCHEDULE[f"dpm.model_input_time_{steps}"]
     # fractional times enter the time embedding; processors round linspace differently, by a unit in
     # the last place of the first, 999
     told = torch.tensor([t for t, _ in calls])
     torch.testing.assert_close(told, times[:-1], rtol=0, atol=999 * torch.finfo(torch.float32).eps)
-    log_a, s = ldm.log_alpha(times), ldm.sigma(times)
+    log_a, s = diffusion.log_alpha(times), diffusion.sigma(times)
     rule.close(f"dpm.log_alpha_{steps}", log_a, SCHEDULE[f"dpm.log_alpha_{steps}"], 1e-5)
     rule.close(f"dpm.sigma_{steps}", s, SCHEDULE[f"dpm.sigma_{steps}"], 1e-5)
     rule.close(f"dpm.lambda_{steps}", log_a - s.log(), SCHEDULE[f"dpm.lambda_{steps}"], 1e-5)
@@ -156,13 +160,13 @@ def test_dpm_schedule(steps):
 
 @pytest.mark.parametrize("steps", [25, 50])
 def test_ddim_times(steps):
-    times = torch.tensor(ldm.ddim_times(steps))
+    times = torch.tensor(diffusion.ddim_times(steps))
     assert torch.equal(times, SCHEDULE[f"ddim.timesteps_{steps}"])
     assert torch.equal(ldm.ALPHAS_CUMPROD[times], SCHEDULE[f"ddim.alphas_{steps}"])
 
 
 def test_recorded_31_times_are_what_we_pass():
-    assert OFFICIAL_30 == SCHEDULE["ddim.timesteps_30"].tolist()
+    assert SCHEDULE["ddim.timesteps_30"].tolist() == OFFICIAL_30
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 333, 999])
@@ -170,7 +174,7 @@ def test_recorded_31_times_are_what_we_pass():
 def test_s_steps_are_s_network_calls(sampler, extra, steps):
     eps_fn, calls = recorder(lambda x, t: torch.zeros_like(x))
     reported = []
-    x = ldm.SAMPLERS[sampler](
+    x = diffusion.SAMPLERS[sampler](
         eps_fn, torch.ones(1, 1, 1, 1), steps, callback=lambda i, x: reported.append(i)
     )
     assert len(calls) == steps + extra and reported == list(range(steps)) and x.isfinite().all()
@@ -185,9 +189,11 @@ def test_guided_eps_by_hand(inputs):
     without, given = eps_a(x, t, null.expand_as(context)), eps_a(x, t, context)
     gradient = Judge().grad_log_prob(x, t, features)
     expected = (
-        without + w * (given - without) - s * ldm.sigma(t).float()[:, None, None, None] * gradient
+        without
+        + w * (given - without)
+        - s * diffusion.sigma(t).float()[:, None, None, None] * gradient
     )
-    got = ldm.guided_eps(eps_a, context, null, w, Judge(), features, s)(x, t)
+    got = diffusion.guided_eps(eps_a, context, null, w, Judge(), features, s)(x, t)
     rule.close("guided_eps", got, expected, 1e-6)
     # the sign raises log p: a step against eps is a step up
     assert (
@@ -196,12 +202,15 @@ def test_guided_eps_by_hand(inputs):
     ).all()
     rule.close(
         "guided_eps, cfg 1",
-        ldm.guided_eps(eps_a, context, null, 1.0, Judge(), features, s)(x, t),
-        given - s * ldm.sigma(t).float()[:, None, None, None] * gradient,
+        diffusion.guided_eps(eps_a, context, null, 1.0, Judge(), features, s)(x, t),
+        given - s * diffusion.sigma(t).float()[:, None, None, None] * gradient,
         1e-6,
     )
     rule.close(
-        "guided_eps, no null context", ldm.guided_eps(eps_a, context, None, w)(x, t), given, 1e-6
+        "guided_eps, no null context",
+        diffusion.guided_eps(eps_a, context, None, w)(x, t),
+        given,
+        1e-6,
     )
 
 
@@ -214,12 +223,12 @@ def test_conditional_branch_alone_is_one_network_sample_a_clip(inputs):
         return eps_a(x, t, context)
 
     t = torch.full((2,), 10.0)
-    ldm.guided_eps(network, context, torch.zeros_like(context), 1.0)(x, t)
-    ldm.guided_eps(network, context, torch.zeros_like(context), 4.5)(x, t)
+    diffusion.guided_eps(network, context, torch.zeros_like(context), 1.0)(x, t)
+    diffusion.guided_eps(network, context, torch.zeros_like(context), 4.5)(x, t)
     assert sizes == [2, 4]
 
 
-@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
 def test_a_sample_does_not_depend_on_its_batch(inputs, sampler):
     x, context, features = inputs
     together, _ = run(sampler, 10, inputs, cg=50.0)
@@ -230,7 +239,7 @@ def test_a_sample_does_not_depend_on_its_batch(inputs, sampler):
         rule.close(f"{sampler}, sample {i} alone", alone, together[i : i + 1], 1e-6)
 
 
-@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
 def test_samplers_leave_their_input_alone(inputs, sampler):
     before = inputs[0].clone()
     run(sampler, 3, inputs, cg=50.0)
@@ -239,9 +248,9 @@ def test_samplers_leave_their_input_alone(inputs, sampler):
 
 def test_log_alpha_at_the_knots():
     t = torch.arange(1000)
-    rule.close("alpha^2", (2 * ldm.log_alpha(t)).exp(), SCHEDULE["alphas_cumprod"], 1e-6)
-    half = ldm.log_alpha(torch.tensor([10.5]))
-    assert torch.allclose(half, ldm.log_alpha(torch.tensor([10, 11])).mean())
+    rule.close("alpha^2", (2 * diffusion.log_alpha(t)).exp(), SCHEDULE["alphas_cumprod"], 1e-6)
+    half = diffusion.log_alpha(torch.tensor([10.5]))
+    assert torch.allclose(half, diffusion.log_alpha(torch.tensor([10, 11])).mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,15 +290,15 @@ def test_a_time_that_was_not_prepared_is_no_other_time(small):
             fused(x, wrong, known)
 
 
-@pytest.mark.parametrize("sampler", list(ldm.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
 def test_an_eps_asked_for_a_time_it_was_not_prepared_for_raises(small, sampler):
     """On the CPU, where the samplers' times are: on a GPU no step waits to be looked at."""
     unet, x, _, context = small
     fused = fast.optimise(copy.deepcopy(unet))
-    draw = ldm.SAMPLERS[sampler]
+    draw = diffusion.SAMPLERS[sampler]
     for steps in (1, 3):
-        eps = fast.guided(fused, context, None, 1.0, times=ldm.TIMES[sampler](steps))
-        plain = draw(ldm.guided_eps(unet, context, None, 1.0), x, steps)
+        eps = fast.guided(fused, context, None, 1.0, times=diffusion.TIMES[sampler](steps))
+        plain = draw(diffusion.guided_eps(unet, context, None, 1.0), x, steps)
         rule.close(f"{sampler}, {steps} steps", draw(eps, x, steps), plain, 1e-5)
         with pytest.raises(ValueError, match="not among the .* that this condition was prepared"):
             draw(eps, x, 7)
@@ -311,9 +320,7 @@ def test_a_time_may_be_a_number(small):
 @pytest.mark.parametrize("frames", [127, 126, 64, 130])
 def test_a_condition_of_another_length_is_said(small, frames):
     unet, x, t, _ = small
-    align = ldm.Alignment(
-        ldm.AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL)
-    )
+    align = Alignment(AlignmentConfig(frames=128, positions=130, feature_dim=16, unet=SMALL))
     wrong, features = rule.normal("wrong", 2, frames, 8), rule.normal("f", 2, frames, 16)
     fused = fast.optimise(copy.deepcopy(unet))
     calls = [

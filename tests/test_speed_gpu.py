@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import speed_gpu
 import torch
 
+import align
 import kernels
 import ldm
-import speed_gpu
 
 UNET = ldm.UNetConfig(
     width=16, multipliers=(1,), blocks=1, attention=(1,), heads=2, context_dim=16, groups=8
 )
-ALIGN = ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
+ALIGN = align.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=UNET)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_all_ways_take_the_same_step(small, monkeypatch):
         torch.manual_seed(0)
         return [
             speed_gpu.random_network(cls, config, torch.float32, device)
-            for cls, config in ((ldm.UNet, UNET), (ldm.Alignment, ALIGN))
+            for cls, config in ((ldm.UNet, UNET), (align.Alignment, ALIGN))
         ]
 
     monkeypatch.setattr(speed_gpu, "networks", same)
@@ -161,7 +162,7 @@ def test_the_sweep_says_what_belongs_into_the_tables(monkeypatch, capsys):
 
     def rows(name, **us):
         return [
-            dict(name=name, b=b, variant=variant.replace("_", " "), us=taken)
+            {"name": name, "b": b, "variant": variant.replace("_", " "), "us": taken}
             for variant, both in us.items()
             for b, taken in zip((2, 16), both, strict=True)
         ]
@@ -197,7 +198,13 @@ def test_the_check_of_a_gpu_calls_what_is_there():
 @pytest.mark.parametrize("mode", ["quick", "sweep"])
 def test_the_check_of_a_gpu_runs_without_one(mode, tmp_path):
     """Every part, on small networks: each ends well and leaves what it found."""
-    env = dict(OUT=tmp_path / "out", TMPDIR=tmp_path, PYTHON=sys.executable, DRY=1, TOTAL=900)
+    env = {
+        "OUT": tmp_path / "out",
+        "TMPDIR": tmp_path,
+        "PYTHON": sys.executable,
+        "DRY": 1,
+        "TOTAL": 900,
+    }
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
     done = subprocess.run(
         ["bash", TOOLS / "check.sh", mode],

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import checkpoints
-import ldm
-import stable_diffusion
-import vae
 from golden import rule
+
+import ldm
+import vae
+from common import checkpoints
+from compat import stable_diffusion
 
 # the published layout, narrow; and another one, so that no index is right by coincidence
 UNETS = [
@@ -358,8 +358,8 @@ def write(path, state):
 @pytest.mark.parametrize("form", ["whole file", "two files", "diffusers folder"])
 def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, form):
     """U-Net and autoencoder are the file's, the conditioner is a new one."""
-    config = replace(ldm.PRESETS["paper"][0], unet=UNETS[0], vae=VAES[0])
-    monkeypatch.setitem(ldm.PRESETS, "paper", (config, None))
+    config = replace(ldm.PRESETS["paper"], unet=UNETS[0], vae=VAES[0])
+    monkeypatch.setitem(ldm.PRESETS, "paper", config)
     monkeypatch.setitem(vae.PRESETS, "paper", VAES[0])
     args = argparse.Namespace(init=tmp_path, vae=None, preset="paper", new_conditioner=False)
     expected = states

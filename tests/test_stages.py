@@ -5,17 +5,18 @@ import dataclasses
 import pytest
 import torch
 
+import align
 import cavp
-import data
 import ldm
 import vae
+from common import audio
 
 
 @pytest.mark.parametrize("preset", ["mini", "paper"])
 def test_clips_are_cut_where_their_first_frame_starts(preset):
     config = dataclasses.replace(cavp.PRESETS[preset], size=2)
     frames = 40 if preset == "paper" else config.frames
-    per_frame = round(data.SAMPLE_RATE / config.fps)
+    per_frame = round(audio.SAMPLE_RATE / config.fps)
     number = torch.arange(frames, dtype=torch.uint8)
     video = number[None, :, None, None, None].expand(2, -1, 3, 2, 2)
     wav = torch.zeros(2, frames * per_frame)
@@ -26,7 +27,7 @@ def test_clips_are_cut_where_their_first_frame_starts(preset):
     for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
         inside = (clip == 24).nonzero().flatten()
         if len(inside):
-            heard = level.mean(0).argmax().item() * data.HOP / per_frame  # in frames of this clip
+            heard = level.mean(0).argmax().item() * audio.HOP / per_frame  # in frames of this clip
             assert inside[0] <= heard < inside[0] + 1
     if preset == "paper":
         starts = videos[:, 0, 0, 0, 0].long().view(2, 3)
@@ -68,7 +69,7 @@ def test_pairings_are_what_their_labels_say():
     b, f = 400, 128
     clip = torch.arange(b)[:, None].expand(b, f)
     moment = torch.arange(f).expand(b, f)
-    features, label = ldm.pairings(
+    features, label = align.pairings(
         torch.stack([clip, moment], 2).float(), torch.Generator().manual_seed(0)
     )
     same_clip = (features[:, :, 0] == clip).all(1)
@@ -87,7 +88,8 @@ def test_pairings_are_what_their_labels_say():
 
 
 @pytest.mark.parametrize(
-    "network, config", list(zip((ldm.UNet, ldm.Classifier), ldm.PRESETS["mini"]))
+    "network, config",
+    list([(ldm.UNet, ldm.PRESETS["mini"]), (align.Classifier, align.PRESETS["mini"])]),
 )
 def test_aligned_condition_reaches_its_own_columns(network, config):
     """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""

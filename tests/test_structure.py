@@ -9,71 +9,48 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-import training
+from common.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {  # local modules; tests may import anything and nothing imports tests
-    "common": set(),
-    "compat": {"common"},
-    "data": {"common"},
-    "checkpoints": set(),
-    "stable_diffusion": set(),
-    "kernels": set(),
-    "diffusion": set(),
-    "foley": {"common"},
-    "training": {"checkpoints"},
-    "vae": {"data", "kernels", "training", "checkpoints", "stable_diffusion"},
-    "cavp": {"data", "kernels", "training", "checkpoints"},
-    "ldm": {"diffusion", "vae", "data", "kernels", "training", "checkpoints", "stable_diffusion"},
-    "official": {"diffusion", "ldm", "data", "common", "kernels"},
-    "watermark": {"data"},
-    "sample": {
-        "watermark",
-        "common",
-        "diffusion",
-        "official",
-        "ldm",
-        "vae",
-        "cavp",
-        "data",
-        "training",
-        "checkpoints",
-        "compat",
-        "kernels",
-    },
-    "judge": {"cavp", "data", "training", "checkpoints"},
-    "melception": {"judge", "data", "checkpoints"},
-    "evaluate": {
-        "judge",
-        "melception",
-        "sample",
-        "ldm",
-        "vae",
-        "cavp",
-        "foley",
-        "data",
-        "training",
-        "checkpoints",
-    },
-}
+LAYERS = (  # a module imports from lower layers, and from its own package; tests and tools from any
+    ("common.*",),
+    ("kernels.*", "compat.stable_diffusion", "compat.demo_frames", "compat.hub"),
+    ("diffusion", "data", "foley"),
+    ("vae", "cavp"),
+    ("ldm", "metrics.judge"),
+    ("align", "metrics.melception"),
+    ("compat.official",),
+    ("sample",),
+    ("evaluate",),
+)
+LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 THIRD_PARTY = {"torch", "triton", "numpy", "soundfile", "av", "safetensors", "tqdm"}
 SOURCES = sorted(
     p
     for p in [
         *ROOT.glob("*.py"),
-        *(p for folder in ("kernels", "common", "compat") for p in ROOT.glob(f"{folder}/*.py")),
+        *(
+            p
+            for folder in ("kernels", "common", "compat", "metrics")
+            for p in ROOT.glob(f"{folder}/*.py")
+        ),
     ]
 )
 TREES = {p: ast.parse(p.read_text(), p.name) for p in SOURCES}
 
 
 def module(path):
-    """The module's name; those of a package count as the package."""
-    return path.stem if path.parent == ROOT else path.parent.name
+    """common/audio.py -> common.audio; kernels/__init__.py -> kernels."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(name):
+    """The layer of a module; None if it is not the project's."""
+    return LAYER.get(name, LAYER.get(f"{name.split('.')[0]}.*"))
 
 
 def imports(tree):
-    """(top-level package, whether a function holds it) of every import."""
+    """(dotted name, whether a function holds it) of every import; of a package, its modules."""
     inside = {
         n
         for f in ast.walk(tree)
@@ -82,9 +59,13 @@ def imports(tree):
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], node in inside) for alias in node.names)
+            yield from ((alias.name, node in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield "." if node.level else node.module.split(".")[0], node in inside
+            assert not node.level, "imports name their modules in full"
+            for alias in node.names:
+                package = (ROOT / node.module.replace(".", "/")).is_dir()
+                is_module = package and (ROOT / node.module / f"{alias.name}.py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module, node in inside
 
 
 def calls(tree):
@@ -95,34 +76,31 @@ def calls(tree):
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
-def test_the_stages_are_there():
-    assert (
-        {"data", "foley", "training", "vae", "cavp", "ldm", "sample"}
-        <= {module(p) for p in SOURCES}
-        <= set(MAY_IMPORT)
-    )
+def test_every_module_has_its_layer():
+    names = {module(p) for p in SOURCES if len(TREES[p].body) > 1}
+    assert all(layer(name) is not None for name in names)
+    assert {name for name in LAYER if not name.endswith("*")} <= names
 
 
 @each_source
-def test_imports_go_down_the_ranks(path):
+def test_imports_go_down_the_layers(path):
     own = module(path)
     for name, inside in imports(TREES[path]):
-        if name == "." or name == own and path.parent != ROOT:
-            continue  # within a package
-        local = name in MAY_IMPORT or (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()
-        if local:
-            assert name in MAY_IMPORT[own], f"{path.name} imports {name}"
-        elif name == "matplotlib":
-            assert inside, (
-                f"{path.name}: matplotlib takes a second to import; import it where a picture is drawn"
+        package = name.split(".")[0]
+        if layer(name) is not None:
+            same = package == own.split(".")[0] and f"{package}.*" in LAYER
+            assert same or layer(name) < layer(own), f"{own} imports {name}"
+        elif name == "matplotlib.figure":
+            assert inside and own == "common.plots", (
+                f"{own}: matplotlib takes a second to import; import it in common/plots.py, in a function"
             )
-        elif name == "huggingface_hub":
-            assert inside and path == ROOT / "compat" / "hub.py", (
-                f"{path.name}: huggingface_hub is optional; import it where compat/hub.py downloads"
+        elif package == "huggingface_hub":
+            assert inside and own == "compat.hub", (
+                f"{own}: huggingface_hub is optional; import it where compat/hub.py downloads"
             )
         else:
-            assert name in THIRD_PARTY | sys.stdlib_module_names, (
-                f"{path.name} imports {name}, which requirements.txt does not have"
+            assert package in THIRD_PARTY | sys.stdlib_module_names, (
+                f"{own} imports {name}, which requirements.txt does not have"
             )
 
 
@@ -187,7 +165,7 @@ def test_the_shipped_weights_are_what_their_folder_says():
     sums = dict(
         reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines()
     )
-    assert sums == {path.name: training.sha256(path) for path in files}
+    assert sums == {path.name: sha256(path) for path in files}
     assert sum(path.stat().st_size for path in files) <= 40e6
     for path in files:
         with safe_open(path, "pt") as file:

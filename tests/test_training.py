@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from bounds import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import align
 import cavp
-import checkpoints
 import ldm
-import tiny
-import training
 import vae
-from bounds import PATIENCE
+from common import checkpoints, files, training
 
 VALIDATION = {
     "vae": {"val_error", "val_kl", "val_onset_f1"},
@@ -36,12 +36,12 @@ VALIDATION = {
     "cavp": {f"val_{way}_r{k}" for way in ("video_to_sound", "sound_to_video") for k in (1, 5)},
 }
 ROOT = Path(__file__).resolve().parent.parent
-MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
+MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": align.main}
 LOADS = {
     "vae": vae.AutoencoderKL.load,
     "cavp": cavp.CAVP.load,
     "ldm": ldm.LDM.load,
-    "align": ldm.Alignment.load,
+    "align": align.Alignment.load,
 }
 
 
@@ -76,7 +76,7 @@ def arguments(home, stage, out, steps=3):
         5,
     ]
     if stage in ("ldm", "align"):
-        args += ["--model", stage, "--vae", home / "vae" / "last.safetensors", "--repeats", 1]
+        args += ["--vae", home / "vae" / "last.safetensors", "--repeats", 1]
     return [str(a) for a in args]
 
 
@@ -97,7 +97,7 @@ def home(tmp_path_factory):
         home / "features",
     )
     for stage in ("ldm", "align"):
-        checked("ldm.py", *arguments(home, stage, home / stage))
+        checked(f"{stage}.py", *arguments(home, stage, home / stage))
     return home
 
 
@@ -118,7 +118,7 @@ def same_weights(a, b):
 @pytest.mark.parametrize("stage", MAINS)
 def test_a_run_leaves_what_it_promises(home, stage):
     out = home / stage
-    pictures = ["curves.png"] + ["sheet.png"] * (stage in ("vae", "ldm"))
+    pictures = ["curves.png"] + ["mels.png"] * (stage in ("vae", "ldm"))
     assert sorted(p.name for p in out.iterdir()) == sorted(
         ["last.safetensors", "last.state.pt", "log.jsonl", *pictures]
     )
@@ -150,7 +150,7 @@ def test_a_run_leaves_what_it_promises(home, stage):
         )
     assert about["metrics"] == rows[1] and about["commit"] == training.commit()
     began_with = (
-        {"vae": training.sha256(home / "vae" / "last.safetensors")}
+        {"vae": files.sha256(home / "vae" / "last.safetensors")}
         if stage in ("ldm", "align")
         else {}
     )
@@ -246,14 +246,14 @@ def test_extracted_features_are_the_towers(home):
 @pytest.mark.parametrize("stage", MAINS)
 def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkeypatch):
     """Two steps, Ctrl-C, one more step after --resume: bit for bit what three steps of the same seed gave in another process."""
-    report = training.Run.report
+    report = training.TrainingRun.report
 
     def interrupting(run, **values):
         if run.step == 1:
             signal.raise_signal(signal.SIGINT)
         report(run, **values)
 
-    monkeypatch.setattr(training.Run, "report", interrupting)
+    monkeypatch.setattr(training.TrainingRun, "report", interrupting)
     MAINS[stage](arguments(home, stage, tmp_path / stage))
     assert header(tmp_path / stage / "last.safetensors")["step"] == 2
     MAINS[stage](arguments(home, stage, tmp_path / stage) + ["--resume"])
@@ -314,10 +314,10 @@ MISTAKES = {
     "folder without videos": ("cavp", "--data EMPTY", ["empty"]),
     "clips where features belong": ("ldm", "--data CLIPS --vae WEIGHTS", ["clips", "--extract"]),
     "no autoencoder": ("ldm", "--data FEATURES", ["--vae"]),
-    "no autoencoder for the classifier": ("align", "--model align --data FEATURES", ["--vae"]),
+    "no autoencoder for the classifier": ("align", "--data FEATURES", ["--vae"]),
     "classifier's weights alone": (
         "align",
-        "--model align --data FEATURES --init CLASSIFIER",
+        "--data FEATURES --init CLASSIFIER",
         ["--vae"],
     ),
     "--extract without weights": ("cavp", "--data CLIPS --extract NOWHERE", ["--init"]),
@@ -407,7 +407,7 @@ def test_the_main_job_runs_on_trained_weights(home, tmp_path):
 def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
     """--clean: every latent at t = 0 without noise, in training and in validation; else never."""
     tiny.install(monkeypatch.setattr)
-    seen, plain = [], ldm.classify
+    seen, plain = [], align.classify
 
     def classify(model, z, t, noise, features):
         seen.append(not t.any() and not noise.any())
@@ -417,7 +417,7 @@ def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
     first_stage = tiny.autoencoder(tmp_path)
     for name, flags in (("judging", {"clean": True}), ("guiding", {})):
         seen.clear()
-        ldm.main(
+        align.main(
             tiny.arguments("align", tmp_path / name, steps=2, first_stage=first_stage, **flags)
         )
         assert seen and all(clean == (name == "judging") for clean in seen)

@@ -10,10 +10,9 @@ import pytest
 import soundfile
 import torch
 
-import data
 import sample
-import watermark
-from data import SAMPLE_RATE
+from common import audio, media, watermark
+from common.audio import SAMPLE_RATE
 
 
 def hits(seconds, seed):
@@ -99,7 +98,7 @@ def test_it_is_as_long_and_seldom_louder_or_softer_by_more_than_a_decibel(second
     if seconds >= 3:
         change = (
             20
-            * torch.log10(data.stft(marked[None]).abs() / data.stft(wav[None]).abs())[
+            * torch.log10(audio.stft(marked[None]).abs() / audio.stft(wav[None]).abs())[
                 0, 26:410
             ].flatten()
         )
@@ -150,10 +149,10 @@ def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
         tmp_path / f"{name}.wav" for name in ("ours", "bare", "tagged", "foreign")
     )
     tags = {"comment": f"{sample.CLAIM} tiny, seed 0, version {sample.VERSION}"}
-    data.write_wav(ours, watermark.mark(wav), tags)
+    media.write_wav(ours, watermark.mark(wav), tags)
     soundfile.write(bare, watermark.mark(wav).numpy(), SAMPLE_RATE)
-    data.write_wav(tagged, wav, tags)
-    data.write_wav(foreign, wav)
+    media.write_wav(tagged, wav, tags)
+    media.write_wav(foreign, wav)
     found = {}
     for path in (ours, bare, tagged, foreign):
         status, lines, _ = verify(capsys, path, "--json")

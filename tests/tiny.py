@@ -13,11 +13,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages lie a folder up
 
+import align  # noqa: E402
 import cavp  # noqa: E402
 import data  # noqa: E402
 import ldm  # noqa: E402
-import training  # noqa: E402
 import vae  # noqa: E402
+from common import (
+    audio,  # noqa: E402
+    checkpoints,
+    training,  # noqa: E402
+)
 
 MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
 VAE = vae.VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
@@ -31,7 +36,7 @@ UNET = ldm.UNetConfig(
     groups=8,
     aligned=2,
 )
-TIME = dict(fps=15.625, frames=128, positions=128, feature_dim=32)
+TIME = {"fps": 15.625, "frames": 128, "positions": 128, "feature_dim": 32}
 TOWERS = replace(
     cavp.PRESETS["mini"],
     size=16,
@@ -63,7 +68,7 @@ class Drawn(torch.utils.data.Dataset):
 class Clips(Drawn):
     def __init__(self, root, fps, size, frames=None, seed=0, random_start=True, split=None):
         super().__init__(seed, split)
-        self.size, self.frames, self.samples = size, frames, round(frames / fps * data.SAMPLE_RATE)
+        self.size, self.frames, self.samples = size, frames, round(frames / fps * audio.SAMPLE_RATE)
 
     def __getitem__(self, index):
         draw = np.random.default_rng([*self.key, index])
@@ -97,7 +102,7 @@ class Pairs(Drawn):
         features = torch.from_numpy(draw.standard_normal((128, 32)).astype(np.float32))
         return {
             "features": torch.nn.functional.normalize(features, dim=1),
-            "wav": self.sound(draw, data.WINDOW),
+            "wav": self.sound(draw, audio.WINDOW),
         }
 
 
@@ -113,23 +118,16 @@ def install(setattr=setattr):
         setattr(data, kind.__name__, kind)
     setattr(cavp, "PRESETS", {**cavp.PRESETS, "mini": TOWERS})
     setattr(vae, "PRESETS", {**vae.PRESETS, "mini": VAE})
-    setattr(
-        ldm,
-        "PRESETS",
-        {
-            **ldm.PRESETS,
-            "mini": (
-                ldm.LDMConfig(**TIME, unet=UNET, vae=VAE),
-                ldm.AlignmentConfig(**TIME, unet=UNET),
-            ),
-        },
-    )
+    mini = ldm.LDMConfig(**TIME, unet=UNET, vae=VAE)
+    setattr(ldm, "PRESETS", {**ldm.PRESETS, "mini": mini})
+    mini = align.AlignmentConfig(**TIME, unet=UNET)
+    setattr(align, "PRESETS", {**align.PRESETS, "mini": mini})
 
 
 def install_no_extras(setattr=setattr):
     """No validation and no pictures, which take longer than these steps."""
-    setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
-    setattr(training, "draw", lambda out, pictures: None)
+    setattr(training, "train_val_split", lambda reader: (reader(split="train"), None))
+    setattr(training, "plot", lambda out, pairs: None)
 
 
 def arguments(stage, out, steps=3, batch=4, first_stage=None, **flags):
@@ -151,7 +149,7 @@ def arguments(stage, out, steps=3, batch=4, first_stage=None, **flags):
         "cpu",
     ]
     if stage in ("ldm", "align"):
-        args += ["--model", stage, "--repeats", 2]
+        args += ["--repeats", 2]
         if stage == "align" or "resume" not in flags:  # stage 2 goes on with the one that it holds
             args += ["--vae", first_stage]
     if stage == "cavp":
@@ -165,7 +163,7 @@ def autoencoder(folder):
     """A checkpoint for the stages that need one."""
     torch.manual_seed(0)
     path = Path(folder) / "first_stage.safetensors"
-    training.save_model(path, vae.AutoencoderKL(VAE), vars(VAE))
+    checkpoints.save_model(path, vae.AutoencoderKL(VAE), vars(VAE))
     return path
 
 

@@ -5,10 +5,11 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/test_attention.py
 
 import pytest
 import torch
+from bounds import check_kernel
 
+import align
 import kernels
 import ldm
-from bounds import check_kernel
 from kernels import attention as file
 from kernels.attention import attention
 
@@ -291,7 +292,7 @@ def sites(config, frames):
 
 
 def test_every_network_is_shipped():
-    configs = [config for preset in ldm.PRESETS.values() for config in preset]
+    configs = [*ldm.PRESETS.values(), *align.PRESETS.values()]
     assert set(file.SITES) == set.union(*(sites(config.unet, config.frames) for config in configs))
 
 

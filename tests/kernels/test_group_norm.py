@@ -7,11 +7,11 @@ import types
 
 import pytest
 import torch
+from bounds import check_kernel, rms
+from golden import rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from bounds import check_kernel, rms
-from golden import rule
 from kernels import group_norm
 
 pytestmark = pytest.mark.filterwarnings(
@@ -310,15 +310,20 @@ def test_what_goes_to_torch(mode, dtype, shape, monkeypatch):
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(groups=3),
-        dict(weight=torch.ones(7)),
-        dict(add=torch.ones(1, 8)),
-        dict(skip=torch.ones(2, 4, 5)),
+        {"groups": 3},
+        {"weight": torch.ones(7)},
+        {"add": torch.ones(1, 8)},
+        {"skip": torch.ones(2, 4, 5)},
     ],
 )
 def test_what_does_not_fit_is_said(wrong):
     with pytest.raises(ValueError, match="do not"):
         group_norm.group_norm(
-            **dict(x=torch.ones(2, 8, 4), weight=torch.ones(8), bias=torch.ones(8), groups=2)
+            **{
+                "x": torch.ones(2, 8, 4),
+                "weight": torch.ones(8),
+                "bias": torch.ones(8),
+                "groups": 2,
+            }
             | wrong
         )

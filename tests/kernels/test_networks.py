@@ -7,17 +7,19 @@ import copy
 
 import pytest
 import torch
+from golden import rule
 
+import align
+import diffusion
 import kernels
 import ldm
 import vae
-from golden import rule
 from kernels import attention, fast, group_norm, transformer
 
 UNET = ldm.UNetConfig(
     width=16, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=24, groups=4
 )
-CLASSIFIER = ldm.AlignmentConfig(frames=8, positions=8, feature_dim=16, unet=UNET)
+CLASSIFIER = align.AlignmentConfig(frames=8, positions=8, feature_dim=16, unet=UNET)
 INFERENCE = ["add_layer_norm_ref", "geglu_ref"]
 REFERENCES = {
     attention: ["attention_ref"],
@@ -41,7 +43,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return rule.fill(ldm.Alignment(CLASSIFIER))
+    return rule.fill(align.Alignment(CLASSIFIER))
 
 
 @pytest.fixture(autouse=True)
@@ -113,14 +115,14 @@ def test_guided_sampling(unet, classifier):
     fast.optimise(classifier.model)
     unet.defer_biases()
     classifier.model.defer_biases()
-    features, times = rule.normal("features", 1, 8, 16), ldm.dpm_times(3)
+    features, times = rule.normal("features", 1, 8, 16), diffusion.dpm_times(3)
     null_context = torch.zeros_like(context)
 
     def run():
         eps = fast.guided(
-            unet, context, null_context, 4.5, classifier, features, 15.0, times, ldm.sigma
+            unet, context, null_context, 4.5, classifier, features, 15.0, times, diffusion.sigma
         )
-        return ldm.dpm_solver(eps, x, 3)
+        return diffusion.dpm_solver(eps, x, 3)
 
     ours, plain = both(run)
     rule.close("three guided steps", ours, plain, 1e-4)

@@ -6,9 +6,9 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/test_transformer.py
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import check_kernel, largest, rms
 
 import kernels
-from bounds import check_kernel, largest, rms
 from kernels import transformer
 from kernels.transformer import add_layer_norm, add_layer_norm_ref, geglu, geglu_ref
 

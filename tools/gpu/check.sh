@@ -106,7 +106,7 @@ sweep)
     part warm 45 "$PYTHON" tools/gpu/warm.py -j $JOBS --sets sweep "${FEW[@]}"
     [ -n "$DRY" ] || part sweep 80 "$PYTHON" tools/gpu/sweep.py --out "$OUT"
     [ -n "$FILMS" ] && part "mini in both dtypes" 75 bash tools/gpu/mini.sh
-    [ -n "$DRY" ] || part "8 and 64 clips" 60 "$PYTHON" tests/speed_gpu.py --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
+    [ -n "$DRY" ] || part "8 and 64 clips" 60 "$PYTHON" tools/speed_gpu.py --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
     ;;
 all)
     part warm 75 "$PYTHON" tools/gpu/warm.py -j $JOBS "${FEW[@]}"
@@ -121,7 +121,7 @@ all)
         for name in attention group_norm transformer; do
             part "places of $name" 40 "$PYTHON" -m kernels.$name --batch 2 16 --mode default --out "$OUT/$name"
         done
-        part "table" 170 "$PYTHON" tests/speed_gpu.py --ways ours torch eager compiled --mode reduce-overhead --clips 1 8 --runs 3 --out "$OUT/speed"
+        part "table" 170 "$PYTHON" tools/speed_gpu.py --ways ours torch eager compiled --mode reduce-overhead --clips 1 8 --runs 3 --out "$OUT/speed"
     fi
     ;;
 esac

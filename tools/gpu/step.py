@@ -26,8 +26,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import diffusion
 import kernels
 import ldm
+from align import Alignment, AlignmentConfig
 from kernels import attention, fast, group_norm, transformer
 
 DRY = os.environ.get("DRY") == "1"
@@ -35,9 +37,7 @@ DEVICE, DTYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
 SMALL = ldm.UNetConfig(
     width=64, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16
 )
-UNET, ALIGN = (
-    (SMALL, ldm.AlignmentConfig(unet=SMALL)) if DRY else (ldm.UNetConfig(), ldm.AlignmentConfig())
-)
+UNET, ALIGN = (SMALL, AlignmentConfig(unet=SMALL)) if DRY else (ldm.UNetConfig(), AlignmentConfig())
 
 
 def network(cls, config, dtype=DTYPE, seed=0):
@@ -115,7 +115,7 @@ def run(name, clips, cg, emit, reference, keep=None):
     kernels.choose("auto" if DRY else settings.get("mode", "triton"))
     torch.backends.cudnn.benchmark = settings.get("benchmark", False)
     start = time.perf_counter()
-    unet, align = network(ldm.UNet, UNET), network(ldm.Alignment, ALIGN, seed=1)
+    unet, align = network(ldm.UNet, UNET), network(Alignment, ALIGN, seed=1)
     fast.optimise(unet)
     fast.optimise(align.model)
     torch.manual_seed(2)
@@ -123,26 +123,28 @@ def run(name, clips, cg, emit, reference, keep=None):
     context = torch.randn(clips, 32, UNET.context_dim, device=DEVICE)
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
     null_context = torch.zeros_like(context)
-    times = ldm.dpm_times(25)
+    times = diffusion.dpm_times(25)
     with swapped(others):
-        eps = fast.guided(unet, context, null_context, 4.5, align, features, cg, times, ldm.sigma)
+        eps = fast.guided(
+            unet, context, null_context, 4.5, align, features, cg, times, diffusion.sigma
+        )
         ms, z = timed(eps, x, times[: 2 if DRY else 25], 1 if DRY else 5)
         if keep is not None:
             keep(eps, x, times)
     graphs = [kept.replay is not None for kept in unet.recorded.values()]
     ref = reference.setdefault((clips, cg > 0), z.float().cpu())
     emit(
-        dict(
-            variant=name,
-            clips=clips,
-            classifier=cg > 0,
-            ms_per_step=round(ms, 4),
-            differs=float((z.float().cpu() - ref).norm() / ref.norm()),
-            graph=DRY or graphs == [True],
-            kernels=kernels.describe(),
-            peak_gb=0 if DRY else round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            seconds=round(time.perf_counter() - start, 1),
-        )
+        {
+            "variant": name,
+            "clips": clips,
+            "classifier": cg > 0,
+            "ms_per_step": round(ms, 4),
+            "differs": float((z.float().cpu() - ref).norm() / ref.norm()),
+            "graph": DRY or graphs == [True],
+            "kernels": kernels.describe(),
+            "peak_gb": 0 if DRY else round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
     )
     if not DRY:
         del eps, unet, align
@@ -165,7 +167,8 @@ GROUPS = (
 
 def profile(path):
     def keep(recorded, x, times):
-        from torch.profiler import ProfilerActivity, profile as trace
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as trace
 
         with trace(activities=[ProfilerActivity.CPU] if DRY else [ProfilerActivity.CUDA]) as prof:
             for t in times[:3]:

@@ -179,7 +179,7 @@ def measure(batches):
     for b in batches:
         shipped = {}
         for name, variant, put, call in cases(b, "cuda"):
-            row = dict(name=name, b=b, variant=variant)
+            row = {"name": name, "b": b, "variant": variant}
             try:
                 put()
                 out = call().float()

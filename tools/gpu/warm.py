@@ -22,7 +22,10 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import torch
 
+import diffusion
 import kernels
+from align import PRESETS as ALIGN_PRESETS
+from align import Alignment, AlignmentConfig
 
 kernels.load()
 
@@ -116,16 +119,16 @@ def meta(cls, config, dtype):
 
 def guided_step(unet_config, align_config, dtype, frames=32, clips=1):
     """All that sampling launches: a guided step of optimised networks, the score after it."""
-    unet, align = meta(ldm.UNet, unet_config, dtype), meta(ldm.Alignment, align_config, dtype)
-    plain = meta(ldm.UNet, unet_config, dtype), meta(ldm.Alignment, align_config, dtype)
+    unet, align = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
+    plain = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
     fast.optimise(unet)
     fast.optimise(align.model)
     x = torch.empty(clips, 4, 16, 64, device="meta")
     context = torch.empty(clips, frames, unet_config.context_dim, device="meta")
     features = torch.empty(clips, frames, align_config.feature_dim, device="meta")
-    times = ldm.dpm_times(25)
+    times = diffusion.dpm_times(25)
     with ChannelsLast(), torch.no_grad():
-        eps = fast.guided(unet, context, context, 4.5, align, features, 1.0, times, ldm.sigma)
+        eps = fast.guided(unet, context, context, 4.5, align, features, 1.0, times, diffusion.sigma)
         eps(x, times[:1])
         align.log_prob(x, torch.empty(clips, device="meta"), features)
         t = torch.empty(clips, device="meta")
@@ -163,7 +166,7 @@ def tests():
             x, weight = empty(2, 1024, 320, dtype=dtype), empty(320, dtype=dtype)
             transformer.add_layer_norm(x, x, weight, weight)
             transformer.geglu(x)
-    config = ldm.AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=test_gpu.UNET)
+    config = AlignmentConfig(frames=32, positions=32, feature_dim=16, unet=test_gpu.UNET)
     for dtype in (torch.float32, torch.bfloat16):
         for clips in (1, 2):
             guided_step(test_gpu.UNET, config, dtype, clips=clips)
@@ -171,12 +174,12 @@ def tests():
 
 def paper():
     for clips in (1, 8):  # small batches have block sizes of their own
-        guided_step(ldm.UNetConfig(), ldm.AlignmentConfig(), torch.bfloat16, clips=clips)
+        guided_step(ldm.UNetConfig(), AlignmentConfig(), torch.bfloat16, clips=clips)
     decoder(vae.VAEConfig(), torch.bfloat16)
 
 
 def mini():
-    model, align = ldm.PRESETS["mini"]
+    model, align = ldm.PRESETS["mini"], ALIGN_PRESETS["mini"]
     for dtype in (torch.float32, torch.bfloat16):
         guided_step(model.unet, align, dtype, frames=model.frames)
         decoder(model.vae, dtype)

@@ -13,9 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import align
 import cavp
-import checkpoints
 import ldm
+from common import checkpoints
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where 860 million take a second, not 15
 
@@ -42,11 +43,11 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     preset = "mini" if args.mini else "paper"
-    model, align = ldm.PRESETS[preset]
+    model, classifier = ldm.PRESETS[preset], align.PRESETS[preset]
     parts = {
         "cavp": (cavp.CAVP, cavp.PRESETS[preset]),
         "ldm": (ldm.LDM, model),
-        "align": (ldm.Alignment, align),
+        "align": (align.Alignment, classifier),
     }
     for name, (cls, config) in parts.items():
         with torch.device("meta"):

@@ -1,6 +1,6 @@
 """What preparing and reading training clips costs: measured on one core, and by arithmetic for a large set.
 
-    python tests/speed_data.py [FOLDER]       FOLDER of videos with sound; without one, four procedural clips are made. A minute
+    python tools/speed_data.py [FOLDER]       FOLDER of videos with sound; without one, four procedural clips are made. A minute
 
 Preparing: the first ten seconds of every video, both presets; hours and bytes for VGGSound's 200,000 clips, were all like these.
 Reading: windows of each preset a second, from a set of those clips in the page cache, sound included. Opening a set and drawing a
@@ -21,10 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the sources lie a folder up
 
+from test_data import of_many  # noqa: E402
+
 import data  # noqa: E402
 import foley  # noqa: E402
-from common import ffmpeg  # noqa: E402
-from test_data import of_many  # noqa: E402
+from common import (
+    ffmpeg,  # noqa: E402
+    media,  # noqa: E402
+)
 
 PRESETS = {
     "paper": (4.0, 224, 16),
@@ -65,7 +69,7 @@ def preparing(jobs, name):
             print(f"{job.name}: {columns[0]}, {columns[1]}")
             del made[job.name]
             continue
-        info, n = data.probe(job.path), len(columns["bounds"]) // 4 - 1
+        info, n = media.probe(job.path), len(columns["bounds"]) // 4 - 1
         scale = 10 / (n / fps)  # clips shorter than ten seconds count by their length
         cost.append((took * scale, scale * sum(map(len, columns.values()))))
         rows.append(

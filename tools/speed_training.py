@@ -1,6 +1,6 @@
 """Training steps a second of the mini preset, beside a plain reading of the same step, and how long a step waits for data.
 
-    python tests/speed_training.py            7 rounds of 2 steps a column and stage, ten minutes on two cores
+    python tools/speed_training.py            7 rounds of 2 steps a column and stage, ten minutes on two cores
 
 Every column is the stage's own script on the same clips, in a process of its own that is let go for a few steps at a time; the processes
 take turns, so that whatever else the machine does falls on all alike. "plain": float32, networks as in `plain.py`, maps as (b, c, h, w) in memory,
@@ -24,11 +24,16 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the stages lie a folder up
 
+import plain  # noqa: E402
+
 import cavp  # noqa: E402
 import ldm  # noqa: E402
-import plain  # noqa: E402
-import training  # noqa: E402
 import vae  # noqa: E402
+from common import (
+    distributed,  # noqa: E402
+    machine,  # noqa: E402
+    training,  # noqa: E402
+)
 
 STAGES = {
     "cavp": (cavp.main, "prepared", []),
@@ -47,7 +52,7 @@ def conv_unit(self, x, frames):
 
 
 def plainly(model, function):
-    """Instead of `training.parallel`."""
+    """Instead of `distributed.wrap_ddp`."""
     model = plain.plainly(model)
 
     def step(*inputs):
@@ -58,8 +63,8 @@ def plainly(model, function):
 
 def read_plainly():
     plain.FORWARD[cavp.ConvUnit] = conv_unit
-    training.parallel = plainly
-    training.keep_freed_memory = lambda: None
+    distributed.wrap_ddp = plainly
+    machine.keep_freed_memory = lambda: None
     training.adamw = lambda groups, args, **options: torch.optim.AdamW(
         [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups],
         args.lr,
@@ -72,7 +77,7 @@ def worker(pipe, stage, is_plain, dtype, home, out):
     """A training that makes as many steps as it is told to, then answers with their seconds and how many of them it waited for data."""
     if is_plain:
         read_plainly()
-    report, told, start = training.Run.report, 0, None
+    report, told, start = training.TrainingRun.report, 0, None
 
     def paced(run, **values):
         nonlocal told, start
@@ -86,7 +91,7 @@ def worker(pipe, stage, is_plain, dtype, home, out):
                 os._exit(0)
             start, run.loader.waited = time.perf_counter(), 0.0
 
-    training.Run.report = paced
+    training.TrainingRun.report = paced
     sys.stdout = sys.stderr = open(f"{out}.txt", "w")
     main, data, more = STAGES[stage]
     main(
@@ -173,7 +178,7 @@ def main():
     p.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     args = p.parse_args()
     columns = {"plain float32": (True, "float32"), "ours float32": (False, "float32")}
-    if training.computes_bfloat16("cpu"):
+    if machine.computes_bfloat16("cpu"):
         columns["ours bfloat16"] = False, "bfloat16"
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(

@@ -1,6 +1,6 @@
 """How fast the published networks run on this CPU, beside a plain PyTorch reading of them.
 
-    python tests/speed.py                     5 rounds, some minutes, 14 GB of memory
+    python tools/speed.py                     5 rounds, some minutes, 14 GB of memory
 
 "plain" is the official code's way of writing the networks (`plain.py`) with torch's defaults; "memory kept" the same with glibc told to
 keep what is freed, as our scripts tell it. Each column is a process of its own, for such settings belong to processes; they take turns, stage by stage, so that whatever else
@@ -20,12 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages lie a folder up
 
+from plain import plainly  # noqa: E402
+
 import cavp  # noqa: E402
 import ldm  # noqa: E402
-import training  # noqa: E402
 import vae  # noqa: E402
+from common import (
+    machine,  # noqa: E402
+)
 from kernels import fast  # noqa: E402
-from plain import plainly  # noqa: E402
 
 STAGES = {
     "U-Net, batch 2": "unet",
@@ -54,7 +57,7 @@ def worker(pipe, kind, dtype):
     """Runs the stage that it is told, answers with seconds."""
     torch.manual_seed(0)
     if kind != "plain":
-        training.keep_freed_memory()
+        machine.keep_freed_memory()
     unet = random_network(ldm.UNet, ldm.UNetConfig(), dtype)
     decoder = random_network(vae.AutoencoderKL, vae.VAEConfig(), dtype)
     towers = random_network(cavp.CAVP, cavp.CAVPConfig(), torch.float32)
@@ -90,7 +93,7 @@ def main():
         "plain, memory kept": ("kept", torch.float32),
         "ours float32": ("ours", torch.float32),
     }
-    if training.computes_bfloat16("cpu"):
+    if machine.computes_bfloat16("cpu"):
         columns["ours bfloat16"] = "ours", torch.bfloat16
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, (kind, dtype) in columns.items():

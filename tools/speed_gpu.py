@@ -1,7 +1,7 @@
 """How long a guided step and a whole clip take on this GPU, networks of the published size, beside other ways to run them.
 
-    python tests/speed_gpu.py --out speed       a table, speed.jsonl (a line as soon as it is known) and speed.png
-    python tests/speed_gpu.py --ways ours torch --clips 1 8         a minute; compiling takes many
+    python tools/speed_gpu.py --out speed       a table, speed.jsonl (a line as soon as it is known) and speed.png
+    python tools/speed_gpu.py --ways ours torch --clips 1 8         a minute; compiling takes many
 
 ours      fused kernels, condition and times once a clip, the whole guided step one CUDA graph, bfloat16
 torch     the same graph, fused projections and all, with torch's own kernels: what the kernels alone are worth
@@ -30,14 +30,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages lie a folder up
 
-import kernels  # noqa: E402
-import ldm  # noqa: E402
-from kernels import fast  # noqa: E402
 from plain import plainly  # noqa: E402
 from speed import random_network  # noqa: E402
 
+import align  # noqa: E402
+import diffusion  # noqa: E402
+import kernels  # noqa: E402
+import ldm  # noqa: E402
+from kernels import fast  # noqa: E402
+
 STEPS, CFG, CG = 25, 4.5, 50.0
-UNET, ALIGN = ldm.UNetConfig(), ldm.AlignmentConfig()
+UNET, ALIGN = ldm.UNetConfig(), align.AlignmentConfig()
 WAYS = ["ours", "torch", "eager", "plain", "diffusers", "compiled", "both"]
 
 
@@ -54,7 +57,7 @@ def networks(dtype, device):
     """U-Net and classifier."""
     return [
         random_network(cls, config, dtype, device)
-        for cls, config in ((ldm.UNet, UNET), (ldm.Alignment, ALIGN))
+        for cls, config in ((ldm.UNet, UNET), (align.Alignment, ALIGN))
     ]
 
 
@@ -142,10 +145,10 @@ def streams(two):
 
 def step_of(way, context, features, cg):
     """eps(x, t) of the way."""
-    times = ldm.dpm_times(STEPS)
+    times = diffusion.dpm_times(STEPS)
     null_context = torch.zeros_like(context)
     eps = fast.guided(
-        way.unet, context, null_context, CFG, way.classifier, features, cg, times, ldm.sigma
+        way.unet, context, null_context, CFG, way.classifier, features, cg, times, diffusion.sigma
     )
     if way.graph:
         return eps
@@ -169,7 +172,7 @@ def seconds(way, clips, cg, device, runs):
         for _ in range(runs + 2):
             wait()
             start = time.perf_counter()
-            ldm.dpm_solver(eps, x, STEPS)
+            diffusion.dpm_solver(eps, x, STEPS)
             wait()
             taken.append(time.perf_counter() - start)
     if way.graph and x.is_cuda and any(kept.replay is None for kept in eps.kept.values()):
@@ -248,7 +251,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("speed"), help="without its suffix")
     args = p.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("speed_gpu.py: torch finds no CUDA device; tests/speed.py is the CPU's")
+        sys.exit("speed_gpu.py: torch finds no CUDA device; tools/speed.py is the CPU's")
     about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -7,7 +7,7 @@ out  OUT/last.safetensors   weights (the moving average) with the configuration 
                             OUT/previous.state.pt is the one before, for the day that the last one is damaged
      OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of the
                             time spent waiting for data, memory; and at every save a line of validation
-     OUT/curves.png         the same as a picture; OUT/sheet.png: validation spectrograms, true above, made below
+     OUT/curves.png         the same as a picture; OUT/mels.png: validation spectrograms, reference above, generated below
      OUT/left_out.csv       the files of --data that are not trained on, and why
 
     python vae.py --data clips/                        one process
@@ -19,14 +19,11 @@ change no number, and a run that is killed and resumed goes on bit for bit. Noth
 rename) and nothing is unpickled (`weights_only=True`).
 """
 
-import argparse
 import atexit
 import contextlib
 import copy
 import csv
-import ctypes
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -34,14 +31,11 @@ import math
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,23 +43,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, fitting, make_folder, save_model, write_whole, writing
-
+from common import cli, plots
+from common.checkpoints import checkpoint_errors, save_model
+from common.distributed import rank, world
+from common.files import UserError, atomic_write, make_folder, sha256, write_bytes
+from common.machine import computes_bfloat16, keep_freed_memory, peak_memory
 
 STATES = "last.state.pt", "previous.state.pt"
 
 
-class TrainingError(CheckpointError):
+class TrainingError(UserError):
     """A user's mistake or a run that cannot go on: one line with the remedy."""
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the module's docstring as written, and every default."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +66,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def arguments(description, presets):
     """The parser with every flag that all training commands take; `presets` {name: {flag: value}} sets their defaults."""
-    p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
+    p = cli.Parser(None, description)
     p.add_argument("--data", type=Path, required=True, help="folder of clips, or a prepared set")
     p.add_argument("--out", type=Path, help="where the run writes; default runs/STAGE")
     p.add_argument(
@@ -146,29 +138,6 @@ def arguments(description, presets):
     return p
 
 
-def glibc(function, *args):
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        getattr(ctypes.CDLL(None), function)(*args)
-
-
-def keep_freed_memory(largest=2**30):
-    """glibc returns large blocks to the system on every free and faults them in anew at the next use, which costs a training
-    step on a CPU a quarter of its time and more. Blocks above `largest` bytes still go back."""
-    glibc("mallopt", -3, largest)  # M_MMAP_THRESHOLD
-    glibc("mallopt", -1, 2 * largest)  # M_TRIM_THRESHOLD
-    glibc("mallopt", -8, 1)  # M_ARENA_MAX: autograd's thread reuses what the main one freed
-
-
-def return_freed_memory():
-    """Between two stages of a job, of which the second could not use what the first has left in pieces."""
-    glibc("malloc_trim", 0)
-
-
-def computes_bfloat16(device):
-    """Whether the hardware does: a CPU with AMX or avx512_bf16 is twice as fast in it, others emulate it several times slower."""
-    return torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-
-
 def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -182,135 +151,38 @@ def learning_rate(step, args, final=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one process or many (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and where they meet)
-
-store = None  # what the processes share besides collectives
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join(device):
-    """Meet the other processes of the job, if there are any."""
-    global store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return
-    patience = timedelta(days=7)  # the first may prepare a large set while the others wait
-    store, number, count = next(dist.rendezvous("env://"))
-    store.set_timeout(patience)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
-    dist.barrier()  # connected before anything can go wrong
-
-
-def once(make):
-    """make() -> a path, called in the first process alone: the others wait for what it writes there."""
-    if rank() == 0:
-        path = make()
-        if world() > 1:
-            store.set("path", str(path))
-        return path
-    return Path(store.get("path").decode())
-
-
-def gathered(x):
-    """(n, ...) of every process -> (world * n, ...) in order of rank, without a gradient."""
-    if world() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def collected(item):
-    """-> the `item` of every process, anything that pickles, in order of rank."""
-    parts = [item]
-    if world() > 1:
-        parts = [None] * world()
-        dist.all_gather_object(parts, item)
-    return parts
-
-
-class Step(nn.Module):
-    """A network and what training computes with it, as the one forward that DistributedDataParallel asks for."""
-
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, *inputs):
-        return self.function(self.model, *inputs)
-
-
-def parallel(model, function):
-    """-> a module that computes function(model, ...); its gradients are averaged over the processes."""
-    step = Step(model, function)
-    if world() == 1:
-        return step
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # the newest torch renames broadcast_buffers, others have no other
-        return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def explain(error, mistakes):
-    """One line about an error that is no bug of ours; None where it may be one, and the traceback says more."""
-    text = (str(error).strip().splitlines() or [""])[
-        -1
-    ]  # before it, of one from a reading process, comes its traceback
-    if isinstance(error, (CheckpointError, *mistakes)):
-        return re.sub(r"^[\w.]+Error: ", "", text)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full; give a smaller --micro-batch, or --recompute"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted before the first step"
-    if "DataLoader worker" in str(error):
-        return "a process that reads data died, often for lack of memory; go on with --resume and fewer --workers"
-    return None
-
-
-def first_to_fail():
-    """Whether no other process of the job has failed before: the rest fail only because that one is gone."""
-    try:
-        return store is None or store.add("failed", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone
-        return False
-
-
-@contextlib.contextmanager
-def command(script, *mistakes):
-    """Around a whole command: what goes wrong without being a bug ends it with one line, said by one process."""
-    global store
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if not first_to_fail():
-            sys.exit(1)
-        line = explain(error, mistakes)
-        if line is None:
-            raise
-        sys.exit(f"{script}: {line}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        store = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # before a run
 
 
-def settle(args, presets, stage, trains=True):
-    """Fill in `args` what the user left to the preset and the machine, meet the other processes, seed the weights. -> device"""
-    asked = args.micro_batch
-    for name, value in presets[args.preset].items():
+def add_stage2_arguments(p):
+    """Flags of both trainings on features and latents, the U-Net's and the classifier's."""
+    p.add_argument(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="train the conditioner and adapters of this rank on the matrices "
+        "of the transformer blocks, which are part of the saved weights; 0: train everything",
+    )
+    p.add_argument(
+        "--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step"
+    )
+    p.add_argument(
+        "--merge",
+        type=float,
+        help="share of samples joined from two clips (split-and-merge augmentation)",
+    )
+    p.add_argument(
+        "--roll",
+        type=float,
+        help="share of samples whose sound and picture are rotated in time together",
+    )
+
+
+def resolve_defaults(args, recipes, stage):
+    """Fill in what the user left to the preset and to the machine."""
+    args.asked_micro_batch = args.micro_batch
+    for name, value in recipes[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / stage
@@ -320,33 +192,45 @@ def settle(args, presets, stage, trains=True):
         args.dtype = "bfloat16" if computes_bfloat16(args.device) else "float32"
     if args.workers is None:
         args.workers = 4 if args.device == "cuda" else 0
-    join(args.device)
+
+
+def check_batch(args):
+    """Divide --batch among the processes, and each one's share into micro-batches that fill it."""
     if args.steps < 1 or args.batch < 1:
         raise TrainingError("--steps and --batch must be at least 1")
-    share, rest = divmod(args.batch, world()) if trains else (args.batch, 0)
+    share, rest = divmod(args.batch, world())
     if rest:
         raise TrainingError(
             f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them"
         )
-    fits = [n for n in range(1, share + 1) if share % n == 0 and n <= (args.micro_batch or share)]
+    most = args.micro_batch or share
+    fits = [n for n in range(1, share + 1) if share % n == 0 and n <= most]
+    asked = args.asked_micro_batch
     if asked and asked not in fits and asked < share:
         raise TrainingError(
             f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}"
         )
     args.micro_batch = fits[-1]
-    there = any((args.out / name).exists() for name in STATES)
-    if trains and args.resume and not there:
+
+
+def check_run_folder(args):
+    """A run is begun in an empty folder, or gone on with where --resume says so."""
+    has_run = any((args.out / name).exists() for name in STATES)
+    if args.resume and not has_run:
         raise TrainingError(
             f"--resume: {args.out} holds no run; start one without, or name it with --out"
         )
-    if trains and there and not args.resume:
+    if has_run and not args.resume:
         raise TrainingError(
             f"{args.out}: holds a run already; add --resume to go on, or give another --out"
         )
-    if trains and args.resume and (args.out / "last.safetensors").exists():
-        args.init = (
-            args.out / "last.safetensors"
-        )  # says what the network looks like; its numbers come from the state
+    if args.resume and (args.out / "last.safetensors").exists():
+        # it says what the network looks like; the numbers come from the training state
+        args.init = args.out / "last.safetensors"
+
+
+def set_up(args):
+    """Allocator and random numbers of this process. -> its device"""
     keep_freed_memory()
     torch.manual_seed(args.seed)
     return torch.device(args.device, torch.cuda.current_device() if args.device == "cuda" else None)
@@ -457,16 +341,16 @@ class Shuffled(torch.utils.data.Sampler):
                 yield epoch * self.length + order[position % self.length]
 
 
-def divided(reader, empty):
-    """reader(split=...) -> clips to train on, to validate on; None where a set is too small for these, which raises `empty`."""
+def train_val_split(reader):
+    """reader(split=...) -> clips to train on, to validate on; None where a set is too small for these."""
     clips = reader(split="train")
     try:
         return clips, reader(split="val")
-    except empty:
+    except UserError:
         return clips, None
 
 
-def deaf(ending, _worker):
+def ignore_signals(ending, _worker):
     """Ctrl-C and SIGTERM are for the process that trains; it needs its readers until the step under way is done. When
     it ends, its SIGTERM is how they end: one that ignored that, too, would be waited for without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -492,7 +376,7 @@ class Batches:
                     sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
                     generator=torch.Generator().manual_seed(args.seed),
                     num_workers=args.workers,
-                    worker_init_fn=functools.partial(deaf, ending),
+                    worker_init_fn=functools.partial(ignore_signals, ending),
                     pin_memory=args.device == "cuda",
                     persistent_workers=args.workers > 0,
                 )
@@ -567,19 +451,6 @@ def update(args, step, optimizer, ema, model, final=0.0):
 # a run
 
 
-def peak_memory(args):
-    """GB, of the GPU where there is one, else of the process."""
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(ImportError):  # Windows has no such account
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            1e9 if sys.platform == "darwin" else 1e6
-        )
-    return math.nan
-
-
 def newest_state(out):
     """The last complete training state of a run: torch.save's zip archive holds a checksum of every part."""
     for name in STATES:
@@ -600,11 +471,6 @@ def newest_state(out):
     raise TrainingError(
         f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew"
     )
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def commit():
@@ -636,7 +502,7 @@ def read_log(out):
     return rows
 
 
-class Run:
+class TrainingRun:
     """Micro-batches, progress, log, validation, saving and resuming of one training run.
 
         run = Run(args, model, optimizer, config, ema, clips, held_out, validate)
@@ -682,16 +548,16 @@ class Run:
             self.started_from = {
                 name: sha256(path) for name, path in given.items() if path and path.is_file()
             }
-        for part in out.glob(".*.part"):
+        for part in out.glob(".*.part*"):
             part.unlink()
         rows = (
             [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
         )
-        write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_bytes(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         if left_out:
             table = io.StringIO()
             csv.writer(table).writerows([("name", "reason"), *left_out])
-            write_whole(out / "left_out.csv", table.getvalue().encode())
+            write_bytes(out / "left_out.csv", table.getvalue().encode())
         count = {
             k: sum(p.numel() for p in self.model.parameters() if p.requires_grad == k) / 1e6
             for k in (True, False)
@@ -796,7 +662,7 @@ class Run:
                 lr=self.optimizer.param_groups[0]["lr"],
                 clips_per_second=speed,
                 waiting=waiting,
-                memory_gb=peak_memory(self.args),
+                memory_gb=peak_memory(self.args.device) / 1e9,
             )
 
     def log(self, step, **row):
@@ -820,11 +686,11 @@ class Run:
         does not tell that a run was interrupted."""
         if rank() > 0:
             return
-        out, pictures = self.args.out, []
+        out, pairs = self.args.out, []
         if self.held_out and due:
             start = time.monotonic()
             with torch.no_grad():
-                numbers, pictures = self.validate(self.ema.model, self.held_out)
+                numbers, pairs = self.validate(self.ema.model, self.held_out)
             self.log(self.step, **numbers)
             self.mark = (
                 self.mark[0] + time.monotonic() - start,
@@ -863,7 +729,7 @@ class Run:
             "flags": self.flags(),
             "started_from": self.started_from,
         }
-        with writing(out / STATES[0]) as part:
+        with atomic_write(out / STATES[0]) as part:
             with open(part, "wb") as f:
                 try:
                     torch.save(state, f)
@@ -872,7 +738,7 @@ class Run:
             if (out / STATES[0]).exists():
                 os.replace(out / STATES[0], out / STATES[1])
         self.saved = self.step
-        draw(out, pictures)
+        plot(out, pairs)
 
     def restore(self):
         state = newest_state(self.args.out)
@@ -884,7 +750,7 @@ class Run:
             raise TrainingError(
                 f"--resume: the run in {self.args.out} {has}; give the same command again with --resume"
             )
-        with fitting(f"{self.args.out}/{STATES[0]}", type(self.model)):
+        with checkpoint_errors(f"{self.args.out}/{STATES[0]}", type(self.model)):
             self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -917,33 +783,13 @@ class Run:
         }
 
 
-def draw(out, pictures):
-    """log.jsonl -> curves.png, a panel a logged value; spectrograms side by side -> sheet.png, true above, made below."""
+def plot(out, pairs):
+    """log.jsonl -> curves.png; validation spectrograms -> mels.png, references above."""
     try:
-        from matplotlib.figure import (
-            Figure,
-        )  # only where a picture is drawn: the import takes a second
-
-        rows = read_log(out)
-        names = list(dict.fromkeys(k for row in rows for k in row if k not in ("step", "seconds")))
-        high = math.ceil(len(names) / 4)
-        curves, sheet = (
-            Figure(figsize=(16, h), layout="constrained") for h in (3 * max(1, high), 5)
-        )
-        for i, name in enumerate(names):
-            axis = curves.add_subplot(high, 4, i + 1)
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), marker="." if name.startswith("val_") else "")
-            axis.set(title=name, xlabel="step")
-        for i, pair in enumerate(pictures):
-            for k, level in enumerate(pair):
-                axis = sheet.add_subplot(2, len(pictures), k * len(pictures) + i + 1)
-                axis.imshow(
-                    level.float().cpu().numpy(), origin="lower", aspect="auto", vmin=0, vmax=1
-                )
-                axis.set(title=("true", "made")[k], xticks=[], yticks=[])
-        for name, figure in (("curves", curves), ("sheet", sheet))[: 2 if pictures else 1]:
-            with writing(out / f"{name}.png") as part:
-                figure.savefig(part, format="png")
-    except Exception as e:  # of whatever kind: a picture is not worth losing a run over
-        print(f"{out}: pictures not drawn ({e})", file=sys.stderr)
+        with atomic_write(out / "curves.png") as part:
+            plots.plot_curves(part, read_log(out))
+        if pairs:
+            with atomic_write(out / "mels.png") as part:
+                plots.plot_mels(part, pairs)
+    except Exception as error:  # of whatever kind: a picture is not worth losing a run over
+        print(f"{out}: pictures not drawn ({error})", file=sys.stderr)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import HOP, N_FFT, SAMPLE_RATE, stft
+from common.audio import HOP, N_FFT, SAMPLE_RATE, stft
 
 DEPTH = 1.0  # dB, up or down: about the least change of a band's level that an ear can tell
 LOW, HIGH, BANDS = 400, 6400, 24  # Hz; what telephones and codecs keep

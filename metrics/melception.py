@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints import Checkpoint, CheckpointError, fill
-from data import FMAX, FMIN, HOP, N_FFT, N_MELS, SAMPLE_RATE, filterbank
-from judge import divergence, frechet, inception_score
+from common.audio import FMAX, FMIN, HOP, N_FFT, N_MELS, SAMPLE_RATE, filterbank
+from common.checkpoints import Checkpoint, CheckpointError, load_into
+from metrics.judge import divergence, frechet, inception_score
 
 CLASSES = 309
 STATISTICS = "train_means_stds_melspec_10s_22050hz.txt"
@@ -199,7 +199,7 @@ class Melception(nn.Module):
         file, statistics = Checkpoint(path), Path(path).with_name(STATISTICS)
         with torch.device("meta"):
             model = cls()
-        model = fill(model, file, device=device)
+        model = load_into(model, file, device=device)
         try:
             table = np.loadtxt(statistics)
             if table.shape != (BANDS, 2) or not np.isfinite(table).all() or table[:, 1].min() <= 0:
@@ -268,7 +268,7 @@ def bands_to_bands():
 
 
 def made_mel(level):
-    """Mel (128, s) at 16 kHz, of `data.mel` -> transform_spec.py's of it, (80, ceil(s * 441/320)): 706 columns of 512."""
+    """Mel (128, s) at 16 kHz, of `audio.mel` -> transform_spec.py's of it, (80, ceil(s * 441/320)): 706 columns of 512."""
     return to_level(bands_to_bands() @ resample(10 ** (5 * np.asarray(level, float) - 4)))
 
 

@@ -12,7 +12,6 @@ that draws sounds, guides or ranks them is trained with it.
 
 import functools
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import training
 from cavp import CAVPConfig, Cnn14
-from checkpoints import Checkpoint, fill, fitting
+from common import audio, distributed, media, training
+from common.checkpoints import Checkpoint, checkpoint_errors, load_into
 
 SPAN, BEFORE = 32, 4  # mel columns of a moment (0.51 s), and how many of them come before the hit
 JITTER = 2  # columns by which a hit may lie beside its place
@@ -74,7 +73,7 @@ class Judge(nn.Module):
     def load(cls, path, device="cpu"):
         """Strict."""
         file = Checkpoint(path)
-        with fitting(path, cls), torch.device("meta"):
+        with checkpoint_errors(path, cls), torch.device("meta"):
             model = cls(
                 JudgeConfig(
                     **{
@@ -83,7 +82,7 @@ class Judge(nn.Module):
                     }
                 )
             )
-        return fill(model, file, {k: file[k] for k in file}, device, torch.float32)
+        return load_into(model, file, {k: file[k] for k in file}, device, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ def moment(level, column, spare=0):
 def clear_hits(onsets):
     """[{"time", "material"}] -> [(column, material)] of the hits that no other material follows or precedes too soon to be told apart."""
     return [
-        (round(a["time"] / data.COLUMN), a["material"])
+        (round(a["time"] / audio.COLUMN), a["material"])
         for a in onsets
         if all(
             b["material"] == a["material"] or not -0.1 < b["time"] - a["time"] < CLEAR
@@ -113,7 +112,7 @@ def quiet(onsets, columns, draw, count):
     """Up to `count` columns at which nothing is struck in the whole moment."""
     busy = np.zeros(columns + SPAN, bool)
     for onset in onsets:
-        at = round(onset["time"] / data.COLUMN)
+        at = round(onset["time"] / audio.COLUMN)
         busy[max(0, at - SPAN) : at + 2 * BEFORE] = True
     free = np.flatnonzero(~busy[:columns])
     return draw.choice(free, min(count, len(free)), replace=False).tolist()
@@ -127,10 +126,10 @@ class Moments(torch.utils.data.Dataset):
 
     def __init__(self, root, seed=0, split=None, classes=None):
         self.seed, self.items, names = seed, [], []
-        for number, video in enumerate(data.find_videos([root])):
+        for number, video in enumerate(media.find_videos([root])):
             if split and data.split_of(video.name) != split:
                 continue
-            onsets, level = data.read_onsets(video), data.mel(data.read_audio(video))
+            onsets, level = data.read_onsets(video), audio.mel(media.read_audio(video))
             idle = quiet(
                 onsets, level.shape[1], np.random.default_rng([seed, number]), max(1, len(onsets))
             )
@@ -138,7 +137,7 @@ class Moments(torch.utils.data.Dataset):
                 self.items.append(moment(level, column, JITTER).half())
                 names.append(name)
         if not self.items:
-            raise data.MediaError(
+            raise media.MediaError(
                 f"{root}: no labelled clip"
                 + f" in its {split} split" * bool(split)
                 + "; make more with foley.py"
@@ -184,7 +183,7 @@ def inception_score(p):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-RECIPES = {"mini": dict(steps=1500, batch=128, lr=1e-3, warmup=50, micro_batch=128)}
+RECIPES = {"mini": {"steps": 1500, "batch": 128, "lr": 1e-3, "warmup": 50, "micro_batch": 128}}
 
 
 def validate(model, moments, device, most=2048):
@@ -209,17 +208,21 @@ def validate(model, moments, device, most=2048):
 
 
 def train(args):
-    device = training.settle(args, RECIPES, "judge")
+    training.resolve_defaults(args, RECIPES, "judge")
+    distributed.init(args.device)
+    training.check_batch(args)
+    training.check_run_folder(args)
+    device = training.set_up(args)
     clips = Moments(args.data, args.seed, "train")
     try:
         held_out = Moments(args.data, args.seed, "val", clips.classes)
-    except data.MediaError:
+    except media.MediaError:
         held_out = None
     model = Judge.load(args.init) if args.init else Judge(JudgeConfig(clips.classes))
     model = model.train().to(device)
     optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)
     ema = training.EMA(model)
-    run = training.Run(
+    run = training.TrainingRun(
         args,
         model,
         optimizer,
@@ -229,7 +232,7 @@ def train(args):
         held_out,
         functools.partial(validate, device=device),
     )
-    network = training.parallel(model, lambda judge, mel: judge(mel))
+    network = distributed.wrap_ddp(model, lambda judge, mel: judge(mel))
     for step in run:
         for batch, _rows in run.parts(network):
             with training.autocast(args):
@@ -242,7 +245,7 @@ def train(args):
 
 def main(argv=None):
     args = training.arguments(__doc__, RECIPES).parse_args(argv)
-    with training.command("judge.py", data.MediaError):
+    with distributed.report_errors("judge.py"):
         train(args)
 
 

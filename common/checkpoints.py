@@ -27,8 +27,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from common import cli
+from common.files import UserError, atomic_write
 
-class CheckpointError(Exception):
+
+class CheckpointError(UserError):
     """A file that cannot be read or written, or is not what was asked for: one line with the remedy."""
 
 
@@ -36,7 +39,7 @@ class CheckpointError(Exception):
 # unpickling without running anything
 
 
-class Inert:
+class Stub:
     """Stands for an object of any class; whatever the pickle does with it, nothing happens."""
 
     def __new__(cls, *_args, **_kwargs):
@@ -70,11 +73,11 @@ class Storage:
         )  # shift: elements into the stretch
 
 
-class Described:
+class TensorSpec:
     """A tensor as torch's pickles tell it: (storage, offset, size, stride, ...); a parameter is the tensor that it holds."""
 
     def __new__(cls, first, *rest):
-        return first if isinstance(first, Described) else object.__new__(cls)
+        return first if isinstance(first, TensorSpec) else object.__new__(cls)
 
     def __init__(self, storage, *rest):
         if isinstance(storage, Storage):
@@ -89,7 +92,7 @@ class Described:
                 tuple(size),
                 tuple(stride),
             )
-        elif not isinstance(storage, Described):
+        elif not isinstance(storage, TensorSpec):
             raise pickle.UnpicklingError("a tensor without a storage")
 
     def __setstate__(self, _state):
@@ -98,18 +101,18 @@ class Described:
 
 DTYPES = {
     f"{name}Storage": dtype
-    for name, dtype in dict(
-        Double=torch.float64,
-        Float=torch.float32,
-        Half=torch.float16,
-        BFloat16=torch.bfloat16,
-        Long=torch.int64,
-        Int=torch.int32,
-        Short=torch.int16,
-        Char=torch.int8,
-        Byte=torch.uint8,
-        Bool=torch.bool,
-    ).items()
+    for name, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
 }
 REBUILD = {
     "_rebuild_tensor",
@@ -153,9 +156,9 @@ class Unpickler(pickle.Unpickler):
         if module == "collections" and name == "OrderedDict":
             return Dict
         if module == "torch._utils" and name in REBUILD:
-            return Described
+            return TensorSpec
         if module == "torch" and name in DTYPES:
-            return type(name, (Inert,), {"dtype": DTYPES[name]})
+            return type(name, (Stub,), {"dtype": DTYPES[name]})
         package = module.split(".")[0]
         if package in sys.stdlib_module_names or package in ("torch", "numpy"):
             part = module.startswith(
@@ -163,7 +166,7 @@ class Unpickler(pickle.Unpickler):
             )  # an optimizer or a layer among the hyper-parameters
             if not part and name not in DATA_NAMES.get(module, "").split():
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
-        return Inert
+        return Stub
 
     def persistent_load(self, saved_id):
         kind, storage_type, key, _device, numel, *view = saved_id
@@ -178,18 +181,18 @@ class Unpickler(pickle.Unpickler):
 # files
 
 MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before zip archives
-SAFE_DTYPES = dict(
-    F64=torch.float64,
-    F32=torch.float32,
-    F16=torch.float16,
-    BF16=torch.bfloat16,
-    I64=torch.int64,
-    I32=torch.int32,
-    I16=torch.int16,
-    I8=torch.int8,
-    U8=torch.uint8,
-    BOOL=torch.bool,
-)
+SAFE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_zip(path):
@@ -283,7 +286,7 @@ class Checkpoint(Mapping):
         )
         entries = {}
         for name, tensor in state.items():
-            if isinstance(tensor, Described):
+            if isinstance(tensor, TensorSpec):
                 first, length = where[tensor.storage.key]
                 dtype = tensor.storage.dtype
                 start = (tensor.storage.shift + tensor.offset) * dtype.itemsize
@@ -327,7 +330,7 @@ class Checkpoint(Mapping):
 
 
 @contextlib.contextmanager
-def fitting(path, cls):
+def checkpoint_errors(path, cls):
     """Around building and filling a network of `cls`: what a strange configuration or another network's weights raise, as one line."""
     try:
         yield
@@ -338,10 +341,10 @@ def fitting(path, cls):
         ) from None
 
 
-def fill(model, file, tensors=None, device="cpu", dtype=torch.float32):
+def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     """Give `model`, made on the meta device, the weights of `file` (or `tensors`, taken from it): strictly, and one after the other at
     its final place, type and layout (images channels-last), so that nothing is ever there twice. -> the model, to be used rather than trained."""
-    with fitting(file.path, type(model)):
+    with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for tensor in (*model.parameters(), *model.buffers()):
         to = (
@@ -361,57 +364,28 @@ def fill(model, file, tensors=None, device="cpu", dtype=torch.float32):
 # writing
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise CheckpointError(
-            f"{path}: cannot be made ({e.strerror}); give another folder"
-        ) from None
-    return path
-
-
-@contextlib.contextmanager
-def writing(path):
-    """A temporary name that becomes `path` when the block ends well: a reader never sees half a file."""
-    path = make_folder(Path(path).parent) / Path(path).name
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())  # else a power cut can leave the new name with nothing behind it
-        os.replace(part, path)
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason}); free some space or give another folder"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_whole(path, data):
-    with writing(path) as part:
-        part.write_bytes(data)
-
-
-def save_tensors(path, tensors, dtype=None, **about):
-    """{name: tensor} -> one safetensors file, `about` as JSON in its header. dtype: of matrices and convolutions; norms, biases and
+def save_tensors(path, tensors, dtype=None, **metadata):
+    """{name: tensor} -> one safetensors file, `metadata` as JSON in its header. dtype: of matrices and convolutions; norms, biases and
     schedules keep their own, for they weigh nothing."""
     tensors = {
         k: v.detach().to("cpu", dtype if v.ndim >= 2 else None).contiguous()
         for k, v in tensors.items()
     }
-    with writing(path) as part:
+    with atomic_write(path) as part:
         part.touch()
         mode = part.stat().st_mode  # that of any new file; safetensors makes it the owner's alone
-        save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()})
+        try:
+            save_file(tensors, part, {k: json.dumps(v) for k, v in metadata.items()})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None  # a full disk; atomic_write names the file
         part.chmod(mode)
 
 
-def save_model(path, model, config, half=False, **about):
+def save_model(path, model, config, half=False, **metadata):
     """Weights and the configuration that rebuilds them. half: in float16, half the size."""
-    save_tensors(path, model.state_dict(), torch.float16 if half else None, config=config, **about)
+    save_tensors(
+        path, model.state_dict(), torch.float16 if half else None, config=config, **metadata
+    )
 
 
 PUBLISHED = {
@@ -438,3 +412,27 @@ def convert(source, target, dtype):
         file = Checkpoint(path)
         save_tensors(out, file, dtype, config=file.config)
     return pairs
+
+
+def main(argv=None):
+    p = cli.Parser("python -m common.checkpoints", __doc__)
+    p.add_argument("command", choices=("convert",))
+    p.add_argument("source", type=Path, metavar="DIR", help="folder with .ckpt or .safetensors")
+    p.add_argument("target", type=Path, metavar="OUT", help="where the safetensors go")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="bfloat16",
+        help="of matrices and convolutions",
+    )
+    args = p.parse_args(argv)
+    try:
+        pairs = convert(args.source, args.target, getattr(torch, args.dtype))
+    except UserError as error:
+        sys.exit(f"{p.prog}: {error}")
+    for path, out in pairs:
+        print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

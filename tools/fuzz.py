@@ -3,7 +3,7 @@
 in   how many copies, a seed
 out  a line of figures a command; exit status 1 if anything went wrong, with the copies that did kept in --keep
 
-    python tests/fuzz.py --copies 2000                 half an hour on two cores; not part of the tests
+    python tools/fuzz.py --copies 2000                 half an hour on two cores; not part of the tests
 
 Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped, zeroed, swapped, left
 out or repeated, or its end cut off. Copies go through `sample.py --steps 1`, `sample.py --verify` and `data.py prepare`

@@ -12,11 +12,12 @@ import functools
 
 import torch
 
-import data
+from align import Alignment
+from common import audio
 from common.media import in_child
 from diffusion import SAMPLERS, TIMES, ddim, sigma
 from kernels import fast
-from ldm import LATENT_SCALE, LATENT_SHAPE, Alignment
+from ldm import LATENT_SCALE, LATENT_SHAPE
 
 SECONDS = 8.2  # of every video, from --start on (notebook: truncate_second)
 CHUNK = 40  # frames encoded at once, with zeros before and after (`demo_util.py` 158)
@@ -88,11 +89,11 @@ def draw(features, models, noise, steps=25, cfg=4.5, cg=50.0, name="dpm", progre
 def mel_to_magnitude(level):
     """(b, 128, s) -> (b, 513, s): librosa's `mel_to_stft`, which is the least-squares solution without its negative part, with
     another filterbank than the mels were made with (`demo_util.py` 196-211)."""
-    inverse = torch.linalg.pinv(data.mel_basis(INVERSE_RATE).double()).float().to(level.device)
+    inverse = torch.linalg.pinv(audio.mel_basis(INVERSE_RATE).double()).float().to(level.device)
     return (inverse @ 10 ** (5 * level - 4)).clamp(min=0)
 
 
 def vocode(mels):
     """(w, 128, 512) -> (w * 130816,): each window by itself, one after the other (notebook 351)."""
-    wavs = data.griffin_lim(mel_to_magnitude(mels))
-    return wavs[:, : (mels.shape[-1] - 1) * data.HOP].flatten()
+    wavs = audio.griffin_lim(mel_to_magnitude(mels))
+    return wavs[:, : (mels.shape[-1] - 1) * audio.HOP].flatten()

@@ -1,0 +1,91 @@
+"""Command lines: what all scripts' parsers share. Imports nothing slow, so that --help answers at once.
+
+in   sys.argv
+out  arguments, or one line on stderr and exit status 2
+"""
+
+import argparse
+import math
+import signal
+import sys
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows the script's docstring in --help as it is written; a wrong flag is one line, not the whole usage."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, formatter_class=Formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the docstring as written, and every default that is a value."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float within [low, high]."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            name = "whole number" if kind is int else "number"
+            limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
+        return value
+
+    return parse
+
+
+class OldSpelling(argparse.Action):
+    """A flag's name of the release before: still taken, with a line that says the new one."""
+
+    def __init__(self, option_strings, dest, new, **options):
+        super().__init__(
+            option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options
+        )
+        self.new = new
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(
+            f"{parser.prog}: {option_string} is now called {self.new}; "
+            "the old spelling goes with the next release",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
+
+
+def truth(text):
+    """An argparse type for old flags that took 0 or 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
+    return text == "1"
+
+
+def renamed(parser, old, new, **options):
+    """Take `old` for `new` (both with their dashes): add this after the new flag."""
+    dest = new.removeprefix("--").replace("-", "_")
+    parser.add_argument(old, dest=dest, action=OldSpelling, new=new, **options)
+
+
+def exit_on_signals(script, message):
+    """Ctrl-C and kill unwind like an exception, so that temporary files go, and print one line."""
+
+    def stop(signum, _frame):
+        # a second signal would break the unwinding of the first
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(f"{script}: {message}", file=sys.stderr)
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,139 @@
+"""One process or many: the collectives that training, extraction and evaluation need.
+
+in   what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK and where the processes meet; without it there is one process
+out  tensors and objects of all processes, in order of rank
+"""
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.files import UserError
+
+PATIENCE = timedelta(days=7)  # the first process may prepare a large set while the others wait
+store = None  # torchrun's key-value store, shared by all processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init(device):
+    """Meet the other processes of the job, if there are any. `device`: "cpu" or "cuda"."""
+    global store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    store, number, count = next(dist.rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    dist.barrier()  # connected before anything can go wrong
+
+
+def on_rank0(make):
+    """make() -> a path, called in the first process alone; the others wait for what it writes there."""
+    if rank() > 0:
+        return Path(store.get("path").decode())
+    path = make()
+    if world() > 1:
+        store.set("path", str(path))
+    return path
+
+
+def all_gather(x):
+    """(n, ...) of every process -> (world * n, ...) in order of rank, without a gradient."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_object(item):
+    """-> the `item` of every process, anything that pickles, in order of rank."""
+    if world() == 1:
+        return [item]
+    items = [None] * world()
+    dist.all_gather_object(items, item)
+    return items
+
+
+class Step(nn.Module):
+    """A network and what training computes with it, as the one forward that DistributedDataParallel asks for."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(self.model, *inputs)
+
+
+def wrap_ddp(model, function):
+    """-> a module that computes function(model, ...); its gradients are averaged over the processes."""
+    step = Step(model, function)
+    if world() == 1:
+        return step
+    with warnings.catch_warnings():
+        # the newest torch renames broadcast_buffers, others have no other name for it
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def explain(error):
+    """One line about an error that is no bug of ours; None where the traceback says more."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, UserError):  # raised in a data worker, it comes below its traceback
+        return re.sub(r"^[\w.]+Error: ", "", lines[-1])
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; give a smaller --micro-batch, or --recompute"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the first step"
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that reads data died, often for lack of memory; "
+            "go on with --resume and fewer --workers"
+        )
+    return None
+
+
+def first_to_fail():
+    """Whether no other process of the job failed before: the rest fail only because that one is gone."""
+    try:
+        return store is None or store.add("failed", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone
+        return False
+
+
+@contextlib.contextmanager
+def report_errors(script):
+    """Around a whole command: a user's mistake ends it with one line, printed by one process."""
+    global store
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not first_to_fail():
+            sys.exit(1)
+        line = explain(error)
+        if line is None:
+            raise
+        sys.exit(f"{script}: {line}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        store = None
