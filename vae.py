@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import audio, distributed, media, training
+from common import audio, distributed, training
 from common.checkpoints import Checkpoint, checkpoint_errors, load_into
 from compat import stable_diffusion
 from kernels.group_norm import group_norm
@@ -355,7 +355,7 @@ def train(args):
         lambda: data.prepared(args.data, cache=args.out.parent / "prepared")
     )
     clips, held_out = training.train_val_split(
-        functools.partial(data.Sounds, root, audio.WINDOW, args.seed), media.MediaError
+        functools.partial(data.Sounds, root, audio.WINDOW, args.seed)
     )
     run = training.TrainingRun(
         args,

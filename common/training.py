@@ -206,6 +206,7 @@ def check_batch(args):
     most = args.micro_batch or share
     fits = [n for n in range(1, share + 1) if share % n == 0 and n <= most]
     asked = args.asked_micro_batch
+    del args.asked_micro_batch
     if asked and asked not in fits and asked < share:
         raise TrainingError(
             f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}"

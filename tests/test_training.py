@@ -364,7 +364,7 @@ def test_a_mistake_is_one_line(home, tmp_path, stage, typed, words):
     with pytest.raises(SystemExit) as e:
         MAINS[stage](args)
     line = str(e.value)
-    assert "\n" not in line and line.startswith(("vae.py: ", "cavp.py: ", "ldm.py: "))
+    assert "\n" not in line and line.startswith(("vae.py: ", "cavp.py: ", "ldm.py: ", "align.py: "))
     assert all(word in line for word in words), line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "junk.ckpt"]
 
