@@ -59,14 +59,14 @@ from metrics.judge import Judge, clear_hits, divergence, frechet, inception_scor
 from metrics.melception import Melception, fid, kl, made_mel, scores, softmax, true_mel
 from sample import (
     COLUMNS,
+    Settings,
+    add_watermark,
     generate,
     join_windows,
     load_models,
-    marked,
     plan_windows,
     tags_of,
     video_features,
-    vocode,
 )
 from vae import LATENT_SCALE, AutoencoderKL
 
@@ -346,18 +346,16 @@ def make_sounds(videos, args, settings, name):
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files, which were read before
-            wav = generate(
-                video,
-                models,
-                seed=args.seed + number,
-                mark=False,
-                **{k: settings.get(k, getattr(args, k)) for k in ("steps", "cfg", "cg", "sampler")},
-            ).wav
+            chosen = {
+                k: settings.get(k, getattr(args, k)) for k in ("steps", "cfg", "cg", "sampler")
+            }
+            drawn = Settings(seed=args.seed + number, **chosen)
+            wav = generate(video, models, settings=drawn, mark=False).wav
         seconds = time.perf_counter() - start
         if args.keep:  # what leaves the program is marked; the table measures it unmarked
             write_wav(
                 args.out / f"{video.stem}.foley.wav",
-                marked(wav),
+                add_watermark(wav),
                 tags_of(models.name, args.seed + number),
             )
         return wav.numpy(), seconds
@@ -375,7 +373,7 @@ def round_trip(case, vae):
         :, None
     ]
     made = vae.decode(vae.encode(windows)[0])[:, 0].clamp(0, 1)
-    return vocode(join_windows(made, starts)[:, :columns], samples).numpy()
+    return vocode_long(join_windows(made, starts)[:, :columns], samples).numpy()
 
 
 def by_clip(measured):

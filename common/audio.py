@@ -10,6 +10,7 @@ Differs from the official code: one filterbank at 16 kHz serves mel and its inve
 and tones fall).
 """
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -33,6 +34,7 @@ AROUND, APART = (
     20,
     3,
 )  # columns each side: of that median; where only the strongest rise is an onset
+SPAN = 4096  # mel columns vocoded at once: 65 s, which bounds memory
 CHUNK = 256  # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
 
 
@@ -210,6 +212,38 @@ def vocode(level, iterations=32, seed=0, length=None):
     wav = griffin_lim(magnitude, iterations, seed)[:, : columns * HOP]
     length = columns * HOP if length is None else length
     return torch.nn.functional.pad(wav, (0, length - wav.shape[-1])).reshape(*shape, length)
+
+
+def vocode_long(mel, samples, device="cpu"):
+    """(128, columns) -> (samples,), at most full scale.
+
+    A long sound is made in spans, whose phases do not fit together: they change over within one
+    column, the quietest near a span's end.
+    """
+    columns = mel.shape[1]
+    cuts = [0]
+    while columns - cuts[-1] > SPAN:
+        late = cuts[-1] + SPAN - 128  # the last 2 s of a span
+        cuts.append(late + int(mel[:, late : late + 128].sum(0).argmin()))
+    out = torch.zeros(columns * HOP)
+    rise = (torch.arange(HOP) + 0.5) / HOP
+    for a, b in itertools.pairwise([*cuts, columns]):
+        # some columns more on either side, for the phases
+        low = max(0, a - 16)
+        high = min(columns, b + 16)
+        wav = vocode(mel[:, low:high].to(device)).cpu()  # ((high - low) * HOP,)
+        weight = torch.ones_like(wav)
+        if a:
+            weight[: (a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
+        if b < columns:
+            weight[(b - low) * HOP :] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
+        out[low * HOP : high * HOP] += weight * wav
+    return limit(out[:samples])
+
+
+def limit(wav):
+    """Scaled down as a whole where it would clip."""
+    return wav / max(1.0, float(wav.abs().max()))
 
 
 # ---- onsets --------------------------------------------------------------------------------------------------------

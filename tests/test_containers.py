@@ -721,7 +721,7 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
         "sound.wav",
         "still.png",
     ]
-    jobs = sample.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
+    jobs = media.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
     said = capsys.readouterr().err
     assert len(jobs) == len(names) + 1 and all(
         f"{name}: no video" in said for name in ("notes.nfo", "still.png", "sound.wav")

@@ -166,8 +166,9 @@ def test_published_files_give_the_official_numbers(published):
     )
     for cg, name in ((0.0, "dpm5.cfg4.5"), (50.0, "dpm5.cfg4.5.cg50")):
         latents = []
-        mels = official.draw(
-            features, models, x, 5, 4.5, cg, progress=lambda i, z: latents.append(z)
+        settings = sample.Settings(steps=5, cfg=4.5, cg=cg)
+        mels = official.sample_mels(
+            features, models, x, settings, callback=lambda i, z: latents.append(z)
         )
         rule.close(name, latents[-1], golden[name], 1e-3)
         if cg:  # the recorded mel is that of the run without classifier

@@ -32,6 +32,7 @@ from common.audio import HOP, SAMPLE_RATE
 from common.checkpoints import save_model
 from common.media import MediaError
 from compat import demo_frames, official
+from sample import Settings
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
@@ -175,9 +176,12 @@ def test_sound_slips_by_176_ms_a_window_there_and_stays_in_time_here(tmp_path):
         config=SimpleNamespace(guidance=0.0, unet=SimpleNamespace(context_dim=16))
     )
     theirs = sample.generate(
-        clip, sample.Models(seer, seer, align), duration=20, as_official=True, **off
+        clip,
+        sample.Models(seer, seer, align),
+        settings=Settings(as_official=True, **off),
+        duration=20,
     )
-    ours = sample.generate(clip, sample.Models(seer, seer, None), **off)
+    ours = sample.generate(clip, sample.Models(seer, seer, None), settings=Settings(**off))
     assert len(theirs.wav) == 2 * WINDOW == 2 * 130816 and len(ours.wav) == 20 * SAMPLE_RATE
     slipped = [2, 8.176, 10.176, 14.176]  # and the tail is not there
     assert clicks(theirs.wav) == pytest.approx(slipped, abs=0.03)
@@ -195,15 +199,15 @@ def test_classifier_sees_raw_features_of_the_whole_clip_there_and_its_own_of_the
     frames = official.read_frames(film, 4, 32, 0, 16.6)
     raw = official.encode(models.cavp, frames)
     assert len(raw) == 66
-    sample.generate(film, models, steps=1, duration=16.6, as_official=True)
+    sample.generate(film, models, settings=Settings(steps=1, as_official=True), duration=16.6)
     assert len(shown) == 2 and all(
         torch.equal(context, raw[None]) for context in shown
     )  # two windows
     shown.clear()
-    sample.generate(film, models, steps=1, as_official=True)
+    sample.generate(film, models, settings=Settings(steps=1, as_official=True))
     assert [context.shape[1] for context in shown] == [33]  # the window's 32 and one more
     shown.clear()
-    result = sample.generate(film, models, steps=1)
+    result = sample.generate(film, models, settings=Settings(steps=1))
     features = sample.video_features(film, models.cavp, result.starts[-1] // 4000 + 32, 16.6)
     own = [models.align.cond_model(features[None, s // 4000 :][:, :32]) for s in result.starts]
     guided = shown[::2]  # every other one is for the score
@@ -216,8 +220,10 @@ def test_no_condition_is_a_zero_embedding_there_and_that_of_zero_features_here(
     models, film, monkeypatch
 ):
     shown = recorded(monkeypatch, models.ldm.unet)
-    sample.generate(film, models, steps=1, candidates=2, keep_all=True, as_official=True)
-    sample.generate(film, models, steps=1, duration=8)
+    sample.generate(
+        film, models, settings=Settings(steps=1, candidates=2, keep_all=True, as_official=True)
+    )
+    sample.generate(film, models, settings=Settings(steps=1), duration=8)
     theirs, ours = shown
     assert (
         theirs.shape == (4, 32, 24)
@@ -261,9 +267,10 @@ def test_each_of_these_changes_what_the_networks_say(models):
 @torch.no_grad()
 def test_windows_have_noise_of_their_own_and_a_tail_has_no_window_there(models):
     features, noise = rule.normal("features", 32, 16), rule.normal("noise", 2, 4, 16, 128)
-    mels = official.draw(features.repeat(3, 1)[:95], models, noise, steps=2, cg=0.0)
+    settings = Settings(steps=2, cfg=4.5, cg=0.0)
+    mels = official.sample_mels(features.repeat(3, 1)[:95], models, noise, settings)
     alone = [
-        official.draw(features, models, part, steps=2, cg=0.0)[:, 0] for part in noise.split(64, 3)
+        official.sample_mels(features, models, part, settings)[:, 0] for part in noise.split(64, 3)
     ]
     assert mels.shape == (2, 2, 128, 512) and torch.allclose(mels, torch.stack(alone, 1), atol=1e-4)
     assert rule.relative(mels[:, 0], mels[:, 1]) > 0.01 and rule.relative(mels[0], mels[1]) > 0.01
@@ -432,7 +439,11 @@ def test_30_ddim_steps_are_31_calls_there_and_30_here(models, film):
         calls[there] = []
         note = lambda *done_and_all: calls[there].append(done_and_all)
         sample.generate(
-            film, models, steps=30, sampler="ddim", duration=8, progress=note, as_official=there
+            film,
+            models,
+            settings=Settings(steps=30, sampler="ddim", as_official=there),
+            duration=8,
+            on_step=note,
         )
     assert calls[True] == [(k, 31) for k in range(1, 32)] and calls[False] == [
         (k, 30) for k in range(1, 31)
@@ -441,8 +452,11 @@ def test_30_ddim_steps_are_31_calls_there_and_30_here(models, film):
 
 def test_without_cfg_the_classifier_is_dropped_by_dpm_there_and_kept_here(models, film):
     def mels(sampler, there):
-        drawn = {"steps": 4, "cfg": 1.0, "sampler": sampler, "duration": 8, "as_official": there}
-        return [sample.generate(film, models, cg=cg, **drawn).mel for cg in (0.0, 5000.0)]
+        drawn = {"steps": 4, "cfg": 1.0, "sampler": sampler, "as_official": there}
+        return [
+            sample.generate(film, models, settings=Settings(cg=cg, **drawn), duration=8).mel
+            for cg in (0.0, 5000.0)
+        ]
 
     without, guided = mels("dpm", True)
     assert torch.equal(without, guided)
@@ -457,7 +471,9 @@ def test_decoded_mels_go_on_as_they_are_there_and_clamped_here(models, film, mon
     channels = torch.stack([ramp, torch.zeros(128, 512), torch.ones(128, 512)])
     monkeypatch.setattr(models.ldm.vae, "decode", lambda z: channels.expand(len(z), -1, -1, -1))
     theirs, ours = (
-        sample.generate(film, models, steps=1, duration=8, as_official=there, mark=False)
+        sample.generate(
+            film, models, settings=Settings(steps=1, as_official=there), duration=8, mark=False
+        )
         for there in (True, False)
     )
     assert torch.equal(theirs.mel, channels[0]) and torch.equal(
@@ -528,7 +544,7 @@ def test_command_says_and_writes_what_the_demo_makes(film, weights, tmp_path):
             "AI-generated sound: diff-foley published, seed 0"
         )
     drawn = sample.generate(
-        film, sample.load_models(str(weights), "cpu"), steps=2, as_official=True
+        film, sample.load_models(str(weights), "cpu"), settings=Settings(steps=2, as_official=True)
     ).wav.clamp(-1, 1)
     assert (
         media.read_audio(line["wav"]) - drawn
