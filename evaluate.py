@@ -51,8 +51,18 @@ from tqdm import tqdm
 
 from align import Alignment
 from cavp import CAVP
-from common import distributed, plots, training
-from common.audio import COLUMN, HOP, SAMPLE_RATE, detect_onsets, f1, match, mel, onset_strength
+from common import cli, distributed, plots
+from common.audio import (
+    COLUMN,
+    HOP,
+    SAMPLE_RATE,
+    detect_onsets,
+    f1,
+    match,
+    mel,
+    onset_strength,
+    vocode_long,
+)
 from common.media import MediaError, atomic_write, find_videos, probe, read_audio, write_wav
 from data import SPLITS, read_onsets, split_of
 from metrics.judge import Judge, clear_hits, divergence, frechet, inception_score
@@ -502,7 +512,7 @@ PLOTTED = ("onset_f1_100ms", "onset_f1_50ms", "align_acc", "material_acc")
 
 
 def arguments(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=training.Formatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Formatter)
     p.add_argument(
         "--data",
         type=Path,

@@ -16,7 +16,7 @@ import data
 import evaluate
 import foley
 import sample
-from common import audio, media
+from common import audio, media, watermark
 from metrics import judge
 from vae import AutoencoderKL
 

@@ -152,7 +152,10 @@ def test_readmes_tree_names_every_file_once():
     """Files that hold nothing but a docstring, as a package's __init__.py may, need no line."""
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("\n## Files\n")[1].split("\n## ")[0]
-    named = re.findall(r"^    ([\w/]+\.py) {2,}\S", tree, re.M)
+    named = []
+    for line in re.findall(r"^    ([\w/]+\.py|\w+/\{[\w,]+\}\.py) {2,}\S", tree, re.M):
+        folder, names = re.fullmatch(r"([\w/]*?)\{?([\w,]+)\}?\.py", line).groups()
+        named += [f"{folder}{name}.py" for name in names.split(",")]
     assert sorted(named) == sorted(
         str(path.relative_to(ROOT)) for path in SOURCES if len(TREES[path].body) > 1
     )
