@@ -1,6 +1,7 @@
-"""The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are tiny and random, but
-of the real classes."""
+"""The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are
+tiny and random, but of the real classes."""
 
+import itertools
 import json
 import math
 import shutil
@@ -134,7 +135,7 @@ def run(capsys, *argv):
     return status, out.splitlines(), err.splitlines()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # windows
 
 
@@ -151,7 +152,7 @@ def test_windows_cover_overlap_and_never_slip(fps):
         assert all(
             s % HOP == 0 and (s / frame).denominator == 1 for s in starts
         )  # whole columns, whole features
-        assert all(b - a <= WINDOW - SAMPLE_RATE and b > a for a, b in zip(starts, starts[1:]))
+        assert all(b - a <= WINDOW - SAMPLE_RATE and b > a for a, b in itertools.pairwise(starts))
         assert (
             len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4
         )  # no window mostly past the end
@@ -177,7 +178,7 @@ def test_weights_sum_to_one_inside_their_windows():
             512,
         )  # of an hour no more than of its windows: 1 MB, not 450
         total = torch.zeros(starts[-1] // HOP + 512)
-        for row, start in zip(weights, starts):
+        for row, start in zip(weights, starts, strict=True):
             total[start // HOP :][:512] += row
             assert row.max() == 1
         assert weights.min() >= 0 and torch.allclose(total, torch.ones_like(total))
@@ -204,13 +205,13 @@ def test_noise_is_shared_where_windows_overlap_and_between_lengths():
     assert abs(field.std() - 1) < 0.02 and abs(field.mean()) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # time: a model that sounds a click in the very columns whose frame is white
 
 
 class Seer:
-    """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a column; a mel with
-    four columns a frame."""
+    """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a
+    column; a mel with four columns a frame."""
 
     config = SimpleNamespace(fps=FPS, size=8, frames=128)
     context = 0
@@ -279,7 +280,7 @@ def test_long_sound_is_vocoded_in_spans_without_slip_or_hole(monkeypatch):
     assert level.min() > 0.01  # no hole where spans meet
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # generate
 
 
@@ -310,7 +311,7 @@ def test_same_seed_same_sound_at_any_batch(models, tmp_path):
 
 
 def test_windows_of_many_clips_share_batches(models, tmp_path, monkeypatch):
-    """Full batches across clips and candidates; order, lengths and sounds are those of one by one."""
+    """Full batches across clips and candidates; order, lengths and sounds are as one by one."""
     lengths = {"a": 2, "b": 20, "c": 3, "e": 1}
     videos = [
         make_video(tmp_path / f"{name}.mp4", s, flashes=(0.5,)) for name, s in lengths.items()
@@ -474,7 +475,7 @@ def test_models_are_loaded_where_they_can_run(weights, monkeypatch):
         find_device("cuda:1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -574,7 +575,8 @@ def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, t
 
 
 def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
-    """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is worth."""
+    """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is
+    worth."""
     status, lines, _ = run(
         capsys,
         clip,
@@ -658,7 +660,7 @@ def test_another_input_does_not_change_a_sound(capsys, clip, weights, tmp_path):
     assert sounds[0] == sounds[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # mistakes
 
 
@@ -678,7 +680,7 @@ def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_pat
     flags = ("--out", tmp_path / "out", "--weights", weights, "--steps", 1, "--json")
     status, lines, err = run(capsys, *bad, clip, *flags)
     assert status == 1 and len(lines) == len(bad) + 1 and len(err) == len(bad)
-    for path, line, message in zip(bad, lines, err):
+    for path, line, message in zip(bad, lines, err, strict=True):
         assert message.startswith(f"sample.py: {path}: ") and ";" in message
         assert set(json.loads(line)) == {"input", "error"}
     assert "output" in json.loads(lines[-1])

@@ -1,4 +1,5 @@
-"""How the code is put together: imports go down the ranks, checkpoints are opened safely, README's tree names every file."""
+"""How the code is put together: imports go down the ranks, checkpoints are opened safely, README's
+tree names every file."""
 
 import ast
 import json
@@ -92,7 +93,7 @@ def test_imports_go_down_the_layers(path):
             assert same or layer(name) < layer(own), f"{own} imports {name}"
         elif name == "matplotlib.figure":
             assert inside and own == "common.plots", (
-                f"{own}: matplotlib takes a second to import; import it in common/plots.py, in a function"
+                f"{own}: matplotlib takes a second; import it in a function of common/plots.py"
             )
         elif package == "huggingface_hub":
             assert inside and own == "compat.hub", (
@@ -162,7 +163,8 @@ def test_readmes_tree_names_every_file_once():
 
 
 def test_the_shipped_weights_are_what_their_folder_says():
-    """Every file has its sum there, and says what it was made by: commit, arguments, the set and its seed, steps, what it began with, its last validation."""
+    """Every file has its sum there, and says what it was made by: commit, arguments, the set and
+    its seed, steps, what it began with, its last validation."""
     folder = ROOT / "weights" / "mini"
     files = sorted(folder.glob("*.safetensors"))
     sums = dict(
