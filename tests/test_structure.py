@@ -114,7 +114,7 @@ def test_requirements_are_exact_and_complete():
     ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
     for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
-        assert re.match(r"(ruff|huggingface_hub)==[\d.]+$", line), line
+        assert re.match(r"(ruff|huggingface_hub|diffusers)==[\d.]+$", line), line
 
 
 @each_source
