@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from common import audio, distributed, training
-from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from common.checkpoints import load_network, one_line
 
 
 @dataclass(frozen=True)
@@ -335,25 +335,10 @@ class CAVP(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, audio=True):
         """Ours, or the official cavp_epoch66.ckpt; strict. audio=False: without the audio tower, which generating does not need."""
-        file = Checkpoint(path)
-        with checkpoint_errors(path, cls), torch.device("meta"):
-            model = cls(
-                CAVPConfig(
-                    **{
-                        k: tuple(v) if isinstance(v, list) else v
-                        for k, v in (file.config or {}).items()
-                    }
-                )
-            )
-        if not audio:
-            del model.spec_encoder
-        return load_into(
-            model,
-            file,
-            {k: file[k] for k in file if audio or not k.startswith("spec_encoder.")},
-            device,
-            dtype,
-        )
+        without = () if audio else ("spec_encoder",)
+        return load_network(cls, path, CAVPConfig(), device, dtype, without)
+
+    __repr__ = one_line
 
 
 def finish(features, pool, normalize):  # (b, n, d)
