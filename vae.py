@@ -415,8 +415,7 @@ def train(args):
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
     p.add_argument("--kl", type=float, help="weight of the KL term; default: the preset's")
-    g = p.add_argument_group("beyond the paper; default: the preset's")
-    g.add_argument(
+    training.beyond_the_paper(p).add_argument(
         "--delta-weight", type=float, help="weight of the L1 loss on the mel's time difference"
     )
     cli.renamed(p, "--change", "--delta-weight", type=float)
