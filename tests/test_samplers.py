@@ -18,8 +18,7 @@ OFFICIAL_30 = list(range(1, 1000, 33))  # "30 steps" of the official DDIM and PL
 
 
 def gather(tokens):
-    """(b, 32, d) -> (b, 4, 16, 64): each latent column reads the token of its own time, so a swapped
-    order shows."""
+    """(b, 32, d) -> (b, 4, 16, 64): each latent column reads the token of its own time."""
     b, n = tokens.shape[:2]
     return tokens[:, :, :64].reshape(b, n, 4, 16).repeat_interleave(2, dim=1).permute(0, 2, 3, 1)
 

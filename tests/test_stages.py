@@ -1,5 +1,4 @@
-"""What the training loops feed their networks: clips cut together, loss weights, right and wrong
-pairings."""
+"""What the training loops feed their networks: cut clips, weights, matched and wrong pairs."""
 
 import dataclasses
 
@@ -25,11 +24,12 @@ def test_clips_are_cut_where_their_first_frame_starts(preset):
     starts = cavp.clip_starts(2, config, torch.Generator().manual_seed(3))
     videos, mel = cavp.cut_clips(video, wav, config, starts)
     assert len(videos) == len(mel) == 2 * config.clips and videos.shape[1] == config.frames
-    for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
+    for clip, clip_mel in zip(videos[:, :, 0, 0, 0].long(), mel, strict=True):
         inside = (clip == 24).nonzero().flatten()
         if len(inside):
-            heard = level.mean(0).argmax().item() * audio.HOP / per_frame  # in frames of this clip
-            assert inside[0] <= heard < inside[0] + 1
+            # of the click, in frames of this clip
+            time = clip_mel.mean(0).argmax().item() * audio.HOP / per_frame
+            assert inside[0] <= time < inside[0] + 1
     if preset == "paper":
         starts = videos[:, 0, 0, 0, 0].long().view(2, 3)
         assert (
@@ -178,8 +178,8 @@ def test_a_timestep_shift_moves_the_times_up_without_leaving_any_out():
     [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)],
 )
 def test_the_autoencoders_errors(decoded, error, delta):
-    """Columns that go up and down by 1: an even error is no wrong time difference, a blur to nothing
-    is one at every column."""
+    """Columns that go up and down by 1: an even error leaves the time difference right, a blur to
+    nothing makes it wrong at every column."""
     mel = torch.tensor([0.0, 1.0] * 8).expand(2, 1, 128, 16)
 
     class Network:
@@ -225,8 +225,8 @@ def test_a_network_prints_as_one_line():
     assert repr(model.bfloat16()).endswith(" M parameters, bfloat16, cpu)")
 
 
-def test_whole_windows_are_told_apart_by_what_sounds_not_when():
-    """Two windows with the same kinds of moments at other times: the third term is blind to it, the others are not."""
+def test_windows_are_contrasted_by_what_sounds_not_when():
+    """Two windows with the same moments at other times: the third term is blind to it alone."""
     kinds = torch.eye(16)
     video = torch.stack([kinds[[0, 1, 2, 3]], kinds[[4, 5, 6, 7]]])
     shuffled, swapped = video[:, [1, 0, 3, 2]], video[[1, 0]]
@@ -235,18 +235,18 @@ def test_whole_windows_are_told_apart_by_what_sounds_not_when():
         cavp.contrast(video, sound, scale, None, 1.0)[1] for sound in (video, shuffled, swapped)
     )
     assert (
-        right["whole"] == when["whole"] < 1e-3
-        and what["whole"] > 5
+        right["window"] == when["window"] < 1e-3
+        and what["window"] > 5
         and when["inter"] > right["inter"] + 5
     )
-    assert "whole" not in cavp.contrast(video, video, scale, None, 0.0)[1]
+    assert "window" not in cavp.contrast(video, video, scale, None, 0.0)[1]
 
 
 def test_without_the_temporal_contrast_no_moment_is_held_against_its_own_video():
-    """Sounds at the wrong moments of the right video cost nothing then but the likeness to their own moment, other videos' as before."""
-    draw = torch.Generator().manual_seed(0)
+    """Other moments of the right video cost nothing then, other videos as before."""
+    rng = torch.Generator().manual_seed(0)
     video, sound = (
-        torch.nn.functional.normalize(torch.randn(6, 8, generator=draw), dim=-1).requires_grad_()
+        torch.nn.functional.normalize(torch.randn(6, 8, generator=rng), dim=-1).requires_grad_()
         for _ in range(2)
     )
     inter, intra = cavp.contrastive_loss(video, sound, 3.0, 3, temporal=False)
@@ -285,7 +285,7 @@ def test_the_peak_of_a_map_is_seen_beside_its_mean():
     assert (both[..., mean.shape[2] :] >= mean).all() and (both[..., mean.shape[2] :] > mean).any()
 
 
-def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
+def test_hit_labels_are_of_segments_with_one_material():
     config = cavp.PRESETS["mini"]  # moments of 4 frames: 0.256 s
     hits = [
         (0.9, "wood"),
@@ -296,18 +296,17 @@ def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
         (4.9, "glass"),
         (5.2, "wood"),
     ]
-    named = cavp.struck(
+    labels = cavp.hit_labels(
         [{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config
     )
     wanted = torch.full((16,), -1)
-    wanted[[0, 1, 15]] = torch.tensor(
-        [1, 0, 0]
-    )  # 0.9 and 5.2 are outside, the moment of 1.6 has both
-    assert torch.equal(named, wanted)
+    # 0.9 and 5.2 are outside, the segment of 1.6 has both materials
+    wanted[[0, 1, 15]] = torch.tensor([1, 0, 0])
+    assert torch.equal(labels, wanted)
 
 
-def test_naming_learns_from_labelled_moments_alone():
-    """Both towers through one head; moments without a label neither count nor pull."""
+def test_the_label_loss_counts_labeled_segments_alone():
+    """Both towers through one head; segments without a label have no gradient."""
     model = cavp.CAVP(
         cavp.CAVPConfig(
             fps=15.625,
@@ -323,24 +322,22 @@ def test_naming_learns_from_labelled_moments_alone():
             audio_pool=1,
         )
     )
-    model.namer = torch.nn.Linear(32, 3)
-    draw = torch.Generator().manual_seed(0)
-    video, mel = (
-        torch.randint(0, 256, (2, 16, 3, 16, 16), generator=draw, dtype=torch.uint8),
-        torch.rand(2, 128, 64, generator=draw),
-    )
-    named = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
-    v, a, _, errors = cavp.embed(
-        model.eval(), video, mel, torch.zeros(2, dtype=torch.bool), torch.ones(2), named
-    )
-    logits = [model.namer(32**0.5 * x[[0, 1], [0, 2]]) for x in (v, a)]
-    assert errors.item() == pytest.approx(
-        sum(
-            torch.nn.functional.cross_entropy(x, torch.tensor([0, 2]), reduction="sum").item()
-            for x in logits
-        ),
-        rel=1e-5,
-    )
-    v.retain_grad(), a.retain_grad(), errors.backward()
-    for x in (v, a):
-        assert torch.equal(x.grad.abs().sum(2) > 0, named >= 0)
+    model.label_head = torch.nn.Linear(32, 3)
+    rng = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (2, 16, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    mel = torch.rand(2, 128, 64, generator=rng)
+    label = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
+    mirrored = torch.zeros(2, dtype=torch.bool)
+    features = cavp.embed(model.eval(), video, mel, mirrored, torch.ones(2), label)
+    towers = (features.video, features.audio)
+    wanted = 0.0
+    for x in towers:
+        logits = model.label_head(32**0.5 * x[[0, 1], [0, 2]])
+        error = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2]), reduction="sum")
+        wanted += error.item()
+    assert features.label_loss.item() == pytest.approx(wanted, rel=1e-5)
+    for x in towers:
+        x.retain_grad()
+    features.label_loss.backward()
+    for x in towers:
+        assert torch.equal(x.grad.abs().sum(2) > 0, label >= 0)
