@@ -10,6 +10,7 @@ checkpoint has a use for and every attack needs (the standard library's and torc
 """
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -358,6 +359,55 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
         tensor.data = tensor.data.to(device, to, copy=True, memory_format=layout)
         file.release()
     return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# networks
+
+
+def config_from_json(cls, values: dict):
+    """A configuration dataclass of its JSON form: lists become tuples, dicts nested dataclasses.
+
+    TypeError where a name is not one of its fields."""
+    values = dict(values)
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name)
+        if isinstance(value, list):
+            values[field.name] = tuple(value)
+        elif isinstance(value, dict):
+            values[field.name] = config_from_json(field.type, value)
+    return cls(**values)
+
+
+def empty_network(cls, path, values: dict | None, default):
+    """A network of class `cls` on the meta device: of the configuration `values` that the file at
+    `path` holds, or of `default`, the published one, if that is None."""
+    with checkpoint_errors(path, cls), torch.device("meta"):
+        return cls(default if values is None else config_from_json(type(default), values))
+
+
+def load_network(cls, path, default, device="cpu", dtype=torch.float32, without: tuple = ()):
+    """A network of class `cls` with the weights of a file, strictly; in eval mode.
+
+    default: the configuration of a file that has none (a published one); without: dotted names of
+    parts that the caller does not need, neither built nor read. CheckpointError if it does not fit."""
+    file = Checkpoint(path)
+    model = empty_network(cls, path, file.config, default)
+    for name in without:
+        parent, _, part = name.rpartition(".")
+        if hasattr(model.get_submodule(parent), part):
+            delattr(model.get_submodule(parent), part)
+    unused = tuple(f"{name}." for name in without)
+    tensors = {k: file[k] for k in file if not k.startswith(unused)}
+    return load_into(model, file, tensors, device, dtype)
+
+
+def one_line(model):
+    """What a notebook prints of a network: "LDM(8.6 M parameters, float32, cpu)"."""
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}({count:.1f} M parameters, {dtype}, {first.device})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

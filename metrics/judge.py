@@ -21,7 +21,7 @@ from torch import nn
 import data
 from cavp import CAVPConfig, Cnn14
 from common import audio, distributed, media, training
-from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from common.checkpoints import load_network
 
 SPAN, BEFORE = 32, 4  # mel columns of a moment (0.51 s), and how many of them come before the hit
 JITTER = 2  # columns by which a hit may lie beside its place
@@ -72,17 +72,7 @@ class Judge(nn.Module):
     @classmethod
     def load(cls, path, device="cpu"):
         """Strict."""
-        file = Checkpoint(path)
-        with checkpoint_errors(path, cls), torch.device("meta"):
-            model = cls(
-                JudgeConfig(
-                    **{
-                        k: tuple(v) if isinstance(v, list) else v
-                        for k, v in (file.config or {}).items()
-                    }
-                )
-            )
-        return load_into(model, file, {k: file[k] for k in file}, device, torch.float32)
+        return load_network(cls, path, JudgeConfig(), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
