@@ -24,10 +24,10 @@ whoever changes the order of the random draws, or of an operation on floats, cha
 import itertools
 import json
 import math
-import multiprocessing
 import signal
 import sys
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 from common import cli
 from common.ffmpeg import SAMPLE_RATE
-from common.files import UserError, atomic_write, make_folder
+from common.files import UserError, atomic_write, make_folder, write_bytes
 
 FINE = 1000  # positions and speeds a second, where a trajectory has no closed form
 FAINTEST = 0.07  # impacts weaker than this (-23 dB) neither sound nor are labeled
+SIDES = (-1, 1)  # left and right
 LOUDEST_SPEED = 2.0  # an impact at this speed or more has strength 1
 
 
@@ -106,22 +107,25 @@ bamboo     0.55    620    0.09   0.6   0.8   1500        0.008       1 2.32 3.9 
 """
 
 
-def table_rows(table: str):
-    """The rows below a table's head: (name, list of words)."""
-    for row in table.strip().splitlines()[1:]:
-        name, *words = row.split()
-        yield name, words
+def read_table(table: str, make) -> dict:
+    """name -> make(*words) of the rows below a table's head."""
+    rows = [line.split() for line in table.strip().splitlines()[1:]]
+    return {name: make(*words) for name, *words in rows}
 
 
-LOOKS = {}
-for name, (*colors, kind, shine) in table_rows(LOOK_TABLE):
-    color = np.array(colors, float)
-    LOOKS[name] = Look(color[:3], color[3:], kind, float(shine))
-MATERIALS = {}
-for name, words in table_rows(MATERIAL_TABLE):
+def make_look(*words) -> Look:
+    *colors, kind, shine = words
+    colors = np.array(colors, float)
+    return Look(colors[:3], colors[3:], kind, float(shine))
+
+
+def make_material(*words) -> Material:
     numbers = [float(word) for word in words]
-    MATERIALS[name] = Material(*numbers[:7], numbers[7:])
+    return Material(*numbers[:7], numbers[7:])
 
+
+LOOKS = read_table(LOOK_TABLE, make_look)
+MATERIALS = read_table(MATERIAL_TABLE, make_material)
 # set "other": unseen and unheard by a model trained on the usual set
 OTHER = ("bell", "ice", "drum", "bamboo")
 SOLIDS = {
@@ -199,6 +203,7 @@ class World:
     sprites: list = field(default_factory=list)  # sprites that may, rendered in this order
     impacts: list = field(default_factory=list)
     rubs: list = field(default_factory=list)
+    lanes: int = 0  # acts side by side
     tangled: bool = False  # bodies leaning on each other without end: a world to throw away
 
     @property
@@ -299,6 +304,7 @@ class Body:
     pieces: list  # Piece, in time order
     release: float = math.inf  # when it is let go, if it is held
     throw: tuple = (0.0, 0.0)  # the velocity it then gets
+    look: Look = None
 
     def move_on(self, time, x, y, vx, vy, gravity, rests=False):
         """Appends the piece after a contact. One that rests on the floor brakes to a stop."""
@@ -468,7 +474,7 @@ def add_rubs(world, body):
                 world.rubs.append(Rub(piece.time, speed, kind, body.thing))
 
 
-# ---- acts: each fills one lane of the stage, from `left` to `right` ------------------------------
+# ---- acts: each fills one lane of the stage, from `left` to `right` ----------------------------
 
 
 def add_posts(world, rng, left, right, height: float) -> Thing:
@@ -482,8 +488,7 @@ def add_posts(world, rng, left, right, height: float) -> Thing:
 
 
 def act_bodies(world, rng, left, right):
-    """One to three balls, or one box, let go or thrown in: they fall, bounce, collide, roll or
-    scrape to rest."""
+    """One to three balls, or one box, let go or thrown in: they fall, bounce, collide, rest."""
     width = right - left
     ball = rng.random() < 0.75
     count = 1
@@ -502,16 +507,15 @@ def act_bodies(world, rng, left, right):
     unfit = ("cardboard",) if ball else ("rubber", "glass")
     fit = [name for name in world.solids if name not in unfit]
     bodies = []
-    looks = []
     for place in rng.permutation(count):
-        # 0.42 and the margins keep neighbors from touching before they move
+        # bodies share the lane evenly; 0.42 of a share keeps neighbors apart, or nearly so
         size = min(rng.uniform(0.05, 0.11), 0.42 * width / count)
         x = left + 0.02 + (width - 0.04) * (place + rng.uniform(0.4, 0.6)) / count
         thing = Thing.make(rng, rng.choice(fit), size)
         release = rng.uniform(0.2, 0.62 * world.duration)
-        looks.append(jitter(rng, thing.material))
+        look = jitter(rng, thing.material)
         hung = rng.random() < 0.45
-        # thrown in from above the picture, unless ...
+        # thrown in from above the picture, unless it lies on the floor or hangs on a thread
         y = -size - 0.02
         throw = (rng.uniform(-0.7, 0.7), rng.uniform(0, 0.8))
         if aimed and not bodies:
@@ -525,10 +529,11 @@ def act_bodies(world, rng, left, right):
             distance = bodies[0].pieces[0].x - x
             vx = distance * rng.uniform(0.6, 1.2) * math.sqrt(gravity / 2 / world.floor)
             throw = (vx, 0.0)
-        bodies.append(Body(thing, ball, [Piece(-1.0, x, y, 0, 0, 0, 0)], release, throw))
+        piece = Piece(-1.0, x, y, 0, 0, 0, 0)
+        bodies.append(Body(thing, ball, [piece], release, throw, look))
     simulate(bodies, world, gravity, *bounds, post)
 
-    for body, look in zip(bodies, looks, strict=True):
+    for body in bodies:
         size = body.thing.size
         start = body.pieces[0]
         # the thread of one that hangs shows until it falls
@@ -536,7 +541,7 @@ def act_bodies(world, rng, left, right):
             loose = body.pieces[1].time if body.pieces[1:] else world.duration
             world.sprites.append(thread(start.x, start.y - size, world.times < loose))
         x, y, _, _ = body.track(world.times)
-        add_with_shadow(world, look, ball, size, x, y)
+        add_with_shadow(world, body.look, ball, size, x, y)
 
 
 def rhythm(rng, duration: float, shortest: float) -> list:
@@ -559,6 +564,11 @@ def rhythm(rng, duration: float, shortest: float) -> list:
 def progress(times, start: float, length: float):
     """0 before `start`, rising evenly to 1 within `length`."""
     return np.clip((times - start) / length, 0, 1)
+
+
+def lerp(a, b, u):
+    """From a to b as u goes from 0 to 1."""
+    return a + u * (b - a)
 
 
 def ease(u):
@@ -589,9 +599,9 @@ def swing_mallet(world, rng, middle: float, arm: float, plate, head):
         down = progress(times, time - swing, swing)
         down = ease(down) if misses else down**2  # braked, or accelerated into the plate
         back = ease_out(progress(times, time, 0.22))
-        angle = np.where(times > time - swing - wind, rest + (raised - rest) * up, angle)
-        angle = np.where(times > time - swing, raised + (lowest - raised) * down, angle)
-        angle = np.where(times > time, lowest + (rest - lowest) * back, angle)
+        angle = np.where(times > time - swing - wind, lerp(rest, raised, up), angle)
+        angle = np.where(times > time - swing, lerp(raised, lowest, down), angle)
+        angle = np.where(times > time, lerp(lowest, rest, back), angle)
         if not misses:
             # 0.22: a mallet carries less than a falling body
             speed = 0.22 * 2 * raised * arm / swing
@@ -605,14 +615,15 @@ def act_hammer(world, rng, left, right):
     width = right - left
     middle = (left + right) / 2
     floor = world.floor
-    plate = Thing.make(rng, rng.choice(world.solids), min(rng.uniform(0.09, 0.18), 0.32 * width))
+    material = rng.choice(world.solids)
+    plate = Thing.make(rng, material, min(rng.uniform(0.09, 0.18), 0.32 * width))
     heavy = ["wood", "metal", "rubber", "stone", "plastic"]
     head = Thing.make(rng, rng.choice(heavy), rng.uniform(0.045, 0.075))
 
     # the plate on its two feet
     thick = rng.uniform(0.025, 0.045)
     arm = min(rng.uniform(0.25, 0.45), 0.6 * width)
-    side = rng.choice([-1, 1])  # of the plate, on which the mallet is mounted
+    side = rng.choice(SIDES)  # which way the arm points from its pivot
     top = floor - 0.03 - 2 * thick
     flat = (plate.size - 0.01, thick - 0.01)
     add = world.scenery.append
@@ -671,7 +682,7 @@ def act_drip(world, rng, left, right):
         fade = np.clip(1 - after / 0.5, 0, 1) * splashed
         hop = surface - after * (0.6 + 4 * size) + gravity * after**2
         in_air = splashed * (hop < surface + 0.01)
-        for side in (-1, 1):
+        for side in SIDES:
             x = middle + side * np.minimum(after * 0.35, half - 0.03)
             add(Sprite(foam, x, surface + 0.004, (0.012, 0.0), 0.007, alpha=fade))
             x = middle + side * after * 0.25
@@ -707,7 +718,7 @@ def glide(world, rng, thing, post, low, high, kind):
             continue
 
         u = progress(times, now, span)
-        path = here + (target - here) * (u - np.sin(2 * np.pi * u) / (2 * np.pi))
+        path = lerp(here, target, u - np.sin(2 * np.pi * u) / (2 * np.pi))
         if bumps:
             direction = np.sign(wall - here)
             arrived = (path - wall) * direction >= 0
@@ -753,8 +764,9 @@ ACTS = (act_bodies, act_hammer, act_drip, act_glide)
 ACT_SHARES = (0.46, 0.23, 0.12, 0.19)
 
 
-# ---- distractors: what moves and never touches anything, and so makes no sound -------------------
-# each returns its sprites, given a thing's half-size and look, three frequencies and phases
+# ---- distractors: what moves and never touches anything, and so makes no sound -----------------
+# each returns its sprites, given a thing's half-size and look, three frequencies
+# (radians a second) and phases
 
 
 def drift(world, rng, size, look, frequency, phase):
@@ -782,24 +794,24 @@ def pendulum(world, rng, size, look, frequency, phase):
 def bird(world, rng, size, look, frequency, phase):
     """Two flapping wings cross the sky."""
     t = world.times
-    x = (rng.choice([-1, 1]) * 0.25 * frequency[0] * 3 * t + phase[0]) % 1.4 - 0.2
+    x = (rng.choice(SIDES) * 0.25 * frequency[0] * 3 * t + phase[0]) % 1.4 - 0.2
     y = 0.15 + 0.05 * np.sin(t + phase[1])
     flap = 0.6 * np.sin(t * 9 + phase[2])
     dark = plain((0.12, 0.12, 0.15))
     return [
         Sprite(dark, x + side * 0.03, y - 0.02 * flap, (0.03, 0.0), 0.008, -side * flap)
-        for side in (-1, 1)
+        for side in SIDES
     ]
 
 
 def car(world, rng, size, look, frequency, phase):
     """A car drives past behind the stage."""
-    x = (rng.choice([-1, 1]) * 0.6 * frequency[0] * world.times + phase[0]) % 1.8 - 0.4
+    x = (rng.choice(SIDES) * 0.6 * frequency[0] * world.times + phase[0]) % 1.8 - 0.4
     y = world.floor - 0.16
     body = Sprite(plain(rng.uniform(0.2, 0.9, 3), 0.4), x, y, (0.09, 0.02), 0.015)
     cabin = Sprite(plain((0.7, 0.8, 0.9)), x, y - 0.045, (0.045, 0.015), 0.012)
     tire = plain(0.1)
-    wheels = [body_sprite(tire, True, 0.024, x + side * 0.06, y + 0.035) for side in (-1, 1)]
+    wheels = [body_sprite(tire, True, 0.024, x + side * 0.06, y + 0.035) for side in SIDES]
     return [body, cabin, *wheels]
 
 
@@ -814,7 +826,7 @@ def yoyo(world, rng, size, look, frequency, phase):
 def arc(world, rng, size, look, frequency, phase):
     """A ball or box flies through the picture and out again, in 2.4 s."""
     s = world.times - rng.uniform(1, max(1, world.duration - 1))  # since it passed the middle
-    speed = rng.choice([-1, 1]) * rng.uniform(0.5, 1.2)
+    speed = rng.choice(SIDES) * rng.uniform(0.5, 1.2)
     ball = rng.random() < 0.5
     x = 0.5 + speed * s
     y = 0.25 + rng.uniform(0.2, 0.5) * s * s
@@ -838,10 +850,7 @@ def distract(world, rng):
 
 
 def imagine(rng, times, duration: float, solids: tuple):
-    """One try at a world: (world, number of acts).
-
-    A floor, up to three distractors, up to three acts side by side.
-    """
+    """One try at a world: a floor, up to three distractors, up to three acts side by side."""
     floor = rng.uniform(0.74, 0.9)
     ground = Thing.make(rng, rng.choice(FLOORS), 0.25)
     world = World(floor, ground, times, duration, solids)
@@ -850,21 +859,22 @@ def imagine(rng, times, duration: float, solids: tuple):
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.35, 0.35, 0.2, 0.1])):
         distract(world, rng)
     lanes = int(rng.choice([0, 1, 2, 3], p=[0.05, 0.5, 0.35, 0.1]))
+    world.lanes = lanes
     for k in range(lanes):
         left = 0.05 + 0.9 * k / lanes
         right = 0.05 + 0.9 * (k + 1) / lanes
         act = rng.choice(ACTS, p=ACT_SHARES)
         act(world, rng, left + 0.015, right - 0.015)
-    return world, lanes
+    return world
 
 
-def acceptable(world, lanes: int) -> bool:
+def acceptable(world) -> bool:
     """Some impacts, few of them crowded; or only rubbing; or a stage deliberately left empty."""
     if world.tangled:
         return False
     hits = [hit.time for hit in world.audible()]
-    if lanes == 0 or not hits:
-        return lanes == 0 or len(world.rubs) > 0
+    if world.lanes == 0 or not hits:
+        return world.lanes == 0 or len(world.rubs) > 0
     # at most 12 in 8.192 s, none within 30 ms, at most 30 % within 120 ms of the one before
     gaps = np.diff(hits, prepend=-1.0)
     few = len(hits) <= max(3, 1.5 * world.duration)
@@ -874,8 +884,8 @@ def acceptable(world, lanes: int) -> bool:
 def make_world(rng, times, duration: float, solids: tuple = SOLIDS["usual"]) -> World:
     """The first acceptable world of the random stream, or the hundredth."""
     for _ in range(100):
-        world, lanes = imagine(rng, times, duration, solids)
-        if acceptable(world, lanes):
+        world = imagine(rng, times, duration, solids)
+        if acceptable(world):
             break
     return world
 
@@ -902,7 +912,9 @@ def pattern(name: str, u, v):
         case "halves":
             return (u > 0) * 1.0
         case "mottle":
-            return 0.5 + 0.5 * np.sin(7 * u + 3 * np.sin(5 * v)) * np.sin(8 * v + 2 * np.sin(6 * u))
+            along = np.sin(7 * u + 3 * np.sin(5 * v))
+            across = np.sin(8 * v + 2 * np.sin(6 * u))
+            return 0.5 + 0.5 * along * across
         case "tape":
             return (np.abs(u) < 0.2) * 1.0
         case "waves":
@@ -910,21 +922,12 @@ def pattern(name: str, u, v):
     raise ValueError(f"no pattern {name!r}")
 
 
-class Placement(NamedTuple):
-    """Where a sprite is in the n frames that show it, in pixels: each (n, 1, 1)."""
-
-    x: np.ndarray
-    y: np.ndarray
-    width: np.ndarray  # half, with the corners
-    height: np.ndarray
-    angle: np.ndarray
-    alpha: np.ndarray
-    reach_x: np.ndarray  # half size of an upright patch that holds it
-    reach_y: np.ndarray
-
-
 def place(sprite, first: int, canvas, scale: int, pad: int):
-    """Indices (n,) of a canvas' frames, which begin at `first`, that show a sprite; its Placement."""
+    """Where a sprite is on a canvas (f, h, w, 3) of frames `first` on.
+
+    Returns the indices (n,) of the frames that show it and, in pixels and each (n, 1, 1): x, y,
+    half width and height with the corners, angle, alpha, half size of an upright patch to hold it.
+    """
     count, canvas_height, canvas_width, _ = canvas.shape
 
     def each(value, factor=1.0, shift=0.0):
@@ -943,26 +946,33 @@ def place(sprite, first: int, canvas, scale: int, pad: int):
     reach_x = width
     reach_y = height
     # a disc does not change by turning
-    if np.any(angle) and np.any(np.asarray(sprite.half)):
+    if np.any(angle) and np.any(sprite.half):
         reach_x = reach_y = np.hypot(width, height)
-    seen = visible(x, reach_x, canvas_width) & visible(y, reach_y, canvas_height)
-    seen = np.flatnonzero(seen & (alpha > 0.01))
+    in_view = visible(x, reach_x, canvas_width) & visible(y, reach_y, canvas_height)
+    seen = np.flatnonzero(in_view & (alpha > 0.01))
     values = (x, y, width, height, angle, alpha, reach_x, reach_y)
-    return seen, Placement(*(value[seen, None, None] for value in values))
+    return seen, [value[seen, None, None] for value in values]
 
 
-def shade(look, at, dx, dy, u, v, scale: int):
+def patch(center, reach):
+    """First pixel (n, 1, 1) of a patch and its pixels' distances (n, 1, q) from a center."""
+    reach = reach.max()
+    start = np.floor(center - reach - 1)
+    return start, start + 0.5 - center + np.arange(math.ceil(2 * reach) + 4, dtype=np.float32)
+
+
+def shade(look, dx, dy, u, v, width, height, scale: int):
     """The color (n, p, q, 3), or (3,) if plain, `dx`, `dy` from a sprite's center; u, v: turned."""
     color = np.float32(look.color)
     if look.pattern == "plain" and not look.shine:
         return color
     if look.pattern != "plain":
         tile = np.float32(0.12 * scale)  # large things repeat their pattern
-        mix = pattern(look.pattern, u / np.minimum(at.width, tile), v / np.minimum(at.height, tile))
-        color = color + mix[..., None] * (np.float32(look.second) - color)
+        mix = pattern(look.pattern, u / np.minimum(width, tile), v / np.minimum(height, tile))
+        color = lerp(color, np.float32(look.second), mix[..., None])
     # light from above left, however the body is turned, and a highlight
-    across = dx / at.width
-    down = dy / at.height
+    across = dx / width
+    down = dy / height
     light = 1 - np.float32(0.2) * (across + down)
     away = (across + np.float32(0.35)) ** 2 + (down + np.float32(0.4)) ** 2
     highlight = np.float32(look.shine) * np.exp(-10 * away)
@@ -976,38 +986,36 @@ def overlap(start: int, length: int, limit: int):
     return slice(begin, end), slice(begin - start, end - start)
 
 
-def paint(sprite, canvas, first: int, scale: int, pad: int, cover=None):
-    """Paints a sprite into a canvas float32 (f, h, w, 3) of frames `first` on, all at once.
+def paint(sprite, canvas, first: int, scale: int, pad: int):
+    """Paints a sprite into a canvas float32 (f, h, w, c) of frames `first` on, all at once.
 
-    scale: pixels a picture width; pad: of the canvas around the picture; edges are one pixel soft.
-    cover (f, h, w, 1) gets the opacity of what is painted.
+    scale: pixels a picture width; pad: of the canvas around the picture. Edges are one pixel soft.
     """
-    seen, at = place(sprite, first, canvas, scale, pad)
+    seen, values = place(sprite, first, canvas, scale, pad)
     if not len(seen):
         return
-    # the patch's pixels, from the sprite's center
-    left = np.floor(at.x - at.reach_x.max() - 1)
-    top = np.floor(at.y - at.reach_y.max() - 1)
-    columns = np.arange(math.ceil(2 * at.reach_x.max()) + 4, dtype=np.float32)
-    rows = np.arange(math.ceil(2 * at.reach_y.max()) + 4, dtype=np.float32)[:, None]
-    dx = left + 0.5 - at.x + columns  # (n, 1, q)
-    dy = top + 0.5 - at.y + rows  # (n, p, 1)
+    x, y, width, height, angle, alpha, reach_x, reach_y = values
+    left, dx = patch(x, reach_x)  # (n, 1, q)
+    top, dy = patch(y, reach_y)
+    dy = dy.swapaxes(1, 2)  # (n, p, 1)
 
     # along the body's own axes
     u = dx
     v = dy
-    if np.any(at.angle):
-        u = np.cos(at.angle) * dx + np.sin(at.angle) * dy  # (n, p, q)
-        v = np.cos(at.angle) * dy - np.sin(at.angle) * dx
+    if np.any(angle):
+        cos = np.cos(angle)
+        sin = np.sin(angle)
+        u = cos * dx + sin * dy  # (n, p, q)
+        v = cos * dy - sin * dx
 
-    # distance from the straight part, beyond the corner's radius it is outside
+    # distance from the straight part: what is farther than the corner's radius lies outside
     radius = np.float32(sprite.corner * scale)
-    beyond_x = np.maximum(np.abs(u) - (at.width - radius), 0)
-    beyond_y = np.maximum(np.abs(v) - (at.height - radius), 0)
+    beyond_x = np.maximum(np.abs(u) - (width - radius), 0)
+    beyond_y = np.maximum(np.abs(v) - (height - radius), 0)
     inside = np.clip(radius + 0.5 - np.hypot(beyond_x, beyond_y), 0, 1)
-    alpha = (inside * at.alpha)[..., None]  # (n, p, q, 1)
-    color = shade(sprite.look, at, dx, dy, u, v, scale)
-    color = np.broadcast_to(color, (*alpha.shape[:3], 3))
+    alpha = (inside * alpha)[..., None]  # (n, p, q, 1)
+    color = shade(sprite.look, dx, dy, u, v, width, height, scale)
+    color = np.broadcast_to(color, (*alpha.shape[:3], canvas.shape[3]))
 
     _, height, width, _ = alpha.shape
     for k, frame in enumerate(seen):
@@ -1016,8 +1024,6 @@ def paint(sprite, canvas, first: int, scale: int, pad: int, cover=None):
         opacity = alpha[k, patch_y, patch_x]
         view = canvas[frame, y, x]
         view += opacity * (color[k, patch_y, patch_x] - view)
-        if cover is not None:
-            cover[frame, y, x] += opacity * (1 - cover[frame, y, x])
 
 
 def backdrop(rng, size: int):
@@ -1027,7 +1033,7 @@ def backdrop(rng, size: int):
     turn = rng.uniform(0, 2 * np.pi)
     # sharp edges get less contrast
     if kind in ("checks", "stripes"):
-        b = a + rng.uniform(0.1, 0.5) * (b - a)
+        b = lerp(a, b, rng.uniform(0.1, 0.5))
     cells = rng.uniform(3, 9)
     ramp = np.arange(size, dtype=np.float32) / size
     x, y = np.meshgrid(ramp, ramp)
@@ -1049,10 +1055,12 @@ def backdrop(rng, size: int):
 def shaking(rng, times):
     """A hand-held camera's wander (f, 2) in picture widths, or none."""
     amount = rng.choice([0.0, 0.004, 0.012, 0.02], p=[0.45, 0.2, 0.2, 0.15])
-    waves = (
-        np.sin(times[:, None] * rng.uniform(1, 14, 2) + rng.uniform(0, 7, 2)) / 3 for _ in range(3)
-    )
-    return amount * sum(waves)
+    offset = 0
+    for _ in range(3):
+        frequency = rng.uniform(1, 14, 2)  # radians a second
+        phase = rng.uniform(0, 7, 2)
+        offset = offset + np.sin(times[:, None] * frequency + phase) / 3
+    return amount * offset
 
 
 def crop(canvas, offset, size: int):
@@ -1061,8 +1069,8 @@ def crop(canvas, offset, size: int):
     share_x, share_y = np.float32(offset % 1)
     view = canvas[y : y + size + 1, x : x + size + 1]
     if share_x or share_y:
-        view = view[:, :-1] + share_x * (view[:, 1:] - view[:, :-1])
-        view = view[:-1] + share_y * (view[1:] - view[:-1])
+        view = lerp(view[:, :-1], view[:, 1:], share_x)
+        view = lerp(view[:-1], view[1:], share_y)
     return view[:size, :size]
 
 
@@ -1076,13 +1084,15 @@ def render(world, rng, size: int):
     roam = round(0.3 * size)
     back = backdrop(rng, side + roam)
     other = backdrop(rng, side + roam)
-    way = rng.uniform(-1, 1, 2) * roam * rng.choice([0, 1, 3], p=[0.5, 0.3, 0.2])
+    # the drift in the course of the clip: none, slow or fast
+    direction = rng.uniform(-1, 1, 2)
+    way = direction * roam * rng.choice([0, 1, 3], p=[0.5, 0.3, 0.2])
     origin = rng.uniform(0, roam, 2)
     changes = rng.random() < 0.25
     # light of a tint, which may flicker
     light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(-0.08, 0.08, 3)) * 255
-    flicker = rng.choice([0.0, 0.03, 0.1], p=[0.6, 0.25, 0.15])
-    flicker = 1 + flicker * np.sin(world.times * rng.uniform(1, 25) + rng.uniform(0, 7))
+    depth = rng.choice([0.0, 0.03, 0.1], p=[0.6, 0.25, 0.15])
+    flicker = 1 + depth * np.sin(world.times * rng.uniform(1, 25) + rng.uniform(0, 7))
     camera = shaking(rng, world.times) * size + pad
     start = rng.uniform(0, world.duration)  # of the change to another backdrop
 
@@ -1090,7 +1100,8 @@ def render(world, rng, size: int):
     scenery = np.zeros((1, side, side, 3), np.float32)
     cover = np.zeros((1, side, side, 1), np.float32)
     for sprite in world.scenery:
-        paint(sprite, scenery, 0, size, pad, cover)
+        paint(sprite, scenery, 0, size, pad)
+        paint(replace(sprite, look=plain(1.0)), cover, 0, size, pad)  # its opacity
 
     frames = np.empty((total, size, size, 3), np.uint8)
     # 16 frames at a time stay in the CPU's cache
@@ -1212,7 +1223,8 @@ def sound(world, rng, samples: int):
     tail *= rng.uniform(0.1, 0.35) / np.sqrt(np.sum(tail**2))
     tail[0] += 1.0
     size = 1 << (samples + length).bit_length()
-    wet = np.fft.irfft(np.fft.rfft(dry[:samples], size) * np.fft.rfft(tail, size), size)[:samples]
+    spectrum = np.fft.rfft(dry[:samples], size) * np.fft.rfft(tail, size)
+    wet = np.fft.irfft(spectrum, size)[:samples]
     # the room's own noise, -68 to -58 dB
     wet += 10 ** (rng.uniform(-68, -58) / 20) * rng.standard_normal(samples)
     return (wet * min(1.0, 0.95 / np.abs(wet).max())).astype(np.float32)
@@ -1294,14 +1306,12 @@ def write_clip(clip: Clip, path):
         video = out.add_stream("libx264", rate=rate, options=options)
         video.width = video.height = clip.labels["size"]
         video.pix_fmt = "yuv420p"
-        video.time_base = 1 / rate
         options = {"aac_coder": "fast"}
         audio = out.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options=options)
         audio.bit_rate = 64000
         for i, picture in enumerate(clip.frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = i
-            frame.time_base = 1 / rate
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         # 1024 samples are a frame of AAC
@@ -1310,30 +1320,18 @@ def write_clip(clip: Clip, path):
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
             frame.sample_rate = SAMPLE_RATE
             frame.pts = start
-            frame.time_base = Fraction(1, SAMPLE_RATE)
             out.mux(audio.encode(frame))
         out.mux(audio.encode(None))
 
 
-def init_worker(event):
-    """A worker ignores Ctrl-C and finishes its clip; the event tells it to begin no other."""
-    global stop
-    stop = event
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def write_files(job: tuple):
-    """One clip and its labels, of (folder, index, settings of make_clip).
+def write_files(out, index: int, settings: dict):
+    """Clip `index` and its labels, by `make_clip`'s settings, into folder `out`.
 
     The video is written last, so that its presence means that both are complete.
     """
-    out, index, settings = job
-    if stop.is_set():
-        return
     path = Path(out) / f"{index:05d}.mp4"
     clip = make_clip(index=index, **settings)
-    with atomic_write(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(clip.labels) + "\n")
+    write_bytes(path.with_suffix(".json"), (json.dumps(clip.labels) + "\n").encode())
     write_clip(clip, path)
 
 
@@ -1371,21 +1369,20 @@ def make_set(out, clips: int, workers: int = 1, start: int = 0, **settings) -> i
     make_folder(out)
     indices = range(start, start + clips)
     missing = missing_clips(out, indices, settings)
-    context = multiprocessing.get_context("spawn" if sys.platform != "linux" else "fork")
-    stop = context.Event()
+    # workers leave Ctrl-C to this process, which lets them finish what they write
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt)
     bar = tqdm(total=clips, initial=clips - len(missing), unit="clip", smoothing=0.05)
-    jobs = [(out, index, settings) for index in missing]
-    with context.Pool(workers, init_worker, (stop,)) as pool, bar:
+    with pool, bar:
+        jobs = [pool.submit(write_files, out, index, settings) for index in missing]
         try:
-            for _ in pool.imap_unordered(write_files, jobs):
+            for job in as_completed(jobs):
+                job.result()
                 bar.update()
         except KeyboardInterrupt:
             pass
         finally:
-            # whatever happened, let the workers finish what they write
-            stop.set()
-            pool.close()
-            pool.join()
+            pool.shutdown(cancel_futures=True)
     return clips - len(missing_clips(out, indices, settings))
 
 
