@@ -607,7 +607,7 @@ def validate(model, clips, device, labels=None, most=128, together=8):
 
 def read_labels(folder, readers):
     """The labels in a folder of clips for all clips of the readers -> [material], {name: onsets}."""
-    there = [clips.about(i)[0] for clips in readers if clips for i in range(len(clips))]
+    there = [clips.describe(i)[0] for clips in readers if clips for i in range(len(clips))]
     onsets = {name: data.read_onsets(folder / name) for name in there}
     return sorted({onset["material"] for clip in onsets.values() for onset in clip}), onsets
 
@@ -743,15 +743,12 @@ def extract(args):
         with training.autocast(args):
             features = model.encode_clip(clip["video"], chunk=128)
         sound = (clip["wav"] * 32767).round().to(torch.int16)
-        return {
-            "features": features.half().cpu().numpy().tobytes(),
-            "sound": sound.numpy().tobytes(),
-        }
+        return {"features": features.half().cpu(), "sound": sound}
 
     first, world = distributed.rank() == 0, distributed.world()
     with data.Writer(args.extract, about) if first else contextlib.nullcontext() as writer:
         todo = distributed.all_gather_object(
-            [i for i in range(len(clips)) if clips.about(i)[0] not in writer.names]
+            [i for i in range(len(clips)) if clips.describe(i)[0] not in writer.names]
             if first
             else None
         )[0]
@@ -769,7 +766,7 @@ def extract(args):
                     distributed.all_gather_object(None if mine is None else columns(mine)),
                 ):
                     if first:
-                        writer.add(*clips.about(i), made)
+                        writer.add(*clips.describe(i), made)
                         bar.update()
         if first:
             writer.finish(needed=("val",))
