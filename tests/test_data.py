@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from bounds import PATIENCE
+from clips import clicks, make, one_line, onsets, seen, steady
 from safetensors.torch import load_file
-from test_media import clicks, make, one_line, onsets, seen, steady
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
