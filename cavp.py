@@ -544,7 +544,7 @@ class HitLabels:
         self.onsets = {}
         for clips in datasets:
             for i in range(len(clips)):
-                name = clips.about(i)[0]
+                name = clips.describe(i)[0]
                 self.onsets[name] = data.read_onsets(folder / name)
         materials = {onset["material"] for clip in self.onsets.values() for onset in clip}
         self.classes = sorted(materials)
@@ -776,11 +776,11 @@ def train(args):
 
 
 def extract_clip(args, model, clip: dict):
-    """{"features": float16 (f, 512), "sound": int16 (n,)} as bytes."""
+    """{"features": float16 (f, 512), "sound": int16 (n,)}"""
     with training.autocast(args):
         features = model.encode_clip(clip["video"], chunk=128)
     sound = (clip["wav"] * 32767).round().to(torch.int16)
-    return {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()}
+    return {"features": features.half().cpu(), "sound": sound}
 
 
 def extract_clips(args, model, clips, numbers: list):
@@ -820,7 +820,9 @@ def extract(args):
     first = distributed.rank() == 0
     with data.Writer(args.extract, metadata) if first else contextlib.nullcontext() as writer:
         # rank 0 knows which clips the set lacks
-        missing = first and [i for i in range(len(clips)) if clips.about(i)[0] not in writer.names]
+        missing = first and [
+            i for i in range(len(clips)) if clips.describe(i)[0] not in writer.names
+        ]
         missing = distributed.all_gather_object(missing)[0]
         done = len(clips) - len(missing)
         with tqdm(
@@ -828,7 +830,7 @@ def extract(args):
         ) as bar:
             for i, fields in extract_clips(args, model, clips, missing):
                 if first:
-                    writer.add(*clips.about(i), fields)
+                    writer.add(*clips.describe(i), fields)
                     bar.update()
         if first:
             writer.finish(needed=("val",))

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_media import TICK, clicks, grey, make, onsets, packets, seen, steady
+from clips import TICK, clicks, grey, make, onsets, packets, seen, steady
 
 import data
 import sample

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import make, steady
 from golden import rule
-from test_media import make, steady
 
 import cavp
 import ldm

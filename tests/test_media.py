@@ -13,117 +13,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import TICK, clicks, grey, make, one_line, onsets, packets, seen, shown, steady
 
 from common import media
 
 ROOT = Path(__file__).parent.parent
-TICK = Fraction(1, 90000)
-
-
-def grey(k):
-    """The level that says "frame k", far enough from its neighbours to survive coding."""
-    return 20 + k * 37 % 211
-
-
-def clicks(seconds, times, rate=16000):
-    """Silence with a 2 ms burst at each time."""
-    wav = np.zeros(round(seconds * rate), np.float32)
-    for time in times:
-        at = round(time * rate)
-        wav[at : at + rate // 500] = 0.8
-    return wav
-
-
-def onsets(wav):
-    """Seconds at which the level rises above half of the peak."""
-    loud = np.abs(np.asarray(wav)) > 0.5 * np.abs(np.asarray(wav)).max()
-    rise = np.flatnonzero(loud)
-    return rise[np.diff(rise, prepend=-8000) > 4000] / 16000
-
-
-def make(
-    path,
-    times,
-    levels=None,
-    wav=None,
-    rate=16000,
-    size=(64, 48),
-    codec="libx264",
-    sound="aac",
-    late=0.0,
-    draw=None,
-    options=None,
-    layout="mono",
-    tags=None,
-    tick=TICK,
-):
-    """A video whose frame k is shown from times[k]; the last of `times` is the end. Sound (n,) starts `late`."""
-    with av.open(str(path), "w") as file:
-        video = file.add_stream(codec, rate=1000, options={"g": "12", **(options or {})})
-        video.width, video.height, video.codec_context.time_base = *size, tick
-        video.pix_fmt = "yuv420p"
-        track = None if wav is None else file.add_stream(sound, rate=rate, layout=layout)
-        file.metadata.update(tags or {})
-        lengths = {
-            round(a / tick): round(b / tick) - round(a / tick) for a, b in zip(times, times[1:])
-        }
-
-        def mux(packets):
-            for packet in packets:
-                packet.duration = lengths.get(packet.pts, packet.duration)
-                file.mux_one(packet)
-
-        for k, time in enumerate(times[:-1]):
-            image = np.full(
-                (size[1], size[0], 3), grey(k) if levels is None else levels[k], np.uint8
-            )
-            if draw:
-                draw(image, k)
-            frame = av.VideoFrame.from_ndarray(image)
-            frame.pts, frame.time_base = round(time / tick), tick
-            mux(video.encode(frame))
-        mux(video.encode(None))
-        if track is not None:
-            frame = av.AudioFrame.from_ndarray(np.atleast_2d(wav), format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = (
-                rate,
-                Fraction(1, rate),
-                round(late * rate),
-            )
-            file.mux(track.encode(frame))
-            file.mux(track.encode(None))
-    return path
-
-
-def steady(fps, seconds):
-    return [k / fps for k in range(round(fps * seconds) + 1)]
-
-
-def seen(frames):
-    """Mean grey of each frame."""
-    return frames.float().mean((1, 2, 3)).numpy()
-
-
-def shown(times, moments):
-    """Levels a viewer sees at these moments; the time stamps are whole ticks."""
-    stamps = [round(time / TICK) for time in times[:-1]]
-    return [
-        grey(int(np.searchsorted(stamps, float(moment / TICK) + 0.5, "right")) - 1)
-        for moment in moments
-    ]
-
-
-def packets(path):
-    """(bytes, presentation time, key) of the video packets, times from the first."""
-    with av.open(str(path)) as file:
-        stream = file.streams.video[0]
-        found = [
-            (bytes(p), p.pts * p.time_base, p.is_keyframe)
-            for p in file.demux(stream)
-            if p.dts is not None
-        ]
-    zero = min(time for _, time, _ in found)
-    return [(content, float(time - zero), key) for content, time, key in found]
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -354,12 +248,6 @@ def test_wav_round_trip(tmp_path):
 
 
 # ---- bad files -----------------------------------------------------------------------------------------------------
-
-
-def one_line(caught, *words):
-    message = str(caught.value)
-    assert "\n" not in message and ";" in message  # the reason; the remedy
-    assert all(word in message for word in words), message
 
 
 def bad_files(folder):

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import VideoReformatter
+from clips import grey, make, seen, steady
 from golden import rule
-from test_media import grey, make, seen, steady
-from test_sample import run, shuffled
+from main_job import run, shuffled
 
 import align
 import diffusion

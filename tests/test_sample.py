@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from bounds import PATIENCE
+from clips import make_video
+from main_job import run, shuffled
 
 import sample
 from align import Alignment, AlignmentConfig
@@ -47,15 +49,6 @@ UNET = UNetConfig(
     aligned=2,
 )
 TIME = {"fps": FPS, "frames": 128, "positions": 128, "feature_dim": 16}
-
-
-def shuffled(model, seed):
-    """Every weight random, the zero-initialised ones too, so that each input reaches the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -89,33 +82,6 @@ def weights(models, tmp_path_factory):
     return folder
 
 
-def make_video(path, seconds, fps=25, flashes=(), sound=None, size=32):
-    """A dark picture that turns white for 0.1 s at each flash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(
-            "libx264", rate=fps, options={"preset": "ultrafast", "crf": "30", "bf": "0"}
-        )
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        track = (
-            out.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
-        )
-        for i in range(round(seconds * fps)):
-            white = any(f - 1e-6 <= i / fps < f + 0.1 for f in flashes)
-            frame = av.VideoFrame.from_ndarray(
-                np.full((size, size, 3), 250 if white else 10, np.uint8), "rgb24"
-            )
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-        if track:
-            frame = av.AudioFrame.from_ndarray(np.asarray(sound, np.float32)[None], "fltp", "mono")
-            frame.rate = SAMPLE_RATE
-            out.mux(track.encode(frame))
-            out.mux(track.encode(None))
-    return path
-
-
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     """Two seconds with sound of their own, a 1 kHz tone."""
@@ -123,16 +89,6 @@ def clip(tmp_path_factory):
     return make_video(
         tmp_path_factory.mktemp("clip") / "clip.mp4", 2, flashes=(0.4, 1.2), sound=tone
     )
-
-
-def run(capsys, *argv):
-    """-> exit status, lines of stdout, lines of stderr"""
-    try:
-        status = sample.main([str(a) for a in argv])
-    except SystemExit as e:
-        status = e.code
-    out, err = capsys.readouterr()
-    return status, out.splitlines(), err.splitlines()
 
 
 # ------------------------------------------------------------------------------------------------
