@@ -716,7 +716,7 @@ class TrainingRun:
             out / STATES[0].replace("state.pt", "safetensors"),
             model,
             self.config,
-            self.args.half,
+            torch.float16 if self.args.half else torch.float32,
             **about,
         )
         state = {

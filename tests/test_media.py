@@ -16,6 +16,7 @@ import torch
 from clips import TICK, clicks, grey, make, one_line, onsets, packets, seen, shown, steady
 
 from common import media
+from common.files import FileError
 
 ROOT = Path(__file__).parent.parent
 
@@ -324,20 +325,28 @@ def test_a_truncated_file_gives_what_decodes(tmp_path, suffix):
 def test_nothing_half_written(tmp_path):
     source = make(tmp_path / "a.mp4", steady(25, 1))
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "missing" / "b.mp4", tmp_path / "file" / "b.mp4"):
-        with pytest.raises(media.MediaError) as caught:
-            media.write_video(source, torch.zeros(10), out)
-        one_line(caught, str(out), "cannot be written")
-        with pytest.raises(media.MediaError) as caught:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.wav").mkdir()
+    for name, words in (
+        ("folder", ("folder", "cannot be written")),
+        ("file/b", ("file: cannot be made",)),
+    ):
+        out = tmp_path / name
+        with pytest.raises(FileError) as caught:
+            media.write_video(source, torch.zeros(10), out.with_suffix(".mp4"))
+        one_line(caught, *words)
+        with pytest.raises(FileError) as caught:
             media.write_wav(out.with_suffix(".wav"), torch.zeros(10))
-        one_line(caught, str(out.with_suffix(".wav")), "cannot be written")
+        one_line(caught, *words)
+    media.write_wav(tmp_path / "missing" / "b.wav", torch.zeros(10))  # the folder is made
     with pytest.raises(media.MediaError) as caught:
         media.write_video(source, torch.zeros(10), tmp_path / "b.avi")
     one_line(caught, "b.avi", ".mp4")
     with pytest.raises(ZeroDivisionError), media.atomic_write(tmp_path / "c.txt") as part:
         part.write_text("half")
         1 / 0
-    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "file"]
+    kept = ["a.mp4", "file", "folder.mp4", "folder.wav", "missing"]
+    assert sorted(os.listdir(tmp_path)) == kept and os.listdir(tmp_path / "missing") == ["b.wav"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
@@ -353,12 +362,14 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     code = """
 import resource, sys, torch
 from common import media
+from common.files import UserError
+from common.files import FileError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 video = lambda out, wav: media.write_video("a.mp4", wav, out)
 for name, write in (("b.mp4", video), ("b.mkv", video), ("b.webm", video), ("b.wav", media.write_wav)):
     try:
         write(name, torch.randn(32000))
-    except media.MediaError as error:
+    except UserError as error:
         print(error)
 """
     done = subprocess.run(
