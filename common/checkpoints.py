@@ -81,6 +81,7 @@ class TensorSpec:
     """
 
     def __new__(cls, first, *rest):
+        # torch rebuilds a parameter from the tensor that it holds
         return first if isinstance(first, TensorSpec) else object.__new__(cls)
 
     def __init__(self, storage, *rest):
@@ -88,6 +89,7 @@ class TensorSpec:
             return
         if not isinstance(storage, Storage):
             raise pickle.UnpicklingError("a tensor without a storage")
+        # plain counts: checked here, because views of the file are built from them later
         offset, size, stride = rest[:3]
         counts = (offset, *size, *stride)
         valid = all(isinstance(n, int) and n >= 0 for n in counts)
@@ -158,12 +160,14 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         # protocol 2, torch's, has Python 2's names for modules
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        # a state dict itself, its tensors, their storages
         if module == "collections" and name == "OrderedDict":
             return Dict
         if module == "torch._utils" and name in REBUILD:
             return TensorSpec
         if module == "torch" and name in DTYPES:
             return type(name, (Stub,), {"dtype": DTYPES[name]})
+        # a function of a trusted package could do harm; what it holds as plain data is listed
         package = module.split(".")[0]
         trusted = package in sys.stdlib_module_names or package in ("torch", "numpy")
         # an optimizer or a layer among the hyper-parameters
@@ -228,6 +232,7 @@ def read_zip(path):
             )
         with archive.open(entries["data.pkl"]) as file:
             content = Unpickler(file).load()
+        # storages are entries of their own, uncompressed
         places = {}
         for name, entry in entries.items():
             if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
@@ -292,6 +297,7 @@ class Checkpoint(Mapping):
         """-> configuration or None, {name: Entry}."""
         with safe_open(self.path, "pt") as file:  # checks the header
             config = json.loads((file.metadata() or {}).get("config", "null"))
+        # 8 bytes of length, the header in JSON, then the tensors, contiguous
         length = int.from_bytes(self.map[:8], "little")
         header = json.loads(self.map[8 : 8 + length])
         header.pop("__metadata__", None)
@@ -306,11 +312,13 @@ class Checkpoint(Mapping):
         """-> {name: Entry}; every tensor is checked to lie inside its storage and the file."""
         read = read_zip if self.map[:4] == b"PK\3\4" else read_older
         content, places = read(self.path)
+        # without the trainer's wrapping
         state = content
         for key in ("model", "state_dict"):
             if isinstance(content.get(key), dict):
                 state = content[key]
 
+        # optimizer states and the like, among the tensors of a state dict, are no TensorSpec
         entries = {}
         for name, tensor in state.items():
             if not isinstance(tensor, TensorSpec):
@@ -318,6 +326,7 @@ class Checkpoint(Mapping):
             first, length = places[tensor.storage.key]
             dtype = tensor.storage.dtype
             start = tensor.offset * dtype.itemsize
+            # a damaged or hostile file may claim anything
             entry = Entry(dtype, first + start, tensor.size, tensor.stride)
             end = start + entry.extent * dtype.itemsize
             if end > length or first + length > len(self.map):
@@ -368,6 +377,7 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for tensor in (*model.parameters(), *model.buffers()):
+        # counters stay integers
         kind = tensor.dtype
         if isinstance(tensor, nn.Parameter):
             kind = dtype
@@ -388,6 +398,7 @@ def save_tensors(path: Path | str, tensors, dtype: torch.dtype | None = None, **
     `dtype` is that of matrices and convolutions; norms, biases and schedules keep their own, for
     they take next to no space. Raises FileError.
     """
+    # safetensors takes no views and no gradients
     tensors = {
         name: tensor.detach().to("cpu", dtype if tensor.ndim >= 2 else None).contiguous()
         for name, tensor in tensors.items()
@@ -431,6 +442,7 @@ def convert(source: Path | str, target: Path | str, dtype: torch.dtype):
             f"{source}: no .ckpt or .safetensors in it; give the folder that holds them"
         )
     pairs = []
+    # nothing is overwritten, which is checked before the first file is written
     for path in files:
         out = Path(target) / f"{PUBLISHED.get(path.stem, path.stem)}.safetensors"
         if out.exists():

@@ -57,30 +57,10 @@ VIDEO_SUFFIXES = {
     ".wmv",
 }
 # Never opened: playlists, which point elsewhere and may wait for more for ever, and devices.
-REFUSED_FORMATS = {
-    "alsa",
-    "concat",
-    "concatf",
-    "dash",
-    "fbdev",
-    "hls",
-    "imf",
-    "iec61883",
-    "jack",
-    "kmsgrab",
-    "lavfi",
-    "oss",
-    "pulse",
-    "rtp",
-    "rtsp",
-    "sap",
-    "sdp",
-    "v4l2",
-    "video4linux2,v4l2",
-    "webm_dash_manifest",
-    "x11grab",
-    "xcbgrab",
-}
+REFUSED_FORMATS = (
+    "alsa concat concatf dash fbdev hls imf iec61883 jack kmsgrab lavfi oss pulse rtp rtsp sap sdp "
+    "v4l2 video4linux2,v4l2 webm_dash_manifest x11grab xcbgrab"
+)
 # Text art and stills: FFmpeg opens them as pictures, but nobody would call the file a video.
 NOT_VIDEOS = ("adf", "bin", "idf", "image2", "tty", "xbin")
 # ITU-R BS.775: center and surrounds at -3 dB to left and right, no LFE; mono is their mean.
@@ -94,7 +74,7 @@ DOWNMIX = {
     **dict.fromkeys(("TBC", "BFL", "BFR", "SDL", "SDR"), SURROUND),
     **dict.fromkeys(("LFE", "LFE2"), 0.0),
 }
-# what FFmpeg's own program takes so many channels without names for
+# layouts by number of channels, as FFmpeg's own program guesses where names are missing
 CHANNEL_GUESSES = {6: "5.1", 7: "6.1", 8: "7.1"}
 
 
@@ -128,7 +108,7 @@ class MediaInfo:
 @lru_cache
 def open_options() -> dict[str, str]:
     """Local files only, of any format but `REFUSED_FORMATS`."""
-    formats = ",".join(sorted(av.formats_available - REFUSED_FORMATS))
+    formats = ",".join(sorted(av.formats_available.difference(REFUSED_FORMATS.split())))
     return {"protocol_whitelist": "file", "format_whitelist": formats}
 
 
@@ -186,6 +166,7 @@ def picture_stream(container, path):
 
 def is_still(container):
     """Whether the format holds images; with one picture in it the file is no video."""
+    # image2 and *_pipe are FFmpeg's readers of single images
     names = ("_pipe", "image2", "gif", "apng")
     brand = container.metadata.get("major_brand")
     return container.format.name.endswith(names) or brand in ("avif", "heic", "mif1")
@@ -296,6 +277,7 @@ def demux(container, path, clock=None):
     for packet in container.demux(streams):
         if is_header(packet):
             continue
+        # no time stamps: at the rate that the header states
         if raw and packet.size and packet.stream.type == "video":
             seconds = count / (frame_rate(packet.stream) or 25)
             packet.pts = packet.dts = round(seconds / packet.time_base)
@@ -360,6 +342,7 @@ def timed_frames(container, stream, path):
     known, the n-th frame shown takes the n-th packet's time.
     """
     in_order = lacks_display_times(container, stream)
+    # times of the packets whose frames have not been shown yet
     slots = deque()
     seconds = -math.inf
     follows = 0.0
@@ -554,7 +537,7 @@ def frames_from(path: Path | str, start: float) -> Iterator[tuple[float, av.Vide
 
 
 def frame_count(seconds: float, fps: float) -> int:
-    """How many frames a picture of this length has at another rate."""
+    """Number of frames of a picture of this length at another rate."""
     return max(1, math.ceil(seconds * fps - 1e-6))
 
 
@@ -701,6 +684,7 @@ def sound_runs(container, stream, path, zero, until):
             zero = moment
         if moment - zero >= until:
             break
+        # another format or a jump of the clock begins a new run
         goes_on = mixers and mixers[-1].format == sound_format(frame) and abs(moment - end) <= 0.02
         if not goes_on:
             if mixers:

@@ -34,6 +34,7 @@ def atomic_write(path: Path | str):
     # a short name, since its length is limited; FFmpeg chooses the container by the suffix
     part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
     FINAL_PATHS[part] = FINAL_PATHS.get(path, path)
+    # the caller writes `part`; any error on the way leaves `path` as it was
     try:
         yield part
         # on disk before it is renamed, or a power cut could leave an empty file of this name
@@ -46,6 +47,7 @@ def atomic_write(path: Path | str):
             f"{FINAL_PATHS[part]}: cannot be written ({reason}); "
             "free some space or choose another folder"
         ) from error
+    # after the rename `part` does not exist any more
     finally:
         del FINAL_PATHS[part]
         with contextlib.suppress(OSError):

@@ -38,8 +38,10 @@ def in_child(path: Path | str, module: str, function: str, *args, **kwargs):
     try:
         return isolation.call(module, function, *args, **kwargs)
     except isolation.ChildDied as died:
+        # a segmentation fault in a decoder, or memory that ran out
         reason = f"FFmpeg crashed on this file ({died})"
     except isolation.ChildError as error:
+        # already one line for the user
         if error.kind == "MediaError":
             raise MediaError(str(error)) from None
         # atomic_write around the call turns this into a FileError that names the output
@@ -54,13 +56,14 @@ def in_child(path: Path | str, module: str, function: str, *args, **kwargs):
 
 def walk(folder: Path | str) -> Iterator[Path]:
     """Every file below a folder but hidden ones, sorted; links to folders are followed once."""
-    visited = set()
+    visited = set()  # real paths of folders: links may form a loop
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
+        # os.walk goes on with what is left in `folders`
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
@@ -77,6 +80,7 @@ def search(folder: Path | str, kinds=("video",), ours: bool = False):
     for path in walk(folder):
         if not path.is_file() or (".foley." in path.name and not ours):
             continue
+        # the name decides where it can: opening a file costs some milliseconds
         suffix = path.suffix.lower()
         if suffix in suffixes or (suffix not in TEXT_SUFFIXES and kind_of(path) in kinds):
             chosen.append(path)
@@ -159,6 +163,7 @@ def write_video(
     if Path(out).suffix.lower() not in CONTAINERS:
         suffixes = ", ".join(CONTAINERS)
         raise MediaError(f"{out}: we write no sound into this kind of file; end it in {suffixes}")
+    # the child gets an array, not a tensor: it must not import torch
     wav = wav.detach().float().cpu().numpy()
     with atomic_write(out) as part:
         args = (source, wav, part, tags, start, duration, keep_tracks)

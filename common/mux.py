@@ -133,7 +133,7 @@ def display_times(source):
     numbers = []
     with open_input(source) as container:
         stream = picture_stream(container, source)
-        reorders = stream.codec_context.has_b_frames
+        reorders = stream.codec_context.has_b_frames  # else frames come in the packets' order
         with suppress(av.error.EOFError):
             for packet in demux(container, source):
                 if packet.stream.index != stream.index:
@@ -212,6 +212,7 @@ def cut_at_key_frames(source, start, seconds):
 
     None, too, where something outside is shown inside or predicted from there.
     """
+    # times on the container's clock; a cut to the end needs no key frame behind it
     info = probe(source)
     near = 0.5 / info.fps
     low = info.start + start
@@ -363,6 +364,7 @@ class Encoding:
 
 def first_frame(source, start):
     """The frame on view at `start`, which decides how a cut is encoded."""
+    # the last that begins by then
     chosen = None
     for moment, frame in frames_from(source, start):
         if chosen is not None and moment > start + 1e-9:
@@ -451,7 +453,8 @@ class Extras:
             return
         track.metadata.update(stream.metadata)
         track.disposition = stream.disposition
-        if stream.type == "audio":  # ours is the one to play
+        # our sound is the one to play
+        if stream.type == "audio":
             track.disposition = stream.disposition & ~av.stream.Disposition.default
         self.tracks[stream.index] = track
 
@@ -524,6 +527,7 @@ def extra_packets(job, tracks):
                     packet.pts = 0
                 packet.duration = min(length, end - packet.pts)
             packet.dts = packet.pts
+            # a packet counts as inside if its middle is
             if packet.pts >= 0 and packet.pts + length // 2 < end:
                 packet.stream = tracks[packet.stream.index]
                 yield packet
@@ -560,6 +564,7 @@ def later_timecode(text: str, count: int, rate) -> str:
     fields = re.fullmatch(r"(\d+):(\d+):(\d+)([:;.])(\d+)", text)
     if not fields or not rate:
         return text
+    # the nominal rate is that of the numbers: 30 for 29.97 frames a second
     hours, minutes, secs, frames = (int(fields[k]) for k in (1, 2, 3, 5))
     nominal = round(rate)
     dropped = 0 if fields[4] == ":" else nominal // 15
@@ -722,6 +727,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
                 dst.mux_one(packet)
             width = track.codec_context.width
             height = track.codec_context.height
+    # what PyAV cannot tell the muxer, and what cannot be kept
     if patch_aspect and not set_display_size(out, *display_size(width, height, aspect)):
         extras.dropped.append(f"pixel aspect ratio {aspect}")
     if anamorphic and not patch_aspect and job.muxer == "webm":
@@ -784,9 +790,11 @@ def write_video(
     """
     out = Path(out)
     seconds = min(check_start(source, start) - start, duration or LONGEST)
+    # sound exactly as long as the picture
     n = round(seconds * SAMPLE_RATE)
     wav = np.pad(np.clip(wav[:n], -1, 1), (0, max(0, n - len(wav)))).astype(np.float32)
     job = Job(Path(source), wav, tags or {}, start, seconds, out.suffix.lower(), keep_tracks)
+    # the first attempt that a muxer takes
     refusal = None
     for method, options, reason in attempts(job):
         try:
