@@ -1,7 +1,4 @@
-"""media.py: pictures and sound of every awkward kind of file, and the files that are written.
-
-Every clip is made here with PyAV: frame k is one grey, so that what was read says which frame it was.
-"""
+"""media.py: pictures and sound of every awkward kind of file, and the files that are written."""
 
 import os
 import subprocess
@@ -16,11 +13,12 @@ import torch
 from clips import TICK, clicks, grey, make, one_line, onsets, packets, seen, shown, steady
 
 from common import media
+from common.files import FileError
 
 ROOT = Path(__file__).parent.parent
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fps", [1, 12, 25, 30000 / 1001, 120, 240])
@@ -44,18 +42,12 @@ def test_variable_rate_start_and_seek(tmp_path, suffix):
     times = [0.0, *np.cumsum(steps).tolist()]
     clip = make(tmp_path / f"vfr{suffix}", times)
     assert media.probe(clip).duration == pytest.approx(times[-1], abs=0.01)
-    for start, duration in (
-        (0.0, None),
-        (0.333, 2.0),
-        (6.2, 1.0),
-        (times[-1] - 0.01, None),
-    ):  # 6.2: by seeking
+    # 6.2 is reached by seeking
+    for start, duration in ((0.0, None), (0.333, 2.0), (6.2, 1.0), (times[-1] - 0.01, None)):
         frames = media.read_frames(clip, 50, 16, start, duration)
         moments = start + np.arange(len(frames)) / 50
-        late = np.array(
-            [min(abs(moment - time) for time in times) < 1e-3 for moment in moments]
-        )  # on a boundary
-        assert np.abs(seen(frames) - shown(times, moments))[~late].max(initial=0) < 6
+        near = np.array([min(abs(moment - time) for time in times) < 1e-3 for moment in moments])
+        assert np.abs(seen(frames) - shown(times, moments))[~near].max(initial=0) < 6
         assert len(frames) == np.ceil(min(duration or 99, times[-1] - start) * 50 - 1e-2)
 
 
@@ -69,9 +61,8 @@ def test_the_clock_starts_at_the_first_shown_picture(tmp_path):
 
 def test_rotation_is_applied(tmp_path):
     def corner(image, k):
-        image[: image.shape[0] // 2, : image.shape[1] // 2] = (
-            230  # bright: upper left, before turning
-        )
+        # bright: upper left, before turning
+        image[: image.shape[0] // 2, : image.shape[1] // 2] = 230
 
     plain = make(tmp_path / "plain.mp4", steady(10, 0.5), levels=[30] * 5, draw=corner)
     places = {}
@@ -96,13 +87,10 @@ def test_rotation_is_applied(tmp_path):
         )
         cut = tmp_path / f"turned{degrees}.cut.mp4"
         media.write_video(turned, torch.zeros(1), cut, start=0.2)
-        assert (
-            media.read_frames(cut, 10, 32)[0].float() - media.read_frames(turned, 10, 32)[2].float()
-        ).abs().mean() < 8
+        first = media.read_frames(cut, 10, 32)[0].float()
+        assert (first - media.read_frames(turned, 10, 32)[2].float()).abs().mean() < 8
     assert places[0] == 0 and places[180] == 3  # upper left, lower right
-    assert {places[90], places[-90]} == {1, 2} and places[
-        90
-    ] == 2  # 90 turns counter-clockwise: lower left
+    assert places[90] == 2 and places[-90] == 1  # 90 turns counter-clockwise: lower left
 
 
 def test_shrinking_is_antialiased(tmp_path):
@@ -117,7 +105,7 @@ def test_shrinking_is_antialiased(tmp_path):
     assert frame.std() < 6 and abs(frame.mean() - 125) < 8
 
 
-# ---- sound ---------------------------------------------------------------------------------------------------------
+# ---- sound --------------------------------------------------------------------------------------
 
 
 def test_late_sound_starts_late(tmp_path):
@@ -153,7 +141,7 @@ def test_sound_of_any_kind(tmp_path, suffix, codec, rate, layout):
     assert onsets(media.read_audio(clip, 6.0, 1.0)) == pytest.approx([0.5], abs=2e-3)
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +235,7 @@ def test_wav_round_trip(tmp_path):
     assert media.read_tags(tmp_path / "a.wav")["comment"] == "made here"
 
 
-# ---- bad files -----------------------------------------------------------------------------------------------------
+# ---- bad files ----------------------------------------------------------------------------------
 
 
 def bad_files(folder):
@@ -324,41 +312,50 @@ def test_a_truncated_file_gives_what_decodes(tmp_path, suffix):
 def test_nothing_half_written(tmp_path):
     source = make(tmp_path / "a.mp4", steady(25, 1))
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "missing" / "b.mp4", tmp_path / "file" / "b.mp4"):
-        with pytest.raises(media.MediaError) as caught:
-            media.write_video(source, torch.zeros(10), out)
-        one_line(caught, str(out), "cannot be written")
-        with pytest.raises(media.MediaError) as caught:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.wav").mkdir()
+    for name, words in (
+        ("folder", ("folder", "cannot be written")),
+        ("file/b", ("file: cannot be made",)),
+    ):
+        out = tmp_path / name
+        with pytest.raises(FileError) as caught:
+            media.write_video(source, torch.zeros(10), out.with_suffix(".mp4"))
+        one_line(caught, *words)
+        with pytest.raises(FileError) as caught:
             media.write_wav(out.with_suffix(".wav"), torch.zeros(10))
-        one_line(caught, str(out.with_suffix(".wav")), "cannot be written")
+        one_line(caught, *words)
+    media.write_wav(tmp_path / "missing" / "b.wav", torch.zeros(10))  # the folder is made
     with pytest.raises(media.MediaError) as caught:
         media.write_video(source, torch.zeros(10), tmp_path / "b.avi")
     one_line(caught, "b.avi", ".mp4")
     with pytest.raises(ZeroDivisionError), media.atomic_write(tmp_path / "c.txt") as part:
         part.write_text("half")
-        1 / 0
-    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "file"]
+        raise ZeroDivisionError
+    kept = ["a.mp4", "file", "folder.mp4", "folder.wav", "missing"]
+    assert sorted(os.listdir(tmp_path)) == kept and os.listdir(tmp_path / "missing") == ["b.wav"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
-    make(
-        tmp_path / "a.mp4",
-        steady(25, 2),
-        draw=lambda image, k: np.copyto(
-            image, np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
-        ),
-    )
+    """A limit on file size stands for the full disk: the same error comes from the same write."""
+
+    def noise(image, k):
+        image[:] = np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
+
+    make(tmp_path / "a.mp4", steady(25, 2), draw=noise)
     code = """
 import resource, sys, torch
 from common import media
+from common.files import UserError
+from common.files import FileError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 video = lambda out, wav: media.write_video("a.mp4", wav, out)
-for name, write in (("b.mp4", video), ("b.mkv", video), ("b.webm", video), ("b.wav", media.write_wav)):
+for name in ("b.mp4", "b.mkv", "b.webm", "b.wav"):
+    write = media.write_wav if name == "b.wav" else video
     try:
         write(name, torch.randn(32000))
-    except media.MediaError as error:
+    except UserError as error:
         print(error)
 """
     done = subprocess.run(
