@@ -96,9 +96,10 @@ def excerpt(mel, column: int, margin: int = 0):
 
     Silence outside the clip. -> (128, SPAN + 2 margin)
     """
-    padded = F.pad(mel, (SPAN, SPAN + margin))
-    first = SPAN + column - BEFORE - margin
-    return padded[:, first : first + SPAN + 2 * margin]
+    first = column - BEFORE - margin
+    last = first + SPAN + 2 * margin
+    padded = F.pad(mel, (SPAN, max(0, last - mel.shape[1])))
+    return padded[:, SPAN + first : SPAN + last]
 
 
 def column_of(onset: dict):
