@@ -138,7 +138,8 @@ class EvalClip:
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
-    video_features: torch.Tensor = None  # (f, d) for the alignment classifier
+    starts: list = None  # samples at which the alignment classifier's windows start
+    video_features: torch.Tensor = None  # (n, f, d), what it sees of the picture in each
     ref_melception: Output = None
 
 
@@ -159,14 +160,14 @@ def onset_lag(generated, reference):
     n = min(len(generated), len(reference))
     generated = generated[:n]
     reference = reference[:n]
-    if not generated.any() or not reference.any():
+    if not (generated.any() and reference.any()):
         return math.nan
+    # the nearest first, so that of equally good lags it wins
     limit = min(MAX_LAG, n - 1)
-    lags = np.arange(-limit, limit + 1)
+    lags = sorted(range(-limit, limit + 1), key=abs)
     # "full" has the lags from 1 - n to n - 1
-    correlation = np.correlate(generated, reference, "full")[n - 1 + lags]
-    best = np.lexsort((np.abs(lags), -correlation))[0]
-    return float(lags[best] * COLUMN)
+    correlation = np.correlate(generated, reference, "full")[np.add(lags, n - 1)]
+    return lags[correlation.argmax()] * COLUMN
 
 
 def samples_of(mel):
@@ -179,19 +180,6 @@ def cut_windows(mel, starts):
     padded = F.pad(mel, (0, COLUMNS))
     firsts = [start // HOP for start in starts]
     return torch.stack([padded[None, :, first : first + COLUMNS] for first in firsts])
-
-
-def alignment_probability(mel, video_features, metrics: Metrics):
-    """That mel (128, s) and picture (f, d) belong together: the mean over the windows."""
-    fps = metrics.alignment.config.fps
-    starts = plan_windows(samples_of(mel), fps)
-    features = []
-    for start in starts:
-        first = round(start * fps / SAMPLE_RATE)
-        features.append(video_features[first : first + metrics.alignment.config.frames])
-    z, _ = metrics.vae.encode(cut_windows(mel, starts))
-    times = torch.zeros(len(starts))
-    return metrics.alignment(LATENT_SCALE * z, times, torch.stack(features)).mean().item()
 
 
 @torch.no_grad()
@@ -217,8 +205,7 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
     }
     if metrics.judge:
         stats["features"], stats["classes"] = metrics.judge.embed_clip(log_mel)
-        stats["ref_features"] = clip.ref_features
-        stats["ref_classes"] = clip.ref_classes
+        stats |= {"ref_features": clip.ref_features, "ref_classes": clip.ref_classes}
         materials = metrics.judge.classify(log_mel, [column for column, _ in clip.hits])
         stats["hits"] = len(materials)
         pairs = zip(materials, clip.hits, strict=True)
@@ -226,13 +213,18 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
     if metrics.alignment:
         # a sound that is shorter than the clip goes on as silence
         padded = F.pad(log_mel, (0, clip.mel.shape[1] - log_mel.shape[1]))
-        stats["aligned"] = alignment_probability(padded, clip.video_features, metrics) > 0.5
+        z, _ = metrics.vae.encode(cut_windows(padded, clip.starts))
+        times = torch.zeros(len(z))  # diffusion times: without noise
+        probability = metrics.alignment(LATENT_SCALE * z, times, clip.video_features)
+        stats["aligned"] = probability.mean().item() > 0.5
     if metrics.melception:
         output = metrics.melception.embed_clip(melception.generated_mel(log_mel))
-        stats["melception_generated"] = output.features
-        stats["melception_reference"] = clip.ref_melception.features
-        stats["melception_classes"] = melception.softmax(output.unbiased)
-        stats["melception_kl"] = melception.kl(clip.ref_melception.logits, output.logits)
+        stats |= {
+            "melception_generated": output.features,
+            "melception_reference": clip.ref_melception.features,
+            "melception_classes": melception.softmax(output.unbiased),
+            "melception_kl": melception.kl(clip.ref_melception.logits, output.logits),
+        }
     return stats
 
 
@@ -294,7 +286,9 @@ def resample(stats, clips):
 
 def score(measured: list, seed: int = 0):
     """What `measure` says of each clip -> {column: value}, {column: [low, high]} of 95 %."""
+    # arrays over the clips
     stats = {name: np.stack([m[name] for m in measured]) for name in measured[0]}
+    # the bootstrap: as many clips, drawn with repetition
     rng = np.random.default_rng(seed)
     n = len(measured)
     resampled = []
@@ -318,9 +312,8 @@ def score(measured: list, seed: int = 0):
 def derange(count: int, seed: int = 0):
     """A fixed permutation of `count` clips in which none keeps its place: a shuffled ring."""
     ring = np.random.default_rng([seed, count]).permutation(count)
-    partners = np.empty(count, int)
-    partners[ring] = np.roll(ring, 1)
-    return partners
+    # each gets the one before it in the ring
+    return np.roll(ring, 1)[np.argsort(ring)]
 
 
 def share_out(function, count: int, description: str):
@@ -363,10 +356,14 @@ def read_clip(video: Path, metrics: Metrics):
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
-        config = metrics.alignment.config
-        last = plan_windows(samples_of(log_mel), config.fps)[-1]
-        count = round(last * config.fps / SAMPLE_RATE) + config.frames
-        clip.video_features = video_features(video, metrics.cavp, count, len(wav) / SAMPLE_RATE)
+        # the features of each window's own seconds
+        fps = metrics.alignment.config.fps
+        frames = metrics.alignment.config.frames
+        clip.starts = plan_windows(samples_of(log_mel), fps)
+        firsts = [round(start * fps / SAMPLE_RATE) for start in clip.starts]
+        count = firsts[-1] + frames
+        features = video_features(video, metrics.cavp, count, len(wav) / SAMPLE_RATE)
+        clip.video_features = torch.stack([features[first : first + frames] for first in firsts])
     if metrics.melception:
         clip.ref_melception = metrics.melception.embed_clip(melception.reference_mel(wav))
     return clip
