@@ -205,19 +205,6 @@ class Models:
         return f"Models({self.name}, on {self.device})"
 
 
-def find_checkpoint(folder, *patterns):
-    """The one file of a folder that fits the first pattern that any fits, or None."""
-    for pattern in patterns:
-        paths = sorted(folder.glob(pattern))
-        if len(paths) > 1:
-            raise CheckpointError(
-                f"{folder}: {paths[0].name} and {paths[1].name} both fit {pattern}; leave only one"
-            )
-        if paths:
-            return paths[0]
-    return None
-
-
 def default_dtype(ldm_path, device):
     """bfloat16 for networks of the published size, on a GPU and on a CPU that computes in it.
 
@@ -241,27 +228,7 @@ def load_models(
     device = find_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {cli.quoted(dtype)}: not one of torch.float32, torch.bfloat16")
-    if weights == "official":
-        folder = hub.official()
-    elif weights == "mini":
-        folder = Path(__file__).parent / "weights" / "mini"
-    else:
-        folder = Path(weights)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder of weights; give mini, official, or a folder that has them"
-        )
-    paths = {
-        "cavp": find_checkpoint(folder, "cavp.safetensors", "cavp*.ckpt"),
-        "ldm": find_checkpoint(folder, "ldm.safetensors", "ldm*.ckpt"),
-        "align": find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt"),
-    }
-    for name in ("cavp", "ldm"):
-        if paths[name] is None:
-            raise CheckpointError(
-                f"{folder}: no {name}.safetensors and no {name}*.ckpt; "
-                "add it, or give another folder"
-            )
+    paths = hub.find_weights(weights)
     if dtype is None:
         dtype = default_dtype(paths["ldm"], device)
 
@@ -270,13 +237,13 @@ def load_models(
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
     if cavp.config.fps != ldm.config.fps:
         raise CheckpointError(
-            f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
-            "take both from one training"
+            f"{paths['ldm'].parent}: cavp has {cavp.config.fps:g} frames a second, "
+            f"ldm {ldm.config.fps:g}; take both from one training"
         )
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    return Models(cavp, ldm, align, str(device), folder.resolve().name)
+    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -682,7 +682,10 @@ def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights
     monkeypatch.setenv("DIFF_FOLEY_CACHE", str(tmp_path / "cache"))
     status, lines, err = run(capsys, clip, "--out", tmp_path, "--weights", "official")
     assert status == 1 and not lines and len(err) == 1
-    assert "pip install huggingface_hub, or download" in err[0] and "--weights DIR" in err[0]
+    assert (
+        "pip install huggingface_hub, or download" in err[0]
+        and "give their folder as weights" in err[0]
+    )
 
 
 @pytest.mark.parametrize(

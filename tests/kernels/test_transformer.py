@@ -232,7 +232,7 @@ def test_shipped():
     """All published widths in bfloat16, from the launcher itself."""
     names = [shipped.name for shipped in transformer.shipped()]
     widths = (("add_layer_norm", 1), ("layer_norm", 1), ("geglu", 4))
-    assert {f"{name} {times * c} bfloat16" for c in (320, 640, 1280) for name, times in widths} <= set(
-        names
-    )
+    assert {
+        f"{name} {times * c} bfloat16" for c in (320, 640, 1280) for name, times in widths
+    } <= set(names)
     assert len(set(names)) == len(names) == 12
