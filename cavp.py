@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import data
 from common import audio, cli, distributed, training
-from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from common.checkpoints import load_network, one_line
 
 
 @dataclass(frozen=True)
@@ -358,17 +358,10 @@ class CAVP(nn.Module):
 
         audio=False: without the audio tower, which generating does not need.
         """
-        file = Checkpoint(path)
-        config = {}
-        for k, v in (file.config or {}).items():
-            config[k] = tuple(v) if isinstance(v, list) else v  # JSON has no tuples
-        with checkpoint_errors(path, cls), torch.device("meta"):
-            model = cls(CAVPConfig(**config))
-        tensors = file
-        if not audio:
-            del model.spec_encoder
-            tensors = {k: file[k] for k in file if not k.startswith("spec_encoder.")}
-        return load_into(model, file, tensors, device, dtype)
+        without = () if audio else ("spec_encoder",)
+        return load_network(cls, path, CAVPConfig(), device, dtype, without)
+
+    __repr__ = one_line
 
 
 def finish(features, pool: int, normalize: bool):
@@ -553,7 +546,7 @@ class HitLabels:
         self.onsets = {}
         for clips in datasets:
             for i in range(len(clips)):
-                name = clips.about(i)[0]
+                name = clips.describe(i)[0]
                 self.onsets[name] = data.read_onsets(folder / name)
         materials = {onset["material"] for clip in self.onsets.values() for onset in clip}
         self.classes = sorted(materials)
@@ -788,11 +781,11 @@ def train(args):
 
 
 def extract_clip(args, model, clip: dict):
-    """{"features": float16 (f, 512), "sound": int16 (n,)} as bytes."""
+    """{"features": float16 (f, 512), "sound": int16 (n,)}"""
     with training.autocast(args):
         features = model.encode_clip(clip["video"], chunk=128)
     sound = (clip["wav"] * 32767).round().to(torch.int16)
-    return {"features": features.half().cpu().numpy().tobytes(), "sound": sound.numpy().tobytes()}
+    return {"features": features.half().cpu(), "sound": sound}
 
 
 def extract_clips(args, model, clips, numbers: list):
@@ -832,7 +825,9 @@ def extract(args):
     first = distributed.rank() == 0
     with data.Writer(args.extract, metadata) if first else contextlib.nullcontext() as writer:
         # rank 0 knows which clips the set lacks
-        missing = first and [i for i in range(len(clips)) if clips.about(i)[0] not in writer.names]
+        missing = first and [
+            i for i in range(len(clips)) if clips.describe(i)[0] not in writer.names
+        ]
         missing = distributed.all_gather_object(missing)[0]
         done = len(clips) - len(missing)
         with tqdm(
@@ -840,7 +835,7 @@ def extract(args):
         ) as bar:
             for i, fields in extract_clips(args, model, clips, missing):
                 if first:
-                    writer.add(*clips.about(i), fields)
+                    writer.add(*clips.describe(i), fields)
                     bar.update()
         if first:
             writer.finish(needed=("val",))

@@ -865,8 +865,8 @@ class TrainingRun:
             "started_from": self.started_from,
             "metrics": validations[-1] if validations else None,
         }
-        half = self.args.save_dtype == "float16"
-        save_model(out / WEIGHTS, model, self.config, half, **metadata)
+        dtype = getattr(torch, self.args.save_dtype)
+        save_model(out / WEIGHTS, model, self.config, dtype, **metadata)
 
     def write_state(self):
         last, previous = (self.args.out / name for name in STATES)

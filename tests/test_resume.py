@@ -442,16 +442,16 @@ def test_without_temporal_contrast_there_is_no_l_intra(run):
 
 
 def test_the_flags_of_stage_2s_loss(run):
-    """--v-loss 0 is the published loss, whose terms are the other's times alpha-bar, at most 1;
-    --by-energy weights them; --shift changes the distribution of times."""
-    even, published = (
-        rows(run("ldm", f"v-loss {k}", steps=2, v_loss=k))[0]["loss"] for k in (1, 0)
-    )
+    """--no-v-loss is the published loss, whose terms are the other's times alpha-bar, at most 1;
+    --energy-weighting weights them; --timestep-shift changes the distribution of times."""
+    even = rows(run("ldm", "v-loss", steps=2, v_loss=True))[0]["loss"]
+    published = rows(run("ldm", "eps loss", steps=2, no_v_loss=True))[0]["loss"]
     assert even > 1.2 * published
-    assert rows(run("ldm", "by energy 0", steps=2, by_energy=0))[0]["loss"] != even
-    assert rows(run("ldm", "shift 30", steps=2, shift=30))[0]["loss"] != even
-    with pytest.raises(SystemExit, match="--shift must be at least 1"):
-        run("ldm", "shift 0", shift=0)
+    flat = rows(run("ldm", "flat", steps=2, no_energy_weighting=True))[0]["loss"]
+    shifted = rows(run("ldm", "shifted", steps=2, timestep_shift=30))[0]["loss"]
+    assert flat != even and shifted != even
+    with pytest.raises(SystemExit, match="--timestep-shift must be at least 1"):
+        run("ldm", "shift 0", timestep_shift=0)
 
 
 def test_old_spellings_of_flags_still_work(run, capsys):

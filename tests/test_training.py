@@ -148,7 +148,7 @@ def test_a_run_leaves_what_it_promises(home, stage):
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     if stage == "vae":
         assert rows[0]["loss"] == pytest.approx(
-            rows[0]["error"] + rows[0]["change"] + 1e-4 * rows[0]["kl"], rel=1e-5
+            rows[0]["error"] + rows[0]["delta"] + 1e-4 * rows[0]["kl"], rel=1e-5
         )
     assert metadata["metrics"] == rows[1] and metadata["commit"] == training.commit()
     began_with = (
