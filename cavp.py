@@ -345,6 +345,7 @@ class CAVP(nn.Module):
         features = []
         for i in range(0, len(frames), chunk):
             first = max(0, i - self.context)
+            # frames as bytes to the device, as floats there
             video = frames[first : i + chunk + self.context].to(device)
             video = video.to(dtype, memory_format=torch.channels_last).div_(255)
             encoded = self.encode_video(video[None])[0]
@@ -528,6 +529,7 @@ def hit_labels(onsets: list, classes: list, start: float, config: CAVPConfig):
     onsets [{"time", "material"}] of a clip, start of the window in seconds; -1: no hit, or several
     materials.
     """
+    # materials of each segment
     hits = [set() for _ in range(config.frames // config.video_pool)]
     for onset in onsets:
         segment = math.floor((onset["time"] - start) * config.fps / config.video_pool)
@@ -598,6 +600,7 @@ def embed(model, video, mel, mirrored, gain, label=None):
     """The fields of a `Chunk` -> its `Features`."""
     video = model.encode_video(augment(video, mirrored, gain), pool=True, normalize=False)
     audio = model.encode_audio(mel, pool=True, normalize=False)
+    # one row of segments per video
     n = len(mel) // model.config.clips
     inner = inner_segments(model)
     video, audio = (
@@ -607,6 +610,7 @@ def embed(model, video, mel, mirrored, gain, label=None):
     if label is None:
         return features
 
+    # summed, because chunks have different numbers of labels
     label = label.flatten()
     label_loss = 0
     for x in (video, audio):
@@ -628,7 +632,7 @@ def retrieval(similarity):
     """(n, n), rows video and columns sound -> recall of the true partner at 1 and 5, both ways."""
     scores = {}
     for name, x in (("video_to_sound", similarity), ("sound_to_video", similarity.T)):
-        # number of others that are as near; a tie is a miss
+        # number of others at least as near; a tie is a miss
         rank = (x >= x.diagonal()[:, None]).sum(1) - 1
         for k in (1, 5):
             scores[f"val_{name}_r{k}"] = (rank < k).float().mean().item()
@@ -698,6 +702,7 @@ def train(args):
         data.Clips, prepared(args, config), config.fps, config.size, span(config), args.seed
     )
     clips, held_out = training.train_val_split(reader)
+    # the label head is part of the network in training only
     labels = None
     if args.labels:
         labels = HitLabels(args.labels, [clips, held_out or []], config)

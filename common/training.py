@@ -181,10 +181,13 @@ class AtMost(int):
 
 def resolve_defaults(args, recipes: dict, stage: str):
     """Fill in what the user left to the preset and to the machine."""
+    # the preset
     for name, value in recipes[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, AtMost(value) if name == "micro_batch" else value)
     args.out = args.out or Path("runs") / stage
+
+    # the machine
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
@@ -206,6 +209,7 @@ def check_batch(args):
             f"--batch {args.batch} does not divide among {world()} processes; "
             "give a multiple of them"
         )
+    # the largest divisor of the share that fits
     wanted = args.micro_batch or share
     largest = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, wanted))
     if not isinstance(wanted, AtMost) and largest < wanted < share:
@@ -251,6 +255,7 @@ def freeze(args, model):
     for prefix in args.freeze:
         frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
+            # the first two levels say enough
             parts = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
             raise TrainingError(
                 f"--freeze {prefix}: no parameter's name starts so; they start with "
@@ -259,6 +264,7 @@ def freeze(args, model):
         for p in frozen:
             p.requires_grad_(False)
 
+    # eval mode keeps running statistics as they are
     for part in model.modules():
         trained = [p.requires_grad for p in part.parameters()]
         if trained and not any(trained):
@@ -296,6 +302,7 @@ class LoRA(nn.Module):
 def add_lora(model, rank: int, *blocks: type):
     """Freeze a model and give every matrix in its blocks of these classes a LoRA to train."""
     model.requires_grad_(False)
+    # a list first: registering changes the modules that are iterated over
     layers = [
         layer
         for block in model.modules()
@@ -342,7 +349,7 @@ def shuffled(length: int, batch: int, seed: int, first_step: int):
     Epoch e is a permutation of the data set seeded with (seed, e). Its indices are e * length + i,
     so that a data set can take its own random numbers from the index alone.
     """
-    share = batch // world()
+    share = batch // world()  # consecutive rows of the batch, in order of rank
     epoch = -1
     for step in itertools.count(first_step):
         start = step * batch + rank() * share
@@ -422,6 +429,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
+        # warm-up
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         means = []
         latest = []
@@ -429,7 +437,7 @@ class EMA:
         for name, mean in self.model.state_dict().items():
             if not mean.is_floating_point():
                 mean.copy_(now[name])  # a counter
-            elif mean.data_ptr() != now[name].data_ptr():
+            elif mean.data_ptr() != now[name].data_ptr():  # not frozen
                 means.append(mean)
                 latest.append(now[name])
         get_ema_multi_avg_fn(decay)(means, latest, self.updates)
@@ -457,6 +465,7 @@ def update(args, step: int, optimizer, ema, model, final=0.0):
     """One step of optimizer and average, with --grad-clip. -> gradient norm before clipping"""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args, final)
+    # an infinite limit only measures the norm
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
     optimizer.step()
@@ -651,14 +660,17 @@ class TrainingRun:
         """Write what can be written now, so that an unwritable folder fails before the work."""
         args = self.args
         out = make_folder(args.out)
+        # what a killed process left
         for part in out.glob(".*.part*"):
-            part.unlink()  # a killed process left it
-        self.commit = commit()  # now: the code may be edited while it runs
+            part.unlink()
+        # now: the code may be edited while it runs
+        self.commit = commit()
         if self.started_from is None:
             given = {name: getattr(args, name, None) for name in ("init", "vae")}
             self.started_from = {
                 name: sha256(path) for name, path in given.items() if path and path.is_file()
             }
+        # steps after the checkpoint are repeated
         rows = read_log(out) if args.resume else []
         lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
         write_bytes(out / "log.jsonl", "".join(lines).encode())
@@ -690,6 +702,7 @@ class TrainingRun:
     def __iter__(self):
         """Steps. Ctrl-C or SIGTERM, in any process, ends all after the current step, saved."""
 
+        # a flag only: the step in progress must not be interrupted
         def ask(*_):
             self.stop_asked = True
 
@@ -706,6 +719,7 @@ class TrainingRun:
         self.started = time.monotonic()
         self.interval_start = self.started  # of the next line of the log
         self.interval_step = first
+        # the loop itself; the body of the caller's `for` runs at `yield`
         try:
             while self.step < self.args.steps and not self.stopped:
                 yield self.step
@@ -735,6 +749,7 @@ class TrainingRun:
         for i, batch in zip(range(self.count), source or self.loader, strict=False):
             first = (rank() * self.count + i) * size
             last = i == self.count - 1
+            # `no_sync` adds gradients up in this process
             with contextlib.nullcontext() if last or world() == 1 else network.no_sync():
                 yield batch, slice(first, first + size)
 
@@ -766,6 +781,7 @@ class TrainingRun:
         """{name: number} of the step. The same exchange agrees on whether to stop."""
         values = self.terms | {k: v.detach().float() for k, v in values.items()}
         self.terms = {}
+        # one tensor for one exchange, and one synchronization with the GPU
         device = next(iter(values.values())).device
         stop_asked = torch.tensor(float(self.stop_asked), device=device)
         numbers = torch.stack([*values.values(), stop_asked])
@@ -782,6 +798,7 @@ class TrainingRun:
         seconds = time.monotonic() - self.interval_start
         speed = (step - self.interval_step) * self.args.batch / seconds
         waiting = self.loader.waited / seconds
+
         # the next interval
         self.interval_start += seconds
         self.interval_step = step
@@ -821,7 +838,7 @@ class TrainingRun:
 
         Validation only where a checkpoint is `due`: the log is the same if the run is interrupted.
         """
-        pairs = []
+        pairs = []  # of spectrograms
         if self.held_out and due:
             start = time.monotonic()
             with torch.no_grad():
@@ -864,6 +881,7 @@ class TrainingRun:
             "flags": self.flags(),
             "started_from": self.started_from,
         }
+        # at every moment one of the two names holds a complete state
         with atomic_write(last) as part:
             with open(part, "wb") as f:
                 try:
@@ -878,6 +896,8 @@ class TrainingRun:
         args = self.args
         state = newest_state(args.out)
         flags = state["flags"]
+
+        # adapters are parameters of their own: their shapes must agree
         lora = int(flags.get("lora", 0))
         if lora != getattr(args, "lora", 0):
             has = f"has --lora {lora}" if lora else "has no --lora"
@@ -896,8 +916,10 @@ class TrainingRun:
 
         # `check_run_folder` has put the run's own weights there
         args.init = None if flags["init"] == "None" else Path(flags["init"])
+        # once given, a note stays
         if not args.note and flags.get("note", "None") != "None":
             args.note = flags["note"]
+        # other changes are allowed, but not silent
         for name, value in self.flags().items():
             before = flags.get(name, value)
             if value not in (before, "None") and rank() == 0:
