@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import rule
-from plain import plainly
 
 import align
 import cavp
@@ -21,6 +20,7 @@ import vae
 from common import machine
 from compat import official
 from kernels import fast
+from tools.plain import plainly
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,13 +1,16 @@
-"""Damaged copies of small files through the commands that read files: no traceback, no death, no hang, nothing left behind.
+"""Damaged copies of small files through the commands that read files: no traceback, no crash, no
+hang, nothing left behind.
 
 in   how many copies, a seed
-out  a line of figures a command; exit status 1 if anything went wrong, with the copies that did kept in --keep
+out  a line of figures a command; exit status 1 if anything went wrong, with the copies that caused
+     it in --keep
 
-    python tools/fuzz.py --copies 2000                 half an hour on two cores; not part of the tests
+    python -m tools.fuzz --copies 2000      half an hour on two cores; not part of the tests
 
-Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped, zeroed, swapped, left
-out or repeated, or its end cut off. Copies go through `sample.py --steps 1`, `sample.py --verify` and `data.py prepare`
-in batches, as a user would give a folder; a batch that stands still for 30 s hangs.
+Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped,
+zeroed, swapped, left out or repeated, or its end cut off. Copies go through `sample.py --steps 1`,
+`sample.py --verify` and `data.py prepare` in batches, as a user would give a folder; a batch
+without a new line for 30 s hangs.
 """
 
 import argparse
@@ -128,7 +131,8 @@ def peak_memory(pid):
 
 
 def run(command, folder):
-    """-> (exit status or "hang", lines, the most bytes held). Lines are read as they come, so that a hang is noticed."""
+    """-> (exit status or "hang", lines, the most bytes held). Lines are read as they come, so that
+    a hang is noticed."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
     )

@@ -1,6 +1,6 @@
 """What preparing and reading training clips costs: measured on one core, and by arithmetic for a large set.
 
-    python tools/speed_data.py [FOLDER]       FOLDER of videos with sound; without one, four procedural clips are made. A minute
+    python -m tools.speed_data [FOLDER]       FOLDER of videos with sound; without one, four procedural clips are made. A minute
 
 Preparing: the first ten seconds of every video, both presets; hours and bytes for VGGSound's 200,000 clips, were all like these.
 Reading: windows of each preset a second, from a set of those clips in the page cache, sound included. Opening a set and drawing a

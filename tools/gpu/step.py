@@ -1,8 +1,8 @@
 """A guided step of the published size: ours, and ours with one thing changed at a time, each as a
 CUDA graph of its own; then what its time is made of.
 
-    python tools/gpu/step.py --out DIR [--clips 1 8] [--only NAME ...]
-    DRY=1 python tools/gpu/step.py --out DIR          on a CPU: small networks, no graphs
+    python -m tools.gpu.step --out DIR [--clips 1 8] [--only NAME ...]
+    DRY=1 python -m tools.gpu.step --out DIR          on a CPU: small networks, no graphs
 
 in   random weights
 out  DIR/steps.jsonl, line by line, and DIR/profile.txt
@@ -10,26 +10,23 @@ out  DIR/steps.jsonl, line by line, and DIR/profile.txt
 `cudnn.benchmark` is for a process of its own: the first plan that cuDNN takes for a shape stays.
 """
 
-import argparse
 import collections
 import contextlib
 import gc
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import diffusion
 import kernels
 import ldm
 from align import Alignment, AlignmentConfig
+from common import cli
 from kernels import attention, fast, group_norm, transformer
 
 DRY = os.environ.get("DRY") == "1"
@@ -165,6 +162,22 @@ GROUPS = (
 )
 
 
+def device_time(event):
+    """In microseconds; torch's versions name it differently."""
+    for name in ("self_device_time_total", "device_time_total", "self_cuda_time_total"):
+        if getattr(event, name, 0):
+            return getattr(event, name)
+    return 0.0
+
+
+def group_of(kernel):
+    """The first of GROUPS with a word of this kernel's name."""
+    for name, *words in GROUPS:
+        if any(word.lower() in kernel.lower() for word in words):
+            return name
+    return "other"
+
+
 def profile(path):
     def keep(recorded, x, times):
         from torch.profiler import ProfilerActivity
@@ -175,23 +188,13 @@ def profile(path):
                 recorded(x, t.expand(len(x)))
             if not DRY:
                 torch.cuda.synchronize()
-        us = lambda e: next(
-            (
-                getattr(e, a)
-                for a in ("self_device_time_total", "device_time_total", "self_cuda_time_total")
-                if getattr(e, a, 0)
-            ),
-            0.0,
-        )
-        rows = [(e.key, e.count / 3, us(e) / 3) for e in prof.key_averages()]
+        rows = [(e.key, e.count / 3, device_time(e) / 3) for e in prof.key_averages()]
         rows = sorted((r for r in rows if r[2] > 0 or DRY), key=lambda r: -r[2])
-        sums, counts = collections.Counter(), collections.Counter()
+        sums = collections.Counter()
+        counts = collections.Counter()
         for key, n, us in rows:
-            group = next(
-                (g[0] for g in GROUPS if any(w.lower() in key.lower() for w in g[1:])), "other"
-            )
-            sums[group] += us
-            counts[group] += n
+            sums[group_of(key)] += us
+            counts[group_of(key)] += n
         with open(path, "a") as f:
             title = "one guided step, kernels of both streams; us and launches a step"
             print(f"\n{len(x)} clips: {title}", file=f)
@@ -205,7 +208,7 @@ def profile(path):
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = cli.Parser("tools.gpu.step", __doc__)
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--clips", type=int, nargs="+", default=[1, 8])
     p.add_argument("--only", nargs="+", default=list(VARIANTS))

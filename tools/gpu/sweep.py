@@ -1,20 +1,18 @@
 """Other sizes of the kernels' blocks at the U-Net's places, timed in CUDA graphs; the shipped one
 first. At the end, what belongs into `group_norm.FEWER`, `attention.HALF` and `attention.SPARSE`.
 
-    python tools/gpu/sweep.py --out DIR         DIR/sweep.jsonl, line by line
-    python tools/gpu/sweep.py --read FILE       what rows of an earlier run say
+    python -m tools.gpu.sweep --out DIR         DIR/sweep.jsonl, line by line
+    python -m tools.gpu.sweep --read FILE       what rows of an earlier run say
 """
 
-import argparse
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import kernels
+from common import cli
 from kernels import attention, group_norm
 from kernels.benchmark import graph_us
 
@@ -39,10 +37,10 @@ def gn_plan(held=None, groups=None, warps=None, stretches=None):
             place = x[0, 0].numel(), channels // all_groups
             group_norm.FEWER = {place: groups}
         try:
-            *launch, chosen = GN_PLAN(x, channels, all_groups, last, forward)
+            launch = GN_PLAN(x, channels, all_groups, last, forward)
         finally:
             group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER = own
-        return *launch, warps or chosen
+        return replace(launch, warps=warps or launch.warps)
 
     return plan
 
@@ -196,9 +194,7 @@ def measure(batches):
 
 @torch.no_grad()
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser("tools.gpu.sweep", __doc__)
     p.add_argument("--out", type=Path, metavar="DIR")
     p.add_argument("--read", type=Path, metavar="FILE")
     p.add_argument("--batch", type=int, nargs="+", default=[2, 16])
