@@ -1,103 +1,161 @@
-"""Is this sound ours? A mark that stays in a sound when its tags are gone: what we write says that it is generated.
+"""The watermark: a mark in the sound itself, which stays when a file's tags are gone.
 
-in   sound (n,), 16 kHz
-out  mark(): the same with 24 bands of every 64 ms a little louder or softer, after a fixed pattern of signs;
-     confidence(): how sure it is that a sound carries the pattern, at any offset
+in   sound float32 (n,) at 16 kHz in [-1, 1]
+out  mark(): the same sound with each of 24 bands raised or lowered by 1 dB every 64 ms, following a
+     fixed pattern of signs; confidence(): how sure it is that a sound carries the pattern
 
-Spread spectrum on magnitudes in decibels with the signs repeated in time (Kirovski and Malvar 2003, IEEE Trans. Signal Processing
-51(4)): it moves with the sound's own level, so silence stays silent, and sees neither gain nor phase. Codecs, cuts and another sample rate
-leave it; other sound on top as loud as the quiet parts, or a change of speed by some percent, takes it away.
-It keeps no secret: whoever has this file can remove the mark, or put it on another sound. It is for the honest and the hasty.
+Spread spectrum on magnitudes in decibels, its signs repeated in time (Kirovski and Malvar 2003,
+IEEE Trans. Signal Processing 51(4)). The mark scales with the sound, so silence stays silent, and
+neither gain nor phase matters. It survives codecs, cuts and resampling; it is lost under other
+sound as loud as the quiet parts, or when the speed changes by some percent.
+
+There is no secret: whoever has this file can remove the mark, or put it on another sound. It stops
+mistakes, not attackers.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import media
 from common.audio import HOP, N_FFT, SAMPLE_RATE, stft
 
-DEPTH = 1.0  # dB, up or down: about the least change of a band's level that an ear can tell
-LOW, HIGH, BANDS = 400, 6400, 24  # Hz; what telephones and codecs keep
-TILE, PERIOD = (
-    4,
-    64,
-)  # mel columns that share a sign; tiles (4.096 s) after which the signs come again
-SPAN = (
-    4 * PERIOD * TILE * HOP
-)  # samples that are looked at, and marked, together (16.4 s): longer, and clocks drift apart
-MARGIN = N_FFT  # samples on each side that a transform's ends could disturb
-FAINT = -75  # dB of magnitude: below, a band holds rounding and no mark
-MOST = 3.0  # dB: what stands out by more is a hit, and counts as this
-SURE = 0.9999  # of confidence: "ours". One sound without the mark in 10,000 gets as much by chance
+CLAIM = "AI-generated sound: diff-foley"  # how the tag of every output begins
+DEPTH = 1.0  # dB, up or down: about the smallest change of a band that is audible
+BANDS = 24
+LOW = 400  # Hz to HIGH: what telephones and codecs keep
+HIGH = 6400
+TILE = 4  # mel columns that share a sign
+PERIOD = 64  # tiles (4.096 s) after which the signs repeat
+SPAN = 4 * PERIOD * TILE * HOP  # samples processed together (16.4 s): over more, clocks drift
+MARGIN = N_FFT  # samples on each side that the ends of a transform could disturb
+FAINT = -75  # dB of magnitude: below, a band holds rounding errors and no mark
+MOST = 3.0  # dB: a band that stands out by more is a hit, and is clipped to this
+SURE = 0.9999  # confidence from which a sound counts as ours: one false alarm in 10,000
 
 
 @lru_cache
 def pattern():
-    """Signs +-1, float (bands, period)."""
-    return torch.from_numpy(
-        np.random.default_rng(230617203).integers(0, 2, (BANDS, PERIOD)) * 2.0 - 1
-    ).float()
+    """The signs, +1 or -1: float (bands, period)."""
+    signs = np.random.default_rng(230617203).integers(0, 2, (BANDS, PERIOD)) * 2.0 - 1
+    return torch.from_numpy(signs).float()
 
 
 @lru_cache
-def members():
-    """Which of the transform's bins a band has, 0 or 1, float (bands, 513)."""
+def band_bins():
+    """Which bins of the transform belong to each band, 0 or 1: float (bands, 513)."""
     hz = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
     band = (BANDS * (hz.clamp_min(1) / LOW).log() / math.log(HIGH / LOW)).floor()
     return (band == torch.arange(BANDS)[:, None]).float()
 
 
 def mark(wav):
-    """Sound (n,) -> the same, marked. Its peak may rise by DEPTH."""
-    n, spans = len(wav), []
-    padded = F.pad(wav.float().cpu(), (MARGIN, MARGIN + SPAN))
-    signs = (
-        pattern()
-        .repeat_interleave(TILE, 1)
-        .repeat(1, SPAN // (PERIOD * TILE * HOP) + 1)
-        .roll(MARGIN // HOP, 1)
-    )
-    for start in range(0, n, SPAN):
+    """Sound (n,) -> the same, marked: float32 on the CPU. Its peak may rise by DEPTH."""
+    wav = wav.float().cpu()
+    padded = F.pad(wav, (MARGIN, MARGIN + SPAN))
+    # the signs of every column of a span and its margins; the pattern starts with the span
+    repeats = SPAN // (PERIOD * TILE * HOP) + 1
+    signs = pattern().repeat_interleave(TILE, 1).repeat(1, repeats).roll(MARGIN // HOP, 1)
+
+    spans = [wav[:0]]
+    for start in range(0, len(wav), SPAN):
         piece = padded[start : start + SPAN + 2 * MARGIN]
-        x = stft(piece[None])  # (1, 513, s)
-        gain = 10 ** (DEPTH / 20 * members().T @ signs[:, : x.shape[2]])
-        back = torch.istft(x * gain, N_FFT, HOP, window=torch.hann_window(N_FFT), length=len(piece))
-        spans.append(back[0, MARGIN : MARGIN + SPAN])
-    return torch.cat(spans)[:n] if spans else wav
+        spectrum = stft(piece[None])  # (1, 513, s)
+        gain = 10 ** (DEPTH / 20 * band_bins().T @ signs[:, : spectrum.shape[2]])
+        window = torch.hann_window(N_FFT)
+        marked = torch.istft(spectrum * gain, N_FFT, HOP, window=window, length=len(piece))[0]
+        spans.append(marked[MARGIN : MARGIN + SPAN])
+    return torch.cat(spans)[: len(wav)]
 
 
-def agreement(wav):
-    """Sound (n,) -> (tile, period): how the signs at every offset agree with what stands out; without a mark, numbers as from N(0, 1)."""
-    power = members() @ stft(wav[None])[0].abs().square() / members().sum(1, keepdim=True)
-    level = 10 * torch.log10(power + 1e-18)  # (bands, s)
-    tile = F.avg_pool1d(level, TILE, 1)  # a tile's level, wherever it begins
-    heard = -F.max_pool1d(-level, TILE, 1) > FAINT
-    before, now, after = (slice(i * TILE, tile.shape[1] - (2 - i) * TILE) for i in range(3))
-    out = (
-        tile[:, now] - (tile[:, before] + tile[:, after]) / 2
-    )  # of its neighbours in time: decays are straight lines
-    known = heard[:, before] & heard[:, now] & heard[:, after]
-    out = out - (out * known).sum(0) / known.sum(0).clamp_min(
-        1
-    )  # of the other bands: a hit raises all
-    out = (out * known).clamp(-MOST, MOST)
-    turns = (
-        F.pad(out, (0, -out.shape[1] % (PERIOD * TILE))).unflatten(1, (-1, PERIOD, TILE)).sum(1)
-    )  # (bands, period, tile)
-    products = torch.fft.rfft(turns, dim=1) * torch.fft.rfft(pattern()).conj()[..., None]
-    found = torch.fft.irfft(products.sum(0), PERIOD, dim=0)  # (period, tile)
-    return found / turns.square().sum((0, 1)).sqrt().clamp_min(1e-9)
+def correlation(wav):
+    """Sound (n,) -> (tile, period): how well the pattern fits at every offset.
+
+    Without a mark these are numbers as from N(0, 1).
+    """
+    # every band's level in dB, averaged over tiles that begin at every column
+    power = band_bins() @ stft(wav[None])[0].abs().square() / band_bins().sum(1, keepdim=True)
+    decibels = 10 * torch.log10(power + 1e-18)  # (bands, s)
+    tiles = F.avg_pool1d(decibels, TILE, 1)
+    audible = -F.max_pool1d(-decibels, TILE, 1) > FAINT
+
+    # how much a tile stands out from its neighbors in time: decays are straight lines
+    count = tiles.shape[1] - 2 * TILE
+    before = slice(0, count)
+    now = slice(TILE, TILE + count)
+    after = slice(2 * TILE, 2 * TILE + count)
+    contrast = tiles[:, now] - (tiles[:, before] + tiles[:, after]) / 2
+    known = audible[:, before] & audible[:, now] & audible[:, after]
+    # and from the other bands: a hit raises all
+    contrast = contrast - (contrast * known).sum(0) / known.sum(0).clamp_min(1)
+    contrast = (contrast * known).clamp(-MOST, MOST)
+
+    # summed over the repetitions, then correlated with the pattern at all offsets at once
+    missing = -contrast.shape[1] % (PERIOD * TILE)
+    folded = F.pad(contrast, (0, missing)).unflatten(1, (-1, PERIOD, TILE))
+    folded = folded.sum(1)  # (bands, period, tile)
+    products = torch.fft.rfft(folded, dim=1) * torch.fft.rfft(pattern()).conj()[..., None]
+    fit = torch.fft.irfft(products.sum(0), PERIOD, dim=0)  # (period, tile)
+    return fit / folded.square().sum((0, 1)).sqrt().clamp_min(1e-9)
 
 
 def confidence(wav):
-    """Sound (n,) -> in [0, 1]: 1 less the probability that a sound without the mark agrees with it so well anywhere by chance."""
-    wav, best, tries = wav.float().cpu(), 0.0, 0
+    """Sound (n,) -> 1 - p, p the probability of such a match in unmarked sound at any offset."""
+    wav = wav.float().cpu()
+    best = 0.0
+    tries = 0
     for start in range(0, max(1, len(wav) - SPAN // 2), SPAN):
         piece = wav[start : start + SPAN]
         if len(piece) > (3 * TILE + 1) * HOP:
-            found = agreement(piece)
-            best, tries = max(best, found.max().item()), tries + found.numel()
-    return math.exp(tries * math.log1p(-math.erfc(best / math.sqrt(2)) / 2)) if tries else 0.0
+            fit = correlation(piece)
+            best = max(best, fit.max().item())
+            tries += fit.numel()
+    if not tries:
+        return 0.0
+    # the best of that many independent N(0, 1) numbers stays below this one
+    return math.exp(tries * math.log1p(-math.erfc(best / math.sqrt(2)) / 2))
+
+
+# ---- whose sound a file holds ------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """Whether a file's sound is ours."""
+
+    file: Path
+    has_tag: bool
+    confidence: float  # 1 - p(chance match of the watermark)
+
+    @property
+    def has_watermark(self):
+        return self.confidence >= SURE
+
+    @property
+    def is_ours(self):
+        return self.has_tag or self.has_watermark
+
+    def line(self):
+        return {
+            "file": str(self.file),
+            "tags": self.has_tag,
+            "watermark": self.has_watermark,
+            "confidence": round(self.confidence, 6),
+        }
+
+    def __str__(self):
+        verdict = "ours" if self.is_ours else "not known as ours"
+        tag = "tag" if self.has_tag else "no tag"
+        mark = "watermark" if self.has_watermark else "no watermark"
+        return f"{self.file}: {verdict} ({tag}, {mark}, confidence {self.confidence:.4f})"
+
+
+def check(file) -> Verdict:
+    """Look for our tag and watermark in a video or a sound file. Raises MediaError."""
+    has_tag = media.read_tags(file).get("comment", "").startswith(CLAIM)
+    return Verdict(file, has_tag, confidence(media.read_audio(file)))

@@ -1,7 +1,7 @@
 """What the kernel files share: launches as values, and torch's own operations where one fails.
 
 A file's launchers end in `Launch.run`. Inside `recording()` nothing is launched but collected, on
-the meta device too: so `kernels.gate`, tools/gpu/warm.py and the tests see what a GPU would get.
+the meta device too: so `kernels.gate`, tools.gpu.warm and the tests see what a GPU would get.
 """
 
 import contextlib

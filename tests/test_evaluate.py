@@ -1,4 +1,4 @@
-"""The scores: onsets of known sounds, one-to-one matching, dealing to wrong videos, the table on a hand-made set."""
+"""The scores: onsets of known sounds, matching, wrong videos, the table on a hand-made set."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ import data
 import evaluate
 import foley
 import sample
-from common import audio, media
+from common import audio, media, watermark
 from metrics import judge
 from vae import AutoencoderKL
 
@@ -49,10 +49,11 @@ def foley_set(tmp_path_factory):
     return folder
 
 
-def test_onsets_of_clicks_are_found_within_a_column():
+def test_onsets_of_clicks_are_detected_within_a_column():
     times = [0.3, 0.8013, 1.1, 1.25, 2.9307, 3.5]
-    found = onsets_of(clicks(times))
-    assert len(found) == len(times) and np.abs(found - times).max() <= audio.COLUMN
+    predicted = onsets_of(clicks(times))
+    assert len(predicted) == len(times)
+    assert np.abs(predicted - times).max() <= audio.COLUMN
 
 
 def test_steady_noise_tones_and_silence_have_no_onsets():
@@ -70,25 +71,27 @@ def test_steady_noise_tones_and_silence_have_no_onsets():
 
 
 def test_strength_only_counts_rises():
-    level = np.full((128, 40), 0.4, np.float32)
-    level[:, 20:] = 0.8
-    assert np.flatnonzero(audio.onset_strength(level)).tolist() == [20, 21]
-    assert not audio.onset_strength(level[:, ::-1]).any()
+    mel = np.full((128, 40), 0.4, np.float32)
+    mel[:, 20:] = 0.8
+    assert np.flatnonzero(audio.onset_strength(mel)).tolist() == [20, 21]
+    assert not audio.onset_strength(mel[:, ::-1]).any()
 
 
 def test_matching_is_one_to_one_and_as_large_as_can_be():
-    assert audio.match([1.0, 1.05], [1.02], 0.1) == [(0, 0)]  # two found for one label count once
+    assert audio.match([1.0, 1.05], [1.02], 0.1) == [
+        (0, 0)
+    ]  # two predictions for one label count once
     assert audio.match([1.0], [1.2], 0.1) == []
     assert len(audio.match([1.0, 1.09], [0.95, 1.0], 0.1)) == 2
     rng = np.random.default_rng(0)
     for _ in range(50):
-        found, labelled = (np.sort(rng.uniform(0, 1, 4)) for _ in range(2))
-        pairs = audio.match(found, labelled, 0.1)
-        assert all(abs(found[i] - labelled[j]) <= 0.1 for i, j in pairs)
+        predicted, annotated = (np.sort(rng.uniform(0, 1, 4)) for _ in range(2))
+        pairs = audio.match(predicted, annotated, 0.1)
+        assert all(abs(predicted[i] - annotated[j]) <= 0.1 for i, j in pairs)
         assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
         best = max(
-            sum(abs(a - b) <= 0.1 for a, b in zip(found, order))
-            for order in itertools.permutations(labelled)
+            sum(abs(a - b) <= 0.1 for a, b in zip(predicted, order, strict=True))
+            for order in itertools.permutations(annotated)
         )
         assert len(pairs) == best
 
@@ -98,127 +101,151 @@ def test_f1_of_counts():
     assert audio.f1(0, 0, 0) == (0, 0, 0) and audio.f1(0, 0, 5) == (0, 0, 0)
 
 
-def test_desync_slides_onset_strengths():
-    true = np.zeros(400, np.float32)
-    true[[30, 111, 180, 333]] = 1, 0.5, 0.8, 0.9
+def test_onset_lag_is_where_onset_strengths_agree_best():
+    reference = np.zeros(400, np.float32)
+    reference[[30, 111, 180, 333]] = 1, 0.5, 0.8, 0.9
     for shift in (-25, 0, 8):
-        assert evaluate.slide(np.roll(true, shift), true) == pytest.approx(shift * audio.COLUMN)
-    assert evaluate.slide(np.roll(true, 8)[:350], true) == pytest.approx(
-        8 * audio.COLUMN
-    )  # a shorter sound
-    assert np.isnan(evaluate.slide(np.zeros(400), true)) and np.isnan(
-        evaluate.slide(true, np.zeros(400))
-    )
+        lag = evaluate.onset_lag(np.roll(reference, shift), reference)
+        assert lag == pytest.approx(shift * audio.COLUMN)
+    shorter = np.roll(reference, 8)[:350]
+    assert evaluate.onset_lag(shorter, reference) == pytest.approx(8 * audio.COLUMN)
+    assert np.isnan(evaluate.onset_lag(np.zeros(400), reference))
+    assert np.isnan(evaluate.onset_lag(reference, np.zeros(400)))
+    # beyond a second is not searched; of equally good lags the smallest counts
+    click = np.zeros(400, np.float32)
+    click[100] = 1
+    assert abs(evaluate.onset_lag(np.roll(click, 70), click)) <= evaluate.MAX_LAG * audio.COLUMN
+    clicks = click + np.roll(click, 4)
+    assert evaluate.onset_lag(click, clicks) == 0
 
 
 def test_nobody_keeps_their_own():
     for count in range(2, 40):
-        dealt = evaluate.deal(count)
-        assert sorted(dealt) == list(range(count)) and (dealt != np.arange(count)).all()
-        assert (dealt == evaluate.deal(count)).all()
+        partners = evaluate.derange(count)
+        assert sorted(partners) == list(range(count))
+        assert (partners != np.arange(count)).all()
+        assert (partners == evaluate.derange(count)).all()
 
 
-def clip(found, labelled, pairs, close, late=0.0, loudness=0.0, **more):
+def test_items_are_shared_out_in_order(monkeypatch):
+    """Of three processes each gets every third item, and all get all results."""
+    items = "abcdefgh"
+    parts = [list(items[rank::3]) for rank in range(3)]
+    monkeypatch.setattr(evaluate.distributed, "world", lambda: 3)
+    monkeypatch.setattr(evaluate.distributed, "rank", lambda: 1)
+
+    def all_gather_object(part):
+        assert part == parts[1]
+        return parts
+
+    monkeypatch.setattr(evaluate.distributed, "all_gather_object", all_gather_object)
+    assert evaluate.share_out(lambda k: items[k], len(items), "test") == list(items)
+
+
+def stats_of(predicted, annotated, matched, close, lag=0.0, loudness=0.0, **more):
+    """What `evaluate.measure` would say of a clip."""
     return {
-        "found": found,
-        "labelled": labelled,
-        "pairs_100": pairs,
-        "pairs_50": close,
-        "late": late,
+        "predicted": predicted,
+        "annotated": annotated,
+        "matched_100ms": matched,
+        "matched_50ms": close,
+        "ref_onsets": annotated,
+        "matched_ref": matched,
+        "lag": lag,
         "loudness": loudness,
         "seconds": np.nan,
-        "own": labelled,
-        "pairs_own": pairs,
         **more,
     }
 
 
 def test_score_takes_the_papers_figures_once():
-    """Features and classes of Melception are drawn again for no interval; its divergence, a number a clip, is."""
-    draw = np.random.default_rng(0)
-    rows = [
-        clip(
-            2,
-            3,
-            2,
-            1,
-            melception_made=draw.normal(size=20),
-            melception_true=draw.normal(size=20),
-            melception_classes=draw.dirichlet(np.ones(5)),
-            melception_kl=float(k),
-        )
-        for k in range(12)
-    ]
-    row, intervals = evaluate.score(rows, rows)
-    stack = {name: np.stack([r[name] for r in rows]) for name in evaluate.ONCE}
-    assert row["melception_fid"] == pytest.approx(
-        judge.frechet(stack["melception_made"], stack["melception_true"])
-    )
-    assert (
-        1 <= row["melception_is"] <= 5
-        and row["melception_is_deviation"] > 0
-        and row["melception_kl"] == 5.5
-    )
+    """Melception's features and classes are not resampled for intervals; its divergence is."""
+    rng = np.random.default_rng(0)
+    measured = []
+    for k in range(12):
+        paper = {
+            "melception_generated": rng.normal(size=20),
+            "melception_reference": rng.normal(size=20),
+            "melception_classes": rng.dirichlet(np.ones(5)),
+            "melception_kl": float(k),
+        }
+        measured.append(stats_of(2, 3, 2, 1, **paper))
+    row, intervals = evaluate.score(measured)
+    generated = np.stack([stats["melception_generated"] for stats in measured])
+    reference = np.stack([stats["melception_reference"] for stats in measured])
+    expected = judge.frechet_distance(generated, reference)
+    assert row["melception_fid"] == pytest.approx(expected)
+    assert 1 <= row["melception_is"] <= 5
+    assert row["melception_is_deviation"] > 0
+    assert row["melception_kl"] == 5.5
     assert [name for name in intervals if "melception" in name] == ["melception_kl"]
-    text = {
-        line.split()[0]: line
-        for line in evaluate.table({"ours": row}, {"ours": intervals}).splitlines()[1:]
-    }
-    assert (
-        f"{row['melception_fid']:.2f}" in text["melception_fid"]
-        and "±" not in text["melception_fid"]
-        and "±" in text["melception_kl"]
-    )
+
+    table = evaluate.table({"ours": row}, {"ours": intervals})
+    lines = {line.split()[0]: line for line in table.splitlines()[1:]}
+    assert f"{row['melception_fid']:.2f}" in lines["melception_fid"]
+    assert "±" not in lines["melception_fid"]
+    assert "±" in lines["melception_kl"]
 
 
 def test_score_pools_onsets_over_clips():
-    rows = [
-        clip(2, 3, 2, 1, 0.3, -6.0, aligned=True, right=1, hits=2),
-        clip(0, 1, 0, 0, np.nan, 4.0, aligned=False, right=0, hits=0),
-        clip(1, 0, 0, 0, -0.1, 0.0, aligned=True, right=2, hits=2),
+    # as with features of the judge, which hits are counted for
+    space = {"features": np.zeros(2), "classes": np.ones(1)}
+    space |= {"ref_features": np.zeros(2), "ref_classes": np.ones(1)}
+    measured = [
+        stats_of(2, 3, 2, 1, 0.3, -6.0, aligned=True, correct=1, hits=2, **space),
+        stats_of(0, 1, 0, 0, np.nan, 4.0, aligned=False, correct=0, hits=0, **space),
+        stats_of(1, 0, 0, 0, -0.1, 0.0, aligned=True, correct=2, hits=2, **space),
     ]
-    row, intervals = evaluate.score(rows, rows)
-    assert row["precision_100ms"] == pytest.approx(2 / 3) and row["recall_100ms"] == pytest.approx(
-        2 / 4
-    )
-    assert row["onset_f1_100ms"] == pytest.approx(4 / 7) and row["onset_f1_50ms"] == pytest.approx(
-        2 / 7
-    )
-    assert row["onset_count_error"] == pytest.approx(1) and row["loudness_db"] == pytest.approx(
-        10 / 3
-    )
-    assert row["heard_f1_100ms"] == row["onset_f1_100ms"]
-    assert row["desync_ms"] == pytest.approx(200) and row["desync_over_200ms"] == pytest.approx(
-        1 / 2
-    )
-    assert row["align_acc"] == pytest.approx(2 / 3) and row["material_acc"] == pytest.approx(3 / 4)
-    assert row["clips"] == 3 and row["seconds"] is None
-    assert (
-        all(low <= row[name] <= high for name, (low, high) in intervals.items())
-        and intervals["onset_f1_100ms"][0] == 0
-    )
+    row, intervals = evaluate.score(measured)
+    expected = {
+        "precision_100ms": 2 / 3,
+        "recall_100ms": 2 / 4,
+        "onset_f1_100ms": 4 / 7,
+        "onset_f1_50ms": 2 / 7,
+        "heard_f1_100ms": 4 / 7,
+        "onset_count_error": 1,
+        "loudness_db": 10 / 3,
+        "desync_ms": 200,
+        "desync_over_200ms": 1 / 2,
+        "align_acc": 2 / 3,
+        "material_acc": 3 / 4,
+        "clips": 3,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row["seconds"] is None
+    assert all(low <= row[name] <= high for name, (low, high) in intervals.items())
+    assert intervals["onset_f1_100ms"][0] == 0
+
+
+def test_score_without_hits_to_classify_has_no_material_accuracy():
+    space = {"features": np.zeros(2), "classes": np.ones(1)}
+    space |= {"ref_features": np.zeros(2), "ref_classes": np.ones(1)}
+    row, intervals = evaluate.score([stats_of(1, 1, 1, 1, correct=0, hits=0, **space)] * 2)
+    assert row["material_acc"] is None
+    assert "material_acc" not in intervals
 
 
 def test_intervals_cover_as_often_as_they_say():
     """Of 60 sets of 40 clips whose true rate is known, about 95 % of the intervals hold it."""
-    draw, held = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    held = 0
     for _ in range(60):
-        rows = [clip(10, 10, k, k) for k in draw.binomial(10, 0.7, 40)]
-        low, high = evaluate.score(rows, rows)[1]["onset_f1_100ms"]
+        measured = [stats_of(10, 10, k, k) for k in rng.binomial(10, 0.7, 40)]
+        low, high = evaluate.score(measured)[1]["onset_f1_100ms"]
         held += low <= 0.7 <= high
     assert 52 <= held <= 60
 
 
-def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
-    """Sounds that click at exactly the labels score near one, those of other videos do not, silence nothing."""
+def test_table_and_json_for_sounds_of_elsewhere(foley_set, tmp_path, capsys):
+    """Sounds that click at the labels score near one, those of other videos do not, silence 0."""
     samples, out = tmp_path / "samples", tmp_path / "out"
     samples.mkdir()
     for video in foley_set.glob("*.mp4"):
         media.write_wav(samples / f"{video.stem}.foley.wav", clicks(times_of(video), 8.192))
     flags = ["--data", str(foley_set), "--samples", str(samples), "--judges", str(tmp_path)]
     evaluate.main([*flags, "--out", str(out)])
-    made = json.loads((out / "evaluate.json").read_text())
-    rows = made["rows"]
+    written = json.loads((out / "evaluate.json").read_text())
+    rows = written["rows"]
     assert list(rows) == ["ours", "ground_truth", "wrong_video", "silence"]
     assert not any("melception" in column for column in rows["ours"])  # nobody asked for those
     assert rows["ours"]["onset_f1_50ms"] > 0.9 and rows["ground_truth"]["onset_f1_100ms"] > 0.9
@@ -227,18 +254,19 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     text = capsys.readouterr().out.splitlines()
     assert text[0].split() == list(rows) and len({len(line) for line in text}) == 1
     best = next(line for line in text if line.startswith("onset_f1_50ms"))
-    low, high = made["intervals"]["ours"]["onset_f1_50ms"]
+    low, high = written["intervals"]["ours"]["onset_f1_50ms"]
     assert f"{rows['ours']['onset_f1_50ms']:.3f} ±{(high - low) / 2:.3f}" in best
-    clips = made["clips"]  # from them the table can be had again
+    clips = written["clips"]  # from them the table can be had again
     assert list(clips) == [f"0000{k}.mp4" for k in range(4)] and all(
         list(clip) == list(rows) for clip in clips.values()
     )
-    pairs, found, labelled = (
-        sum(clip["ours"][k] for clip in clips.values()) for k in ("pairs_50", "found", "labelled")
-    )
-    assert audio.f1(pairs, found, labelled)[2] == pytest.approx(rows["ours"]["onset_f1_50ms"])
+    counts = [
+        sum(clip["ours"][name] for clip in clips.values())
+        for name in ("matched_50ms", "predicted", "annotated")
+    ]
+    assert audio.f1(*counts)[2] == pytest.approx(rows["ours"]["onset_f1_50ms"])
     assert all(
-        clip["silence"]["late"] is None and clip["ours"]["seconds"] is None
+        clip["silence"]["lag"] is None and clip["ours"]["seconds"] is None
         for clip in clips.values()
     )
     assert sorted(p.name for p in out.iterdir()) == ["evaluate.json", "evaluate.png"]
@@ -261,33 +289,34 @@ def test_table_and_json_for_sounds_made_elsewhere(foley_set, tmp_path, capsys):
     assert json.loads((tmp_path / "two" / "evaluate.json").read_text())["rows"] == rows
 
 
-def test_videos_without_labels_are_judged_by_their_own_onsets(foley_set, tmp_path):
+def test_videos_without_labels_are_annotated_by_their_own_onsets(foley_set, tmp_path):
     video = tmp_path / "a.mp4"
     shutil.copy(foley_set / "00000.mp4", video)
-    case = evaluate.read_case(video, evaluate.Judges())
-    assert (
-        case.hits is None
-        and list(case.times) == pytest.approx(list(onsets_of(media.read_audio(video))))
-        and case.own == case.times
-    )
+    clip = evaluate.read_clip(video, evaluate.Metrics())
+    assert clip.hits == []
+    assert clip.onsets == pytest.approx(list(onsets_of(media.read_audio(video))))
+    assert clip.ref_onsets == clip.onsets
 
 
-def test_labels_and_what_is_heard_are_two_things(tmp_path):
-    """A label without a sound counts as missed by the labels' figure, not by the one of what is heard in the true sound."""
+def test_annotated_and_detected_onsets_of_the_reference_are_two_things(tmp_path):
+    """A label without a sound is missed in onset_f1, not in heard_f1."""
     foley.make_set(tmp_path, 1, seed=62, size=64, fps=15.625, duration=3.0)
     labels = tmp_path / "00000.json"
-    said = json.loads(labels.read_text())
-    said["onsets"].append({**said["onsets"][0], "time": 0.02})
-    labels.write_text(json.dumps(said))
-    case = evaluate.read_case(tmp_path / "00000.mp4", evaluate.Judges())
-    assert len(case.times) > len(case.own)
-    true = evaluate.measure(media.read_audio(case.video), case, evaluate.Judges())
-    row = evaluate.score([true], [true])[0]
+    content = json.loads(labels.read_text())
+    content["onsets"].append({**content["onsets"][0], "time": 0.02})
+    labels.write_text(json.dumps(content))
+    clip = evaluate.read_clip(tmp_path / "00000.mp4", evaluate.Metrics())
+    assert len(clip.onsets) > len(clip.ref_onsets)
+    stats = evaluate.measure(media.read_audio(clip.video), clip, evaluate.Metrics())
+    row = evaluate.score([stats])[0]
     assert row["heard_f1_100ms"] == 1 > row["onset_f1_100ms"]
 
 
 def test_the_round_trip_goes_through_the_autoencoder(tmp_path):
-    """By the shipped one the onsets come back where they were, in clips of one window and of two; by one that decodes to nothing, none."""
+    """By the shipped one onsets come back where they were, in clips of one window and of two.
+
+    By one that decodes to nothing, none.
+    """
     path = Path(evaluate.__file__).parent / "weights" / "mini" / "ldm.safetensors"
     vae, mute = (AutoencoderKL.load(path) for _ in range(2))
     for parameter in mute.decoder.conv_out.parameters():
@@ -295,11 +324,14 @@ def test_the_round_trip_goes_through_the_autoencoder(tmp_path):
     for seconds in (4.0, 12.0):
         folder = tmp_path / str(seconds)
         foley.make_set(folder, 1, seed=64, size=64, fps=15.625, duration=seconds)
-        case = evaluate.read_case(folder / "00000.mp4", evaluate.Judges())
-        made, silent = evaluate.round_trip(case, vae), evaluate.round_trip(case, mute)
-        assert len(made) == len(silent) == evaluate.samples_of(case.mel) and len(case.own) > 1
-        assert audio.match(onsets_of(made), case.own, 0.05) == [
-            (k, k) for k in range(len(case.own))
+        clip = evaluate.read_clip(folder / "00000.mp4", evaluate.Metrics())
+        sound = evaluate.round_trip(clip, vae)
+        silent = evaluate.round_trip(clip, mute)
+        assert len(sound) == len(silent) == evaluate.samples_of(clip.mel)
+        count = len(clip.ref_onsets)
+        assert count > 1
+        assert audio.match(onsets_of(sound), clip.ref_onsets, 0.05) == [
+            (k, k) for k in range(count)
         ]
         assert not len(onsets_of(silent))
     out = tmp_path / "out"
@@ -336,26 +368,27 @@ def test_a_split_is_that_of_training(foley_set):
         evaluate.find_clips(args)
 
 
-def test_sounds_of_another_length_are_judged_over_the_clip(tmp_path):
-    """As those of other videos are: what comes after the clip's end does not count, and every judge has its windows, one or two."""
-    judges = evaluate.load_judges(Path(evaluate.__file__).parent / "weights" / "mini")
+def test_sounds_of_another_length_are_measured_over_the_clip(tmp_path):
+    """As those of other videos are: what comes after the clip's end does not count.
+
+    And every metric has its windows, one or two.
+    """
+    metrics = evaluate.load_metrics(Path(evaluate.__file__).parent / "weights" / "mini")
     for seconds in (3.0, 10.0):
         folder = tmp_path / str(seconds)
         foley.make_set(folder, 1, seed=62, size=64, fps=15.625, duration=seconds)
-        case = evaluate.read_case(folder / "00000.mp4", judges)
+        clip = evaluate.read_clip(folder / "00000.mp4", metrics)
         short, long = (
-            evaluate.measure(clicks([0.5, 2.0, 6.0], length).numpy(), case, judges)
+            evaluate.measure(clicks([0.5, 2.0, 6.0], length), clip, metrics)
             for length in (7.0, 10.0)
         )
-        assert short["found"] == long["found"] == (2 if seconds == 3.0 else 3)
+        assert short["predicted"] == long["predicted"] == (2 if seconds == 3.0 else 3)
         assert short["aligned"] == long["aligned"]
-        assert evaluate.measure(media.read_audio(folder / "00000.mp4").numpy(), case, judges)[
-            "aligned"
-        ]
+        assert evaluate.measure(media.read_audio(clip.video), clip, metrics)["aligned"]
 
 
-def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
-    """Without --samples the models are asked once a video, each with a seed of its own; --keep writes the sounds."""
+def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
+    """Without --samples the models are asked once a video, each time with another seed."""
     asked, used = [], []
 
     def generate(video, models, seed, **settings):
@@ -387,10 +420,10 @@ def test_drawn_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
         tmp_path / "00000.foley.wav"
     )  # marked and tagged; the table is of the sound without the mark
     assert (
-        media.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5")
+        media.read_tags(written)["comment"].startswith(f"{watermark.CLAIM} tiny, seed 5")
         and used[0]["mark"] is False
     )
-    marked = sample.marked(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
+    marked = sample.add_watermark(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
     assert (media.read_audio(written) - marked).abs().max() < 1e-4
     assert (
         json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9

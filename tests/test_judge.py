@@ -1,4 +1,4 @@
-"""The judge: which moments it learns from, that it learns, and the distances against plain readings of their formulas."""
+"""The judge: which excerpts it learns from, that it learns, and distances by their formulas."""
 
 import json
 from pathlib import Path
@@ -6,21 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_sample import make_video
+from clips import make_video
 
 import data
 import foley
 from common import audio, media
 from metrics import judge
 
-ROOT = Path(judge.__file__).parent
+ROOT = Path(foley.__file__).parent
 
 
 def hit(time, material):
     return {"time": time, "material": material}
 
 
-def test_moments_of_which_nobody_could_tell_are_left_out():
+def test_hits_of_which_nobody_could_tell_are_left_out():
     onsets = [
         hit(1.0, "wood"),
         hit(1.2, "glass"),
@@ -29,7 +29,7 @@ def test_moments_of_which_nobody_could_tell_are_left_out():
         hit(3.0, "wood"),
         hit(3.5, "glass"),
     ]
-    assert judge.clear_hits(onsets) == [
+    assert judge.isolated_hits(onsets) == [
         (75, "glass"),
         (125, "metal"),
         (131, "metal"),
@@ -38,53 +38,50 @@ def test_moments_of_which_nobody_could_tell_are_left_out():
     ]
 
 
-def test_quiet_moments_hold_no_hit():
-    onsets, draw = [hit(1.0, "wood"), hit(4.0, "glass")], np.random.default_rng(0)
-    found = judge.quiet(onsets, 512, draw, 1000)
-    assert len(found) > 300
-    for column in found:
+def test_background_excerpts_hold_no_hit():
+    onsets = [hit(1.0, "wood"), hit(4.0, "glass")]
+    columns = judge.background(onsets, 512, np.random.default_rng(0), 1000)
+    assert len(columns) > 300
+    for column in columns:
         for onset in onsets:
             at = round(onset["time"] / audio.COLUMN)
             assert not column - judge.BEFORE <= at < column - judge.BEFORE + judge.SPAN
 
 
-def test_a_moment_at_the_ends_is_padded_with_silence():
-    level = torch.arange(1, 41.0).expand(128, 40)
-    assert judge.moment(level, 0)[0].tolist() == [0.0] * judge.BEFORE + list(range(1, 29))
-    assert judge.moment(level, 38)[0].tolist() == list(range(35, 41)) + [0.0] * 26
-    assert judge.moment(level, 20, 2).shape == (128, judge.SPAN + 4)
+def test_an_excerpt_at_the_ends_is_padded_with_silence():
+    mel = torch.arange(1, 41.0).expand(128, 40)
+    assert judge.excerpt(mel, 0)[0].tolist() == [0.0] * judge.BEFORE + list(range(1, 29))
+    assert judge.excerpt(mel, 38)[0].tolist() == list(range(35, 41)) + [0.0] * 26
+    assert judge.excerpt(mel, 100)[0].tolist() == [0.0] * judge.SPAN
+    assert judge.excerpt(mel, 20, 2).shape == (128, judge.SPAN + 4)
 
 
 def test_distances_are_their_formulas():
-    draw = np.random.default_rng(0)
-    a, b = draw.normal(size=(200, 6)), draw.normal(size=(300, 6)) @ draw.normal(size=(6, 6)) + 1
-    values, vectors = np.linalg.eig(
-        np.cov(a.T) @ np.cov(b.T)
-    )  # the root of a product, not symmetric
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(200, 6))
+    b = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)) + 1
+    # the root of a product, which is not symmetric
+    values, vectors = np.linalg.eig(np.cov(a.T) @ np.cov(b.T))
     root = (vectors * np.sqrt(values.astype(complex))) @ np.linalg.inv(vectors)
-    plain = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
-        np.cov(a.T) + np.cov(b.T) - 2 * root.real
-    )
-    assert judge.frechet(a, b) == pytest.approx(plain, rel=1e-9) and judge.frechet(
-        a, a
-    ) == pytest.approx(0, abs=1e-9)
-    p = draw.dirichlet(np.ones(5), 50)
+    spread = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
+    plain = ((a.mean(0) - b.mean(0)) ** 2).sum() + spread
+    assert judge.frechet_distance(a, b) == pytest.approx(plain, rel=1e-9)
+    assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+    p = rng.dirichlet(np.ones(5), 50)
     mean = [sum(row[k] for row in p) / 50 for k in range(5)]
     plain = np.exp(sum(row[k] * np.log(row[k] / mean[k]) for row in p for k in range(5)) / 50)
-    assert judge.inception_score(p) == pytest.approx(plain) and judge.inception_score(
-        np.eye(5)
-    ) == pytest.approx(5)
-    assert (
-        judge.divergence(p, p).max() == pytest.approx(0, abs=1e-12)
-        and (judge.divergence(p, p[::-1]) > 0).all()
-    )
+    assert judge.inception_score(p) == pytest.approx(plain)
+    assert judge.inception_score(np.eye(5)) == pytest.approx(5)
+    assert judge.kl_divergence(p, p).max() == pytest.approx(0, abs=1e-12)
+    assert (judge.kl_divergence(p, p[::-1]) > 0).all()
 
 
 KINDS = ("click", "hiss", "tone")
 
 
 def strike(kind, rng):
-    """A quarter of a second of one kind, float32. They differ in shape: the tower hardly knows a low tone from a high one."""
+    """A quarter of a second of one kind, float32. They differ in shape, not in pitch."""
     seconds = np.arange(audio.SAMPLE_RATE // 4) / audio.SAMPLE_RATE
     if kind == "tone":
         wave = np.sin(2 * np.pi * 1000 * seconds)
@@ -132,24 +129,23 @@ def test_it_learns_and_loads(tmp_path):
         ]
     )
     model = judge.Judge.load(tmp_path / "run" / "last.safetensors")
-    assert model.config.classes == (judge.NOTHING, *KINDS)
+    assert list(model.config.classes) == [judge.NOTHING, *KINDS]
     right = total = 0
     for video in sorted((tmp_path / "clips").glob("*.mp4")):
-        hits, level = judge.clear_hits(data.read_onsets(video)), audio.mel(media.read_audio(video))
-        heard = model.hear(level, [column for column, _ in hits])
-        right += sum(
-            model.config.classes[k] == name for k, (_, name) in zip(heard, hits, strict=True)
-        )
+        hits = judge.isolated_hits(data.read_onsets(video))
+        mel = audio.mel(media.read_audio(video))
+        predicted = model.classify(mel, [column for column, _ in hits])
+        right += sum(a == b for a, (_, b) in zip(predicted, hits, strict=True))
         total += len(hits)
     print(f"{right} of {total} hits")
     assert total == 54 and right > 0.8 * total
-    features, classes = model.clip(level)
+    features, classes = model.embed_clip(mel)
     assert features.shape == (64,) and classes.sum() == pytest.approx(1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 120
 
 
-def test_clips_without_labels_or_with_others_are_named(tmp_path):
+def test_clips_with_missing_or_malformed_labels_are_errors(tmp_path):
     foley.make_set(tmp_path, 1, seed=3, size=64, fps=15.625, duration=2.0)
     for text in (
         "[]",
@@ -160,10 +156,10 @@ def test_clips_without_labels_or_with_others_are_named(tmp_path):
     ):
         (tmp_path / "00000.json").write_text(text)
         with pytest.raises(media.MediaError, match="00000.json: not the labels"):
-            judge.Moments(tmp_path)
+            judge.Excerpts(tmp_path)
     (tmp_path / "00000.json").unlink()
     with pytest.raises(media.MediaError, match="00000.json: no such file"):
-        judge.Moments(tmp_path)
+        judge.Excerpts(tmp_path)
 
 
 def test_labels_come_in_the_order_of_time(tmp_path):
@@ -171,15 +167,16 @@ def test_labels_come_in_the_order_of_time(tmp_path):
     assert [onset["time"] for onset in data.read_onsets(tmp_path / "a.mp4")] == [0.5, 2.0]
 
 
-def test_the_shipped_judge_knows_clips_it_has_never_heard(tmp_path):
+def test_the_shipped_judge_knows_clips_it_was_not_trained_on(tmp_path):
     foley.make_set(tmp_path, 8, seed=77, size=64, fps=15.625, duration=8.192)
-    model, right, total = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors"), 0, 0
+    model = judge.Judge.load(ROOT / "weights" / "mini" / "judge.safetensors")
+    right = 0
+    total = 0
     for video in sorted(tmp_path.glob("*.mp4")):
-        hits, level = judge.clear_hits(data.read_onsets(video)), audio.mel(media.read_audio(video))
-        heard = model.hear(level, [column for column, _ in hits])
-        right, total = (
-            right + sum(model.config.classes[k] == name for k, (_, name) in zip(heard, hits)),
-            total + len(hits),
-        )
-        assert set(model.hear(torch.zeros(128, 512), [100, 300])) == {0}
+        hits = judge.isolated_hits(data.read_onsets(video))
+        mel = audio.mel(media.read_audio(video))
+        predicted = model.classify(mel, [column for column, _ in hits])
+        right += sum(a == b for a, (_, b) in zip(predicted, hits, strict=True))
+        total += len(hits)
+        assert set(model.classify(torch.zeros(128, 512), [100, 300])) == {judge.NOTHING}
     assert total > 20 and right / total > 0.8

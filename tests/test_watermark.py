@@ -1,4 +1,4 @@
-"""The mark: found after what happens to sound on its way, not found where it is not, not heard; and `sample.py --verify`."""
+"""The watermark: detected after what happens to sound on its way, inaudible; --verify."""
 
 import io
 import json
@@ -17,15 +17,16 @@ from common.audio import SAMPLE_RATE
 
 def hits(seconds, seed):
     """Noises and tones that begin at random and die away, over a hiss 50 dB below."""
-    draw, n = np.random.default_rng(seed), round(seconds * SAMPLE_RATE)
-    wav = 0.001 * draw.standard_normal(n)
-    for at in draw.integers(0, n, max(2, round(seconds))):
+    rng = np.random.default_rng(seed)
+    n = round(seconds * SAMPLE_RATE)
+    wav = 0.001 * rng.standard_normal(n)
+    for at in rng.integers(0, n, max(2, round(seconds))):
         t = np.arange(n - at) / SAMPLE_RATE
-        tone = sum(np.sin(2 * math.pi * f * t) for f in draw.uniform(200, 5000, 5)) / 5
+        tone = sum(np.sin(2 * math.pi * f * t) for f in rng.uniform(200, 5000, 5)) / 5
         wav[at:] += (
-            draw.uniform(0.05, 0.3)
-            * (tone + 0.3 * draw.standard_normal(n - at))
-            * np.exp(-t / draw.uniform(0.05, 0.5))
+            rng.uniform(0.05, 0.3)
+            * (tone + 0.3 * rng.standard_normal(n - at))
+            * np.exp(-t / rng.uniform(0.05, 0.5))
         )
     return torch.from_numpy(wav.clip(-1, 1)).float()
 
@@ -62,8 +63,8 @@ CHANGES = {
     "a beginning and an end cut off": lambda wav: wav[5333:-20001],
     "AAC, 64 kbit/s": lambda wav: coded(wav, "aac", "adts", 64000),
     "MP3, 32 kbit/s": lambda wav: coded(wav, "libmp3lame", "mp3", 32000),
-    "44.1 kHz and back": lambda wav: sounded_at(
-        sounded_at(wav, SAMPLE_RATE, 44100), 44100, SAMPLE_RATE
+    "44.1 kHz and back": lambda wav: resampled(
+        resampled(wav, SAMPLE_RATE, 44100), 44100, SAMPLE_RATE
     ),
     "every other phase": lambda wav: -wav,
     "a second of silence inside": lambda wav: torch.cat(
@@ -73,7 +74,7 @@ CHANGES = {
 }
 
 
-def sounded_at(wav, before, after):
+def resampled(wav, before, after):
     frame = av.AudioFrame.from_ndarray(wav[None].numpy(), "flt", "mono")
     frame.sample_rate = before
     resampler = av.AudioResampler("flt", "mono", after)
@@ -130,7 +131,7 @@ def test_a_long_sound_is_marked_throughout():
 
 
 def test_confidence_is_what_it_says():
-    """Of sounds without the mark a twentieth reaches 0.95, and so on: it is one less a probability."""
+    """Of unmarked sounds a twentieth reaches 0.95, and so on: it is 1 - p."""
     sure = torch.tensor([watermark.confidence(hits(6, 100 + k)) for k in range(300)])
     assert 0.01 < (sure > 0.95).float().mean() < 0.1
     assert 0.3 < sure.median() < 0.7
@@ -148,20 +149,20 @@ def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     ours, bare, tagged, foreign = (
         tmp_path / f"{name}.wav" for name in ("ours", "bare", "tagged", "foreign")
     )
-    tags = {"comment": f"{sample.CLAIM} tiny, seed 0, version {sample.VERSION}"}
+    tags = {"comment": f"{watermark.CLAIM} tiny, seed 0, version {sample.VERSION}"}
     media.write_wav(ours, watermark.mark(wav), tags)
     soundfile.write(bare, watermark.mark(wav).numpy(), SAMPLE_RATE)
     media.write_wav(tagged, wav, tags)
     media.write_wav(foreign, wav)
-    found = {}
+    verdicts = {}
     for path in (ours, bare, tagged, foreign):
         status, lines, _ = verify(capsys, path, "--json")
         line = json.loads(lines[0])
         assert set(line) == {"file", "tags", "watermark", "confidence"} and line["file"] == str(
             path
         )
-        found[path.stem] = status, line["tags"], line["watermark"]
-    assert found == {
+        verdicts[path.stem] = status, line["tags"], line["watermark"]
+    assert verdicts == {
         "ours": (0, True, True),
         "bare": (0, False, True),
         "tagged": (0, True, False),
