@@ -29,6 +29,7 @@ def load():
         triton = importlib.import_module("triton")
 
 
+# on a machine without a GPU nothing can run on Triton, unless interpreted
 if INTERPRETED or torch.cuda.is_available():
     load()
 
@@ -63,6 +64,7 @@ def failed(kernel, error):
     if mode == "triton":
         raise error
     mode = "torch"
+    # the first line: the rest is the compiler's dump
     reason = str(error).partition("\n")[0][:120]
     warnings.warn(
         f"kernels: {kernel} does not run here ({reason}); going on with torch's own", stacklevel=3

@@ -45,12 +45,14 @@ def graph_us(function, calls=20, replays=10):
             function()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    # many calls in one graph: what is timed is the GPU's work, not Python's
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
     graph.replay()
     torch.cuda.synchronize()
+    # the median: a clock that changes or another process disturbs few replays
     taken = []
     for _ in range(replays):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -84,6 +86,7 @@ def microseconds(function, site, backward):
 
 
 def compiled(reference, mode):
+    # what was compiled for one site would be specialized on its shapes
     torch.compiler.reset()
     return torch.compile(reference, mode=mode, dynamic=False)
 
@@ -93,6 +96,7 @@ def timings(site, backward, mode):
     if mode:
         return {"compiled_us": microseconds(compiled(site.reference, mode), site, backward)}
     ours = microseconds(site.ours, site, backward)
+    # bytes and products of the passes that ran, for a microsecond
     work = (site.backward if backward else 1) / ours
     return {
         "ours_us": ours,
@@ -105,6 +109,7 @@ def timings(site, backward, mode):
 def measure(sites, batches, backward, mode):
     """Rows as they become known: ours and eager of all sites first, then `compiled`, for which each
     site takes seconds to minutes."""
+    # without a mode, ours alone
     for way in dict.fromkeys((None, mode)):
         for b in batches:
             for site in sites(b):
@@ -120,6 +125,7 @@ def measure(sites, batches, backward, mode):
 
 def plot(metadata, rows, path):
     """Times torch's own, at every site."""
+    # ours and compiled rows of a site come apart
     merged = {}
     for row in rows:
         merged.setdefault(f"b{row['b']} {row['name']}", {}).update(row)
@@ -161,6 +167,7 @@ def run(module, description, sites, argv=None):
     args = p.parse_args(argv)
     if not torch.cuda.is_available() or kernels.triton is None:
         sys.exit(f"{module}: there is nothing to time without an NVIDIA GPU and Triton")
+    # a kernel that fails must not be timed as torch's own
     kernels.choose("triton")
     metadata = {
         "benchmark": module,
@@ -178,6 +185,7 @@ def run(module, description, sites, argv=None):
         rows.append(row)
         show(row)
         if args.out:
+            # written row by row: a run that is cut off leaves what it measured
             with args.out.with_suffix(".jsonl").open("a" if len(rows) > 1 else "w") as lines:
                 print(json.dumps(metadata | row), file=lines)
     if args.out:

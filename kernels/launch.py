@@ -85,6 +85,7 @@ def guarded(name, run, reference, *args):
 
 def gradients(function, tensors, dy):
     """Of function(*tensors), by autograd; None stands for a tensor that is not there."""
+    # inside a backward pass gradients are not recorded by themselves
     with torch.enable_grad():
         tensors = [x if x is None else x.detach().requires_grad_() for x in tensors]
         y = function(*tensors)

@@ -26,6 +26,7 @@ def conv_unit(self, x, frames):
 def slow_only(self, video):
     b, frames = video.shape[:2]
     x = video.flatten(0, 1)
+    # all five parts in one go, whole clips at a time
     for part in range(5):
         x = self.run(part, x, frames)
     pooled = x.mean((2, 3))
@@ -55,6 +56,7 @@ def attn_block(self, x):
     return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 
+# module class: its plain forward
 FORWARD = {
     cavp.ConvUnit: conv_unit,
     cavp.SlowOnly: slow_only,

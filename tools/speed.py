@@ -25,6 +25,7 @@ from common import cli, machine
 from kernels import fast
 from tools.plain import plainly
 
+# title: name; what a clip's sound takes, from frames to mel
 STAGES = {
     "U-Net, batch 2": "unet",
     "decoder, 8.192 s": "decoder",
@@ -41,6 +42,7 @@ def random_network(cls, config, dtype, device="cpu"):
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if not p.is_floating_point():
             continue
+        # matrices keep the variance; norms start as the identity
         if p.ndim > 1:
             p.normal_(0, p[0].numel() ** -0.5)
         else:
@@ -55,9 +57,11 @@ def worker(pipe, kind, dtype):
     torch.manual_seed(0)
     if kind != "plain":
         machine.keep_freed_memory()
+    # the published sizes, the towers in float32 until their norms are folded
     unet = random_network(ldm.UNet, ldm.UNetConfig(), dtype)
     decoder = random_network(vae.AutoencoderKL, vae.VAEConfig(), dtype)
     towers = random_network(cavp.CAVP, cavp.CAVPConfig(), torch.float32)
+    # one clip: with classifier-free guidance a batch of two
     x = torch.randn(2, 4, 16, 64)
     t = torch.tensor([500.5, 500.5])
     context = torch.randn(2, 32, 768)
@@ -75,6 +79,7 @@ def worker(pipe, kind, dtype):
         "decoder": lambda: decoder.decode(z),
         "features": lambda: towers.encode_video(video),
     }
+    # until the parent sends None
     pipe.send("ready")
     for stage in iter(pipe.recv, None):
         start = time.perf_counter()
@@ -131,10 +136,12 @@ def main():
     }
     if machine.computes_bfloat16("cpu"):
         columns["ours bfloat16"] = "ours", torch.bfloat16
+    # all workers live at once, so memory must hold every column's networks
     pipes = {}
     for name, how in columns.items():
         pipes[name] = start(worker, *how)
         pipes[name].recv()
+    # stage by stage and column by column: the machine's noise falls on all
     seconds = {stage: {name: [] for name in columns} for stage in STAGES.values()}
     for turn in range(args.rounds + 1):  # the first of them only warms up
         for stage, rows in seconds.items():
@@ -148,6 +155,7 @@ def main():
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{processor()}, {threads}; torch {torch.__version__}\n")
     print_head(columns, "s")
+    # the best round of each column, then ratios within rounds
     for title, stage in STAGES.items():
         best = (f"{min(row):.2f}" for row in seconds[stage].values())
         print_row(title, *best, *ratios(seconds[stage]))

@@ -41,6 +41,7 @@ from kernels import fast
 from tools.plain import plainly
 from tools.speed import print_row, random_network
 
+# the demo's settings
 STEPS = 25
 CFG = 4.5
 CG = 50.0
@@ -71,6 +72,7 @@ def unprepared(unet, classifier):
 
 
 def ours(name, device, mode):
+    # what sample.py runs
     unet, classifier = networks(torch.bfloat16, device)
     fast.optimise(unet)
     fast.optimise(classifier.model)
@@ -92,6 +94,7 @@ def diffusers_unet(device):
 def compiled(device, **how):
     """dynamic=False: else the second batch size would be compiled for any size, and measured so."""
     unet, classifier = networks(torch.bfloat16, device)
+    # the gradient is compiled with the function it is of
     classifier.log_prob = torch.compile(classifier.log_prob, **how)
 
     def grad_log_prob(*args):
@@ -140,12 +143,14 @@ def streams(two):
 def step_of(way, context, features, cg):
     """eps(x, t) of the way."""
     times = diffusion.dpm_times(STEPS)
+    # the same sampler's times for all ways
     null_context = torch.zeros_like(context)
     eps = fast.guided(
         way.unet, context, null_context, CFG, way.classifier, features, cg, times, diffusion.sigma
     )
     if way.graph:
         return eps
+    # without the graph: the plain step, its row of the table given on the device
     rows = torch.arange(STEPS, device=context.device)
     return lambda x, t: eps.step(x, rows[eps.times[t[0].item()]][None])
 
@@ -154,10 +159,12 @@ def step_of(way, context, features, cg):
 def seconds(way, clips, cg, device, runs):
     """Of whole runs of the sampler, after two that warm up."""
     torch.manual_seed(0)
+    # random conditions: the time does not depend on them
     x = torch.randn(clips, 4, 16, 64, device=device)
     context = torch.randn(clips, 32, UNET.context_dim, device=device)
     features = torch.randn(clips, 32, ALIGN.feature_dim, device=device)
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    # whole runs of the sampler between two waits for the device
     eps = step_of(way, context, features, cg)
     taken = []
     with streams(way.streams):
@@ -167,6 +174,7 @@ def seconds(way, clips, cg, device, runs):
             diffusion.dpm_solver(eps, x, STEPS)
             wait()
             taken.append(time.perf_counter() - start)
+    # where recording failed, plain calls were timed under the graph's name
     if way.graph and x.is_cuda and any(kept.replay is None for kept in eps.kept.values()):
         raise RuntimeError("the step could not be recorded")
     return taken[2:]
@@ -176,6 +184,7 @@ def measure(way, clips, cg, device, runs):
     """-> a row, with `error` where there is no time to report."""
     row = {"way": way.name, "clips": clips, "classifier": bool(cg)}
     cuda = torch.device(device).type == "cuda"
+    # so that the peak is this row's alone
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -203,6 +212,7 @@ def plot(rows, path):
     from matplotlib.figure import Figure
 
     figure = Figure((9, 4), layout="constrained")
+    # one panel for each kind of guidance
     panels = {
         "without classifier": [r for r in rows if not r["classifier"] and "error" not in r],
         "with classifier": [r for r in rows if r["classifier"] and "error" not in r],
@@ -233,6 +243,7 @@ def main():
     args = p.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tools.speed_gpu: torch finds no CUDA device; tools.speed is the CPU's")
+    # goes with every row, so that a row means something by itself
     metadata = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -252,6 +263,7 @@ def main():
                     rows.append(measure(way, clips, cg, "cuda", args.runs))
                     print_row(*cells(rows[-1]))
                     print(json.dumps({**metadata, **rows[-1]}), file=lines, flush=True)
+            # the next way has the memory to itself
             del way
             torch.cuda.empty_cache()
     plot(rows, args.out.with_suffix(".png"))

@@ -32,6 +32,7 @@ from tools import plain
 from tools.speed import print_head, print_row, ratios, start
 
 ROOT = Path(__file__).resolve().parent.parent
+# name: (command, the data it reads, more arguments)
 STAGES = {
     "cavp": (cavp.main, "prepared", []),
     "ldm": (ldm.main, "features", ["--vae", ROOT / "weights/mini/ldm.safetensors"]),
@@ -61,6 +62,7 @@ def plainly(model, function):
 
 def plain_adamw(groups, args, **options):
     """Instead of `training.adamw`: from tensor to tensor."""
+    # frozen parameters have no gradient
     groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return torch.optim.AdamW(groups, args.lr, foreach=False, **options)
 
@@ -78,6 +80,7 @@ def worker(pipe, stage, is_plain, dtype, home, out):
     many of them it waited for data."""
     if is_plain:
         make_plain()
+    # report is called once a step: there this process stops and waits
     report = training.TrainingRun.report
     left = 0
     since = None
@@ -86,17 +89,21 @@ def worker(pipe, stage, is_plain, dtype, home, out):
         nonlocal left, since
         report(run, **values)
         left -= 1
+        # in the middle of a turn
         if left > 0:
             return
         now = time.perf_counter()
         pipe.send(since and (now - since, run.loader.waited))
         left = pipe.recv()
         if left is None:
+            # at once, without a checkpoint
             os._exit(0)
+        # the clock starts when this process is let go again
         since = time.perf_counter()
         run.loader.waited = 0.0
 
     training.TrainingRun.report = paced
+    # the stage's own script, with steps that never end
     main, data, more = STAGES[stage]
     args = ["--data", home / data, "--out", out, "--dtype", dtype, "--device", "cpu", *more]
     args += ["--steps", 10**6, "--save-every", 10**6]
@@ -123,6 +130,7 @@ def make_data(home, clips):
 
 def measure(stage, columns, home, rounds, steps):
     """-> {column: [(seconds a step, share of waiting), one a round]}"""
+    # one process for each column, all on the same data
     pipes = {}
     seconds = {name: [] for name in columns}
     for name, how in columns.items():
@@ -134,6 +142,7 @@ def measure(stage, columns, home, rounds, steps):
             sys.exit(f"{stage}, {name}: " + Path(f"{out}.txt").read_text())
     for turn in range(rounds + 1):  # the first of them only warms up
         for name, pipe in pipes.items():
+            # one column at a time has the machine
             pipe.send(steps)
             taken, waited = pipe.recv()
             if turn:
@@ -155,12 +164,14 @@ def main():
         columns["ours bfloat16"] = False, "bfloat16"
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print_head(columns, "s a step", "waiting for data")
+    # the sets are made once and read by all
     with tempfile.TemporaryDirectory() as home:
         make_data(Path(home), args.clips)
         for stage in args.stages:
             rows = measure(stage, columns, Path(home), args.rounds, args.steps)
             times = {name: [taken for taken, _ in row] for name, row in rows.items()}
             middle = (f"{statistics.median(row):.3f}" for row in times.values())
+            # waiting is that of our columns
             ours = list(rows)[1:]
             waiting = statistics.median(share for name in ours for _, share in rows[name])
             print_row(stage, *middle, *ratios(times), f"{waiting:.1%}")

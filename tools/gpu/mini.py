@@ -25,11 +25,13 @@ def main():
     folder, rank, world, out = sys.argv[1:]
     rank = int(rank)
     out = Path(out)
+    # the same order in every process
     videos = sorted(Path(folder).glob("*.mp4"))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         models = load_models("mini", DEVICE, torch.float32 if DRY else dtype)
         (out / name).mkdir(parents=True, exist_ok=True)
         seconds = []
+        # the seed goes with the clip, so the number of processes changes nothing
         for k in range(rank, len(videos), int(world)):
             start = time.perf_counter()
             wav = generate(videos[k], models, seed=k, steps=STEPS).wav

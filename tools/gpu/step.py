@@ -31,6 +31,7 @@ from kernels import attention, fast, group_norm, transformer
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
+# for DRY=1: the same code in seconds on a CPU
 SMALL = ldm.UNetConfig(
     width=64, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16
 )
@@ -42,6 +43,7 @@ def network(cls, config, dtype=DTYPE, seed=0):
     torch.manual_seed(seed)
     with torch.device("meta"):
         m = cls(config)
+    # the noise schedule is no weight: it survives to_empty
     schedule = {k: v for k, v in m.named_buffers() if not v.is_meta}
     m = m.to_empty(device=DEVICE).eval().requires_grad_(False)
     for name, p in m.named_parameters():
@@ -93,6 +95,7 @@ BOTH = "ours", "torch's kernels, same graph"  # measured without the classifier 
 
 def timed(eps, x, times, rounds=5):
     """Median ms of a step over rounds of 25, host's clock around them."""
+    # the first round warms up and records the graph
     out = []
     for _ in range(rounds + 1):
         if not DRY:
@@ -110,6 +113,7 @@ def timed(eps, x, times, rounds=5):
 def run(name, clips, cg, emit, reference, keep=None):
     others, settings = VARIANTS[name]
     kernels.choose("auto" if DRY else settings.get("mode", "triton"))
+    # settings first: they count when the graph is recorded
     torch.backends.cudnn.benchmark = settings.get("benchmark", False)
     start = time.perf_counter()
     unet, align = network(ldm.UNet, UNET), network(Alignment, ALIGN, seed=1)
@@ -121,6 +125,7 @@ def run(name, clips, cg, emit, reference, keep=None):
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
     null_context = torch.zeros_like(context)
     times = diffusion.dpm_times(25)
+    # the variant stands in kernels.fast while its graph is recorded
     with swapped(others):
         eps = fast.guided(
             unet, context, null_context, 4.5, align, features, cg, times, diffusion.sigma
@@ -129,6 +134,7 @@ def run(name, clips, cg, emit, reference, keep=None):
         if keep is not None:
             keep(eps, x, times)
     graphs = [kept.replay is not None for kept in unet.recorded.values()]
+    # every variant is compared with the first one's numbers
     ref = reference.setdefault((clips, cg > 0), z.float().cpu())
     emit(
         {
@@ -143,6 +149,7 @@ def run(name, clips, cg, emit, reference, keep=None):
             "seconds": round(time.perf_counter() - start, 1),
         }
     )
+    # before the next variant: 2 GB of weights and the graph's memory
     if not DRY:
         del eps, unet, align
         gc.collect()  # a network and its recorded steps hold each other
@@ -150,6 +157,7 @@ def run(name, clips, cg, emit, reference, keep=None):
         torch.cuda.reset_peak_memory_stats()
 
 
+# (title, words in the names of its kernels), the first match counts
 GROUPS = (
     ("ours: group norm", "group_norm"),
     ("ours: attention", "attention_"),
@@ -190,6 +198,7 @@ def profile(path):
                 torch.cuda.synchronize()
         rows = [(e.key, e.count / 3, device_time(e) / 3) for e in prof.key_averages()]
         rows = sorted((r for r in rows if r[2] > 0 or DRY), key=lambda r: -r[2])
+        # first by group, then the longest kernels by name
         sums = collections.Counter()
         counts = collections.Counter()
         for key, n, us in rows:
@@ -225,6 +234,7 @@ def main():
             flush=True,
         )
 
+    # a variant that fails costs its own row alone
     reference = {}
     for clips in args.clips:
         for name in args.only:

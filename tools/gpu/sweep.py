@@ -16,6 +16,7 @@ from common import cli
 from kernels import attention, group_norm
 from kernels.benchmark import graph_us
 
+# what is shipped, put back after each variant
 GN_PLAN = group_norm.plan
 TABLE = {kind: list(rows) for kind, rows in attention.HALF.items()}
 SPARSE = list(attention.SPARSE)
@@ -27,6 +28,7 @@ def gn_plan(held=None, groups=None, warps=None, stretches=None):
     many more programs), other groups a program, warps, stretches."""
 
     def plan(x, channels, all_groups, last, forward):
+        # the plan reads its limits from the module: change them for this call
         own = group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER
         if held:
             group_norm.HELD = held
@@ -45,6 +47,7 @@ def gn_plan(held=None, groups=None, warps=None, stretches=None):
     return plan
 
 
+# group norm: name of a variant, its plan
 GN = {
     "shipped": GN_PLAN,
     "one group a program": gn_plan(groups=1),
@@ -54,6 +57,7 @@ GN = {
     "two launches, 4 stretches": gn_plan(1024, stretches=4),
     "two launches, 8 stretches": gn_plan(1024, stretches=8),
 }
+# height, width, channels, of which the skip's
 GN_SITES = [
     (16, 64, 320, 0),
     (16, 64, 640, 320),
@@ -63,6 +67,7 @@ GN_SITES = [
     (4, 16, 1280, 0),
     (4, 16, 2560, 1280),
 ]
+# (heads, width, queries, keys), table, its row, what to try in it
 ATTENTION = [
     (
         (8, 40, 1024, 1024),
@@ -114,6 +119,7 @@ def cases(b, device):
     def drawn(*shape):
         return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
 
+    # the shipped plan comes first and is what others are compared with
     for h, w, c, s in GN_SITES:
         x = drawn(b, c - s, h, w).to(memory_format=torch.channels_last)
         skip = drawn(b, s, h, w).to(memory_format=torch.channels_last) if s else None

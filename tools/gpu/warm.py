@@ -87,6 +87,7 @@ def meta(cls, config, dtype):
 
 def guided_step(unet_config, align_config, dtype, frames=32, clips=1):
     """All that sampling launches: a guided step of optimised networks, the score after it."""
+    # both forms of the networks: optimized ones make other calls than plain ones
     unet, align = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
     plain = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
     fast.optimise(unet)
@@ -186,6 +187,7 @@ def main():
     p.add_argument("--only", type=int, metavar="N", help="the first N, to try it")
     args = p.parse_args()
     start = time.time()
+    # from here on Triton compiles for the GPU that the driver claims
     driver.set_active(Fake())
     kernels.active = active
     kernels.mode = "triton"
@@ -197,6 +199,7 @@ def main():
         for job in launches:
             jobs.setdefault(key(job), job)
         print(f"warm.py: {name}: {len(jobs) - before} kernels", flush=True)
+    # forked: the recorded launches need no copying
     with multiprocessing.get_context("fork").Pool(args.j) as pool:
         done = list(pool.imap_unordered(compile_one, list(jobs.values())[: args.only]))
     failed = [(name, error) for name, _, error in done if error]

@@ -21,6 +21,7 @@ def random_tensor(key, t):
     """Weights that keep activations of order one."""
     if not t.is_floating_point():
         return torch.zeros(t.shape, dtype=t.dtype)
+    # matrices keep the variance; norms start as the identity
     value = torch.empty(t.shape, device=DEVICE)
     if t.ndim > 1:
         value.normal_(0, t[0].numel() ** -0.5)
@@ -35,6 +36,7 @@ def main():
     p.add_argument("--mini", action="store_true", help="narrow, to try a run without a GPU")
     args = p.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    # the same files on every machine of a kind
     torch.manual_seed(0)
     preset = "mini" if args.mini else "paper"
     parts = {
@@ -43,6 +45,7 @@ def main():
         "align": (align.Alignment, align.PRESETS[preset]),
     }
     for name, (cls, config) in parts.items():
+        # shapes alone; values are drawn key by key, so no model is held
         with torch.device("meta"):
             state = cls(config).state_dict()
         state = {key: random_tensor(key, t) if t.is_meta else t for key, t in state.items()}
