@@ -1,116 +1,118 @@
-"""Mel spectrograms and back, onsets, and the prepared sets that training reads.
+"""Prepared sets: folders of videos made ready for training, and the readers that draw windows.
 
-in   sound float32 (n,) at 16 kHz, and folders of videos; files themselves are read and written by media.py, whose
-     functions are handed on here
-out  mel float32 (128, s) in [0, 1] and sound again, onset times, and a prepared set: every clip's frames as JPEG and its
-     sound as int16, in large files with random access (`Set` has the form), and readers that draw windows from it
-
-Diff-Foley section 3.1 and its data_preprocess/wav2spec.py fix the mel; fast Griffin-Lim is Perraudin, Balazs and
-Sondergaard 2013.
+in   a folder of videos
+out  a prepared set, and datasets of windows of it
 
     python data.py prepare RAW OUT --fps 15.625 --size 64 --workers 4
     python data.py prepare vggsound OUT --csv vggsound.csv --fps 4 --size 224
+    python data.py check OUT
 
-Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there: the inverse is at 22,050 Hz,
-and tones fall).
+A set is a folder, each of whose files is complete or not there:
+
+    set.json       what all clips have in common, and
+                       "clips"    how many of them readers see; null until the set is first finished
+                       "shards"   [{"clips": how many, "sha256": of the file}]
+                       "moved"    {name: split} of clips that left the split which their shard says
+    shard-00000.safetensors       at most SHARD_CLIPS clips and SHARD_BYTES, of clip k in it
+                       "k.bounds"    int64 (f + 1,), where each frame starts in
+                       "k.frames"    uint8 (bytes,), JPEGs
+                       "k.features"  float16 (f, width), instead of these two after --extract
+                       "k.sound"     int16 (n,) at 16 kHz
+                   and in its metadata [name, label, split] of each clip
+    index.safetensors             every clip's split and the lengths of its arrays, which follow
+                   from the other files: what is drawn from is chosen without opening a shard
+    left_out.csv   the files that are not in it: name, reason, detail
+
+Reading checks the form of a file, not every byte of it: that is what `check` does.
 """
 
-import argparse
 import csv
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
-import zlib
-from collections import Counter, deque, namedtuple
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import lru_cache
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from common import ffmpeg
+from common import cli, ffmpeg
 from common.audio import HOP, WINDOW
-from common.media import (
-    SAMPLE_RATE,
-    TEXT_SUFFIXES,
-    MediaError,
-    atomic_write,
-    find_videos,
-    output_suffix,  # noqa: F401
-    search,
-)
+from common.checkpoints import save_tensors
+from common.files import FileError, UserError, atomic_write, make_folder, sha256, write_bytes
+from common.media import SAMPLE_RATE, TEXT_SUFFIXES, MediaError, find_videos, search
 
-with suppress(
-    ImportError
-):  # Windows has none: there nothing keeps two processes from preparing one set
+try:
     import fcntl
+except ImportError:  # Windows: nothing there keeps two processes from preparing one set
+    fcntl = None
 
-SHORTEST = 0.5  # seconds: what is shorter is no clip
-SILENT = 0.001  # of full scale, -60 dB: sound that never rises above it is none
+MIN_SECONDS = 0.5  # a clip must last as long
+SILENCE = 0.001  # of full scale, -60 dB: a clip must rise above it
 HELD_OUT = 0.05  # share of the clips in each of "val" and "test"
 SPLITS = ("train", "val", "test")
-COMPANIONS = {".json", ".csv", ".txt"}  # files that lie beside clips and are not missed in a set
-JPEG_QUANTIZER = (
-    "2"  # 40 to 45 dB, 13 to 21 kB a frame of 224 pixels; 38 to 42 dB, 1.4 to 3.2 kB of 64
-)
-FORMAT = 3  # of prepared sets
-BLOCK = 2**14  # bytes that share a checksum
-SHARD = 2**30  # bytes after which a set goes on in a new file
-COMMIT = 2.0  # seconds of work that a kill can cost
-OPEN = 64  # shards that a process holds open
+# 40 to 45 dB and 13 to 21 kB a frame of 224 pixels; 38 to 42 dB and 1.4 to 3.2 kB of 64
+JPEG_QUANTIZER = "2"
+FORMAT = 4
+SHARD_CLIPS = 256
+SHARD_BYTES = 2**30
+OPEN_SHARDS = 16  # that a reader keeps open, at 0.6 MB each; opening one takes 0.6 ms
 
 
-# ---- frames as JPEG ------------------------------------------------------------------------------------------------
+# ---- formats: frames as JPEG -------------------------------------------------------------------
 
 
 def encode_jpegs(images, size):
-    """uint8 (size, size, 3) images -> bytes of each. Full chroma: without it small things lose 2 to 6 dB, for a fifth of the
-    bytes."""
-    context, scaler, last, jpeg = (
-        av.CodecContext.create("mjpeg", "w"),
-        VideoReformatter(),
-        None,
-        None,
-    )
-    context.width, context.height, context.pix_fmt, context.time_base = (
-        size,
-        size,
-        "yuvj444p",
-        Fraction(1, 25),
-    )
-    context.thread_count, context.qscale, context.options = (
-        1,
-        True,
-        {"qmin": JPEG_QUANTIZER},
-    )  # for every frame alike
+    """uint8 (size, size, 3) images -> bytes of each, one by one.
+
+    Full chroma: without it small things lose 2 to 6 dB, for a fifth of the bytes.
+    """
+    context = av.CodecContext.create("mjpeg", "w")
+    context.width = size
+    context.height = size
+    context.pix_fmt = "yuvj444p"
+    context.time_base = Fraction(1, 25)
+    context.thread_count = 1
+    # the same quantizer for every frame
+    context.qscale = True
+    context.options = {"qmin": JPEG_QUANTIZER}
+    scaler = VideoReformatter()
+    previous = None
     for number, image in enumerate(images):
-        if image is not last:  # what is shown for longer than one frame is encoded once
+        # what is shown for longer than one frame is encoded once
+        if image is not previous:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
             frame = scaler.reformat(
                 frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG", threads=1
             )
             frame.pts = number
-            (jpeg,), last = map(bytes, context.encode(frame)), image
+            (packet,) = context.encode(frame)
+            jpeg = bytes(packet)
+            previous = image
         yield jpeg
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def jpeg_decoder(_process):
-    """A process's decoder and converter: setting them up costs more than a frame, and threads more than they bring."""
+    """Decoder and converter of a process: making them costs more than decoding a frame."""
     context = av.CodecContext.create("mjpeg", "r")
     context.thread_count = 1
     return context, VideoReformatter()
@@ -119,797 +121,876 @@ def jpeg_decoder(_process):
 def decode_jpegs(jpegs, size):
     """Bytes of each frame -> uint8 (f, 3, size, size)."""
     context, scaler = jpeg_decoder(os.getpid())
-    out = np.empty((len(jpegs), 3, size, size), np.uint8)
-    for image, jpeg in zip(out, jpegs):
-        (frame,) = context.decode(av.Packet(jpeg))
-        for channel, plane in zip(
-            (1, 2, 0), scaler.reformat(frame, format="gbrp", threads=1).planes
-        ):
-            image[channel] = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)[:, :size]
-    return out
+    frames = np.empty((len(jpegs), 3, size, size), np.uint8)
+    for frame, jpeg in zip(frames, jpegs, strict=True):
+        if not jpeg:  # would end the stream, for later frames, too
+            raise ValueError("an empty frame")
+        (image,) = context.decode(av.Packet(jpeg))
+        planes = scaler.reformat(image, format="gbrp", threads=1).planes
+        for channel, plane in zip((1, 2, 0), planes, strict=True):
+            rows = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)
+            frame[channel] = rows[:, :size]
+    return frames
 
 
-# ---- sets of clips on disk -----------------------------------------------------------------------------------------
+# ---- formats: a set on disk --------------------------------------------------------------------
 
-AS_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name need not be text
 AGAIN = "delete the set and prepare it again"
+NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name need not be text
 
 
-def entry(columns):
-    """A clip's entry in the index; its name, its label, its columns and their checksums are each (first byte, bytes)."""
-    stretches = ("name", "label", *columns, "checks")
-    return np.dtype([("shard", "<u4"), ("split", "<u4"), *((name, "<u8", 2) for name in stretches)])
+def shard_path(root, number):
+    return root / f"shard-{number:05d}.safetensors"
 
 
-def checksums(content):
-    return [zlib.crc32(memoryview(content)[k : k + BLOCK]) for k in range(0, len(content), BLOCK)]
-
-
-def read_about(root):
-    """set.json, or the reason why a folder is no set."""
+@contextmanager
+def reading(path, clip="it"):
+    """Whatever a missing or damaged file makes a library raise, as a MediaError of one line."""
     try:
-        about = json.loads((root / "set.json").read_text())
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']} instead of {FORMAT}")
-        return about
-    except FileNotFoundError:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise MediaError(f"{path}: {clip} is missing or damaged ({reason}); {AGAIN}") from None
+
+
+def open_shard(path):
+    """-> the open file and its clips [(name, label, split)]."""
+    with reading(path):
+        # read, not mapped: a file that shrinks is then an error, not the end of the process
+        file = safe_open(path, "np", backend="pread")
+        return file, json.loads(file.metadata()["clips"])
+
+
+def read_metadata(root):
+    """Content of set.json. Raises MediaError where the folder is no set."""
+    path = root / "set.json"
+    if not path.is_file():
         raise MediaError(
             f"{root}: not a prepared set; make one with python data.py prepare VIDEOS {root}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(
-            f"{root / 'set.json'}: cannot be read ({error}); prepare the set in another folder"
-        ) from None
+        )
+    with reading(path):
+        metadata = json.loads(path.read_text())
+        if metadata["format"] != FORMAT:
+            raise MediaError(f"{root}: prepared by version 0.1, whose sets are not read; {AGAIN}")
+        return metadata
 
 
-class Set:
-    """Clips on disk, opened at the same cost however many they are.
-
-    set.json          what all clips have in common, and "clips": how many there are; null until it is first finished
-    index.bin         an `entry` a clip, mapped into memory
-    names.bin         names and labels, one after the other
-    shard-00000.bin   columns, clip after clip, and behind each clip's the CRC-32 of every BLOCK bytes of them. A column is:
-                          "bounds"    uint32 (f + 1,), where each frame starts in
-                          "frames"    JPEGs
-                          "features"  float16 (f, width), instead of these two in what `cavp.py --extract` writes
-                          "sound"     int16 (n,)
-    left_out.csv      the files that are not in it: name, reason, and what exactly was found
-
-    Files only grow, an entry follows what it describes, and "clips" follows the entries: nobody sees half a clip."""
-
-    def __init__(self, root):
-        self.root, self.files, self.process = (
-            Path(root),
-            {},
-            None,
-        )  # open files, and the process that opened them
-        self.about = read_about(self.root)
-        if self.about["clips"] is None:
-            raise MediaError(
-                f"{root}: an unfinished set; run the command that makes it again, it goes on from there"
-            )
-        path = self.root / "index.bin"
-        try:
-            self.index = np.memmap(
-                path, entry(self.about["columns"]), "r", shape=(self.about["clips"],)
-            )
-        except (OSError, ValueError) as error:
-            raise MediaError(f"{path}: missing or cut off ({error}); {AGAIN}") from None
-
-    def __reduce__(self):
-        return type(self), (self.root,)  # to another process goes the name, not the map
-
-    def stretch(self, name, start, count):
-        """`count` bytes of one of the set's files."""
-        if self.process != os.getpid():  # a file's position is shared with the process that forked
-            self.files, self.process = {}, os.getpid()
-        try:
-            if name not in self.files:
-                if len(self.files) == OPEN:
-                    self.files.pop(next(iter(self.files))).close()
-                self.files[name] = open(self.root / name, "rb", buffering=0)
-            self.files[name].seek(start)
-            found = self.files[name].read(count)
-        except OSError as error:
-            raise MediaError(
-                f"{self.root / name}: cannot be read ({error.strerror}); {AGAIN}"
-            ) from None
-        if len(found) < count:
-            raise MediaError(f"{self.root / name}: cut off at byte {start + len(found)}; {AGAIN}")
-        return found
-
-    def text(self, clip, what):
-        """A clip's "name" or "label"."""
-        return os.fsdecode(self.stretch("names.bin", *map(int, self.index[clip][what])))
-
-    def column(self, clip, name, dtype, start=0, count=None):
-        """`count` values, at most, of a clip's column from value `start` on, as an array. What is read is checked."""
-        where, step = self.index[clip], np.dtype(dtype).itemsize
-        first, size = map(int, where[name])
-        start = min(start * step, size)
-        size = size - start if count is None else min(count * step, size - start)
-        if not size:
-            return np.empty(0, dtype)
-        begin, end = (
-            int(where[self.about["columns"][0]][0]),
-            int(where["checks"][0]),
-        )  # of the clip in its shard
-        at, shard = first + start - begin, f"shard-{where['shard']:05d}.bin"
-        a, b = at // BLOCK, -(-(at + size) // BLOCK)  # blocks that hold it
-        blocks = self.stretch(shard, begin + a * BLOCK, min(b * BLOCK, end - begin) - a * BLOCK)
-        if np.frombuffer(
-            self.stretch(shard, end + 4 * a, 4 * (b - a)), "<u4"
-        ).tolist() != checksums(blocks):
-            raise MediaError(
-                f"{self.root / shard}: {self.text(clip, 'name')} is damaged in it; {AGAIN}"
-            )
-        return np.frombuffer(blocks, dtype, size // step, at - a * BLOCK)
-
-    def frames(self, clip, start=0, count=None):
-        """Pictures of a clip, as many of `count` as there are: uint8 (f, 3, size, size)."""
-        bounds = self.column(clip, "bounds", "<u4", start, None if count is None else count + 1)
-        blob = self.column(
-            clip, "frames", np.uint8, int(bounds[0]), int(bounds[-1] - bounds[0])
-        ).tobytes()
-        at = (bounds - bounds[0]).tolist()
-        return decode_jpegs([blob[a:b] for a, b in zip(at, at[1:])], self.about["size"])
-
-    def left_out(self):
-        """[(name, reason)] of the files that are not in the set."""
-        path = self.root / "left_out.csv"
-        if not path.exists():  # features: whatever was left out, was so before
-            return []
-        with open(path, newline="", **AS_NAMES) as file:
-            return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
+# ---- writing -----------------------------------------------------------------------------------
 
 
-def split_of(name, said=None):
-    """The split of a clip, by its name alone, so that files which come later move none. `said`: what a CSV says; of its
-    "train" a share becomes "val", as VGGSound's CSV has none."""
+def split_of(name: str, given: str | None = None) -> str:
+    """The split of a clip by its name alone, so that files which come later move none.
+
+    given: what a CSV says. As VGGSound's has no "val", a share of its "train" becomes that.
+    """
+    if given in ("val", "test"):
+        return given
     u = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
-    if said in ("val", "test"):
-        return said
-    return "val" if u < HELD_OUT else "test" if u < 2 * HELD_OUT and said is None else "train"
+    if u < HELD_OUT:
+        return "val"
+    if u < 2 * HELD_OUT and given is None:
+        return "test"
+    return "train"
 
 
 class Writer:
-    """Appends clips to a set, a new one or one that was begun. After a kill at any moment the same clips in the same order
-    give the same bytes as without it. A context: what was added is on disk when it ends, however it ends."""
+    """Appends clips to a set, a new one or one that was begun.
 
-    def __init__(self, root, about):
-        self.root, self.about, self.dtype = (
-            Path(root),
-            {"format": FORMAT, **about, "clips": None},
-            entry(about["columns"]),
-        )
+    The same clips in the same order give the same bytes, also after a kill, which costs the clips
+    that are not yet in a shard. The context writes those when it ends, unless the disk is full.
+
+    metadata  {"columns": names of a clip's arrays, ...}: what all clips have in common
+    names     {name: split} of the clips in the set, in order
+    Raises MediaError for a set of another kind or one that another process is writing, and
+    FileError where it cannot be written.
+    """
+
+    def __init__(self, root: Path, metadata: dict):
+        self.root = Path(root)
+        self.names = {}
+        self.lengths = {column: [] for column in metadata["columns"]}
+        self.pending = []
+        make_folder(self.root)
+        self.acquire_lock()
+        # what a kill left of files that were being written
+        for part in self.root.glob(".*.part*"):
+            part.unlink()
+        if not (self.root / "set.json").exists():
+            self.metadata = {"format": FORMAT, **metadata, "clips": None, "moved": {}, "shards": []}
+            self.write_metadata()
+        self.metadata = read_metadata(self.root)
+        for key, value in metadata.items():
+            if self.metadata.get(key) != value:
+                raise MediaError(
+                    f"{root}: holds a set with {key} {self.metadata.get(key)} instead of {value}; "
+                    "give another folder"
+                )
+        self.resume()
+
+    def acquire_lock(self):
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.root / ".lock", "wb")
-            if "fcntl" in globals():
+            self.lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT)
+            if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MediaError(
-                f"{root}: another process is preparing it; wait for that, or give another folder"
+                f"{self.root}: another process is preparing it; wait for that, or give another "
+                "folder"
             ) from None
         except OSError as error:
-            raise self.unwritable(error) from None
-        if (self.root / "set.json").exists():
-            made = read_about(self.root)
-            differ = [
-                f"{k} {made.get(k)} instead of {v}" for k, v in about.items() if made.get(k) != v
-            ]
-            if differ:
-                raise MediaError(
-                    f"{root}: a set with {', '.join(differ)} is there; give another folder"
-                )
-            self.about["clips"] = made["clips"]
-        else:
-            self.write_about(None)
-        self.open()
+            raise FileError(f"{self.root}: cannot be written ({error.strerror})") from None
 
-    def unwritable(self, error):
-        return MediaError(
-            f"{self.root}: cannot be written ({error.strerror}); free some space or choose another folder, and "
-            "run the same command again: it goes on where it stopped"
-        )
-
-    def write_about(self, clips):
-        self.about["clips"] = clips
-        with atomic_write(self.root / "set.json") as part:
-            part.write_text(json.dumps(self.about, indent=1) + "\n")
-
-    def path(self, shard):
-        return self.root / f"shard-{shard:05d}.bin"
-
-    def open(self):
-        """Back to the last clip that is wholly there; what a kill left behind it is cut off."""
-        self.index_file, self.names_file = (
-            open(self.root / name, "a+b") for name in ("index.bin", "names.bin")
-        )
-        self.index_file.seek(0)
-        self.names_file.seek(0)
-        content, text = self.index_file.read(), self.names_file.read()
-        index = np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
-        shards = range(int(index["shard"].max(initial=0)) + 1)
-        sizes = np.array(
-            [path.stat().st_size if path.exists() else 0 for path in map(self.path, shards)]
-        )
-        there = (index["checks"].sum(1) <= sizes[index["shard"]]) & (
-            index["label"].sum(1) <= len(text)
-        )
-        index = index[: len(index) if there.all() else int(there.argmin())]
-        if len(index) < (self.about["clips"] or 0):
-            raise MediaError(
-                f"{self.root}: damaged, {len(index)} of its first {self.about['clips']} clips are there; {AGAIN}"
-            )
-        self.shard = self.end = self.names_end = 0
-        if len(index):
-            final = index[-1]
-            self.shard, self.end, self.names_end = map(
-                int, (final["shard"], final["checks"].sum(), final["label"].sum())
-            )
-        self.index_file.truncate(len(index) * self.dtype.itemsize)
-        self.names_file.truncate(self.names_end)
-        for path in self.root.glob("shard-*.bin"):
-            if path > self.path(self.shard):
-                path.unlink()
-        self.shard_file = open(self.path(self.shard), "ab")
-        self.shard_file.truncate(self.end)
-        self.index, self.pending, self.clock = index.copy(), [], time.monotonic()
-        self.names = {os.fsdecode(text[a : a + n]) for a, n in index["name"].tolist()}
+    def resume(self):
+        """Go on after the last shard, or in it if a run ended before the set was finished."""
+        shards = self.metadata["shards"]
+        interrupted = sum(shard["clips"] for shard in shards) > (self.metadata["clips"] or 0)
+        for number in range(len(shards)):
+            path = shard_path(self.root, number)
+            file, clips = open_shard(path)
+            with reading(path):
+                if interrupted and number == len(shards) - 1:
+                    shards.pop()
+                    for row, clip in enumerate(clips):
+                        keys = {column: f"{row}.{column}" for column in self.lengths}
+                        self.add(*clip, {c: file.get_tensor(key) for c, key in keys.items()})
+                    continue
+                for row, (name, _, split) in enumerate(clips):
+                    self.names[name] = split
+                    for column, lengths in self.lengths.items():
+                        lengths.append(file.get_slice(f"{row}.{column}").get_shape()[0])
+        self.names.update(self.metadata["moved"])
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, _kind, error, _traceback):
         try:
-            if not isinstance(error, OSError):
-                self.commit()
-        except OSError as second:
-            raise self.unwritable(second) from None
+            if isinstance(error, FileError):
+                raise FileError(
+                    f"{error}, and run the same command again: it goes on where it stopped"
+                ) from None
+            self.write_shard()
         finally:
-            for file in (self.shard_file, self.names_file, self.index_file, self.lock):
-                with suppress(OSError):
-                    file.close()
-        if isinstance(error, OSError):
-            raise self.unwritable(error) from None
+            os.close(self.lock)
 
-    def add(self, name, label, split, columns):
-        """One clip; `columns` {name: bytes}."""
-        if self.end >= SHARD:
-            self.commit()
-            self.shard_file.close()
-            self.shard, self.end = self.shard + 1, 0
-            self.shard_file = open(self.path(self.shard), "ab")
-        new = np.zeros((), self.dtype)
-        new["shard"], new["split"] = self.shard, SPLITS.index(split)
-        for what, text in (("name", name), ("label", label)):
-            new[what] = self.names_end, self.names_file.write(os.fsencode(text))
-            self.names_end += int(new[what][1])
-        content = b"".join(columns[column] for column in self.about["columns"])
-        columns = {**columns, "checks": np.array(checksums(content), "<u4").tobytes()}
-        for column in (*self.about["columns"], "checks"):
-            new[column] = self.end, self.shard_file.write(columns[column])
-            self.end += int(new[column][1])
-        self.names.add(name)
-        self.pending.append(new)
-        if time.monotonic() - self.clock > COMMIT:
-            self.commit()
+    def add(self, name: str, label: str, split: str, columns: dict):
+        """One clip. columns {name: array}, which must not change afterwards."""
+        size = sum(array.nbytes for _, arrays in self.pending for array in arrays.values())
+        size += sum(array.nbytes for array in columns.values())
+        if len(self.pending) == SHARD_CLIPS or size > SHARD_BYTES:
+            self.write_shard()
+        self.pending.append(((name, label, split), columns))
+        self.names[name] = split
+        for column, lengths in self.lengths.items():
+            lengths.append(len(columns[column]))
 
-    def commit(self):
-        """Columns and names first, then the entries that point at them."""
-        if self.pending:
-            for file in (self.shard_file, self.names_file):
-                file.flush()
-                os.fsync(file.fileno())
-            self.index_file.write(np.stack(self.pending).tobytes())
-            self.index_file.flush()
-            os.fsync(self.index_file.fileno())
-            self.index, self.pending = np.concatenate([self.index, np.stack(self.pending)]), []
-        self.clock = time.monotonic()
+    def write_shard(self):
+        """The clips added since the last one. Until set.json lists it, a shard does not count."""
+        if not self.pending:
+            return
+        path = shard_path(self.root, len(self.metadata["shards"]))
+        tensors = {
+            f"{row}.{column}": torch.as_tensor(columns[column])
+            for row, (_, columns) in enumerate(self.pending)
+            for column in self.lengths
+        }
+        clips = [clip for clip, _ in self.pending]
+        # one entry of metadata: safetensors writes several in random order
+        save_tensors(path, tensors, clips=clips)
+        self.metadata["shards"].append({"clips": len(clips), "sha256": sha256(path)})
+        self.write_metadata()
+        self.pending = []
 
-    def finish(self, needed=SPLITS):
-        """From now on readers see all that was added. Where chance has left a split of `needed` without a clip, and there are
-        three clips or more, the largest split gives it its first one (by the hash), for good."""
-        self.commit()
-        text = self.root.joinpath("names.bin").read_bytes()
-        for k in map(SPLITS.index, needed if len(self.index) >= 3 else ()):
-            if not (self.index["split"] == k).any():
-                rich = np.flatnonzero(
-                    self.index["split"] == np.bincount(self.index["split"]).argmax()
-                )
-                names = [text[a : a + n] for a, n in self.index["name"][rich].tolist()]
-                self.index["split"][
-                    rich[min(range(len(rich)), key=lambda i: hashlib.sha256(names[i]).digest())]
-                ] = k
-                with open(self.root / "index.bin", "r+b") as file:
-                    file.write(self.index.tobytes())
-        if self.about["clips"] != len(self.index):
-            self.write_about(len(self.index))
+    def write_metadata(self):
+        write_bytes(self.root / "set.json", json.dumps(self.metadata, indent=1).encode() + b"\n")
+
+    def finish(self, needed: tuple = SPLITS):
+        """Show readers all that was added.
+
+        Where chance left a split of `needed` without a clip, and there are three clips or more, the
+        largest split gives it its first one (by the hash), for good.
+        """
+        self.write_shard()
+        for split in needed:
+            counts = Counter(self.names.values())
+            if len(self.names) >= 3 and not counts[split]:
+                largest = max(SPLITS, key=lambda other: counts[other])
+                donors = [name for name in self.names if self.names[name] == largest]
+                first = min(donors, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+                self.names[first] = split
+                self.metadata["moved"][first] = split
+        index = {column: torch.tensor(lengths) for column, lengths in self.lengths.items()}
+        index["split"] = torch.tensor([SPLITS.index(split) for split in self.names.values()])
+        save_tensors(self.root / "index.safetensors", index)
+        self.metadata["clips"] = len(self.names)
+        self.write_metadata()
 
 
-# ---- from videos to a set ------------------------------------------------------------------------------------------
+# ---- preparing ---------------------------------------------------------------------------------
 
-Job = namedtuple("Job", "name path start seconds label split")  # a clip to be: a stretch of a file
-Report = namedtuple(
-    "Report", "clips new left_out missing"
-)  # left_out [(name, reason, what was found)],
-# missing rows of the CSV that have no file
+
+class Job(NamedTuple):
+    """A clip to be: a stretch of a file, the whole of it where `seconds` is None."""
+
+    name: str
+    path: Path
+    start: float
+    seconds: float | None
+    label: str
+    split: str
+
+
+class LeftOut(NamedTuple):
+    """Why a file is not in the set: in a few words, to count by, and in detail."""
+
+    reason: str
+    detail: str
+
+
+class Report(NamedTuple):
+    clips: int
+    new: int
+    left_out: list  # [(name, reason, detail)]
+    missing: int  # rows of the CSV without a file
 
 
 def read_csv(path):
-    """VGGSound's rows `id,start,label,train|test`, without a header -> [(id, start, label, split)]."""
+    """VGGSound's rows `id,start,label,train|test` -> [(id, start, label, split)]."""
     rows = []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.reader(file), 1):
+            reader = csv.reader(file)
+            for row in reader:
                 if row:
                     youtube, start, label, split = row
-                    rows.append(
-                        (youtube, int(float(start)), label, SPLITS[SPLITS.index(split.strip())])
-                    )
+                    split = SPLITS[SPLITS.index(split.strip())]
+                    rows.append((youtube, int(float(start)), label, split))
     except (OSError, UnicodeDecodeError) as error:
-        raise MediaError(f"--csv {path}: cannot be read ({error}); give a text file") from None
+        raise MediaError(f"{path}: cannot be read ({error}); give a CSV file") from None
     except (ValueError, csv.Error):
         raise MediaError(
-            f"--csv {path}: line {number} is not `id,start,label,train|val|test`; correct it"
+            f"{path}: line {reader.line_num} is not `id,start,label,train|val|test`; correct it"
         ) from None
     return rows
 
 
 def find_jobs(raw, table=None):
-    """-> jobs in a fixed order, [(name, reason, what was found)] of the files that are none, rows of the CSV without one.
-    With a CSV, files are ID_START.mp4 (six digits), cut already, or ID.mp4, of which ten seconds from START are taken."""
+    """-> jobs in a fixed order, [(name, reason, detail)] of other files, rows without a file.
+
+    With a CSV (`table`), files are ID_START.mp4 (six digits), cut already, or ID.mp4, of which ten
+    seconds from START are taken.
+    """
     raw = Path(raw)
-    videos = find_videos([raw])
     root = raw if raw.is_dir() else raw.parent
-    names = {path: path.relative_to(root).as_posix() for path in videos}
-    others = search(raw)[1] if raw.is_dir() else []
-    others = [path for path in others if path.suffix.lower() not in TEXT_SUFFIXES]
-    spare = [
-        (path.relative_to(root).as_posix(), "not a video", "FFmpeg finds no moving picture in it")
-        for path in others
-    ]
+    names = {path: path.relative_to(root).as_posix() for path in find_videos([raw])}
+    left_out = []
+    for path in search(raw)[1] if raw.is_dir() else ():
+        if path.suffix.lower() not in TEXT_SUFFIXES:
+            name = path.relative_to(root).as_posix()
+            left_out.append((name, "not a video", "FFmpeg finds no moving picture in it"))
     if table is None:
-        return (
-            [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()],
-            spare,
-            0,
-        )
-    files, jobs, used, missing = {}, [], set(), 0
-    for path in reversed(videos):  # of two of one name the first
-        files[path.stem] = path
-    for youtube, start, label, said in read_csv(table):
+        jobs = [Job(name, path, 0.0, None, "", split_of(name)) for path, name in names.items()]
+        return jobs, left_out, 0
+    jobs, missing = jobs_of_rows(read_csv(table), names)
+    used = {job.path for job in jobs}
+    for path, name in names.items():
+        if path not in used:
+            left_out.append((name, "not in the CSV", "no row of it asks for this file"))
+    return jobs, left_out, missing
+
+
+def jobs_of_rows(rows, names):
+    """Rows of the CSV, {path: name} of the files -> jobs, and how often a row has no file."""
+    # of two files or two rows for one clip the first counts
+    files = {path.stem: path for path in reversed(names)}
+    jobs = {}
+    missing = 0
+    for youtube, start, label, given in rows:
         stem = f"{youtube}_{start:06d}"
-        cut, full = files.get(stem), files.get(youtube)
-        if cut or full:
-            path = cut or full
-            name = (
-                names[path]
-                if cut
-                else (Path(names[path]).parent / f"{stem}{path.suffix}").as_posix()
-            )
-            jobs.append(
-                Job(
-                    name,
-                    path,
-                    *((0.0, None) if cut else (float(start), 10.0)),
-                    label,
-                    split_of(stem, said),
-                )
-            )
-            used.add(path)
-        missing += not (cut or full)
-    jobs = sorted(
-        {job.name: job for job in reversed(jobs)}.values()
-    )  # of two rows for one clip the first
-    spare += [
-        (names[path], "not in the CSV", "no row of it asks for this file")
-        for path in videos
-        if path not in used
-    ]
-    return jobs, spare, missing
+        split = split_of(stem, given)
+        if stem in files:
+            path = files[stem]
+            job = Job(names[path], path, 0.0, None, label, split)
+        elif youtube in files:
+            path = files[youtube]
+            name = (Path(names[path]).parent / f"{stem}{path.suffix}").as_posix()
+            job = Job(name, path, float(start), 10.0, label, split)
+        else:
+            missing += 1
+            continue
+        jobs.setdefault(job.name, job)
+    return sorted(jobs.values()), missing
 
 
 def encode_clip(job, fps, size):
-    """A clip's columns {name: bytes} and what had to be mended in it, or why it is left out: (reason, what was found). Frames
-    are encoded one by one. Runs in a worker, so the decoders run in its own process."""
-    with warnings.catch_warnings(record=True) as said:
+    """-> ({column: array} of a clip, [what had to be mended in it]), or LeftOut.
+
+    Runs in a worker, with the decoders in the same process.
+    """
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            info = ffmpeg.probe(job.path)
-            seconds = min(info.duration - job.start, job.seconds or ffmpeg.LONGEST)
-            if not info.has_audio:
-                return "no sound track", "only a picture"
-            if seconds < SHORTEST:
-                return (
-                    "too short",
-                    f"{max(seconds, 0):.2f} s from {job.start:g} s on; {SHORTEST:g} are needed",
-                )
-            wav = ffmpeg.read_audio(job.path, job.start, seconds)
-            peak = float(max(wav.max(), -wav.min()))
-            if not peak > SILENT:
-                return (
-                    "silent",
-                    f"its sound never rises above {20 * math.log10(max(peak, 1e-9)):.0f} dBFS",
-                )
-            wav *= 32767  # in place, as of a film all this is large
-            sound, bounds, frames = wav.round(out=wav).astype("<i2").tobytes(), [0], bytearray()
-            del wav
-            for jpeg in encode_jpegs(
-                ffmpeg.pictures(job.path, fps, size, job.start, seconds), size
-            ):
-                frames += jpeg
-                bounds.append(len(frames))
+            columns = encode_columns(job, fps, size)
         except MediaError as error:
-            return "undecodable", str(error).removeprefix(f"{job.path}: ")
-        except (
-            Exception
-        ) as error:  # nothing that a damaged file makes a library raise may stop the others
-            return "undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if len(frames) >= 2**32:
-        return "too long", f"{len(frames) / 1e9:.1f} GB of frames; cut it"
-    columns = {"bounds": np.array(bounds, "<u4").tobytes(), "frames": frames, "sound": sound}
-    return columns, [
-        str(warning.message) for warning in said if issubclass(warning.category, UserWarning)
-    ]
+            return LeftOut("undecodable", str(error).removeprefix(f"{job.path}: "))
+        except Exception as error:  # whatever a damaged file makes a library raise
+            detail = " ".join(str(error).split())[:200]
+            return LeftOut("undecodable", f"{type(error).__name__}: {detail}")
+    if isinstance(columns, LeftOut):
+        return columns
+    return columns, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
-def settle_worker():
-    """One thread; Ctrl-C is the parent's to answer; and when that has died, nobody waits for us."""
+def encode_columns(job, fps, size):
+    info = ffmpeg.probe(job.path)
+    seconds = min(info.duration - job.start, job.seconds or ffmpeg.LONGEST)
+    if not info.has_audio:
+        return LeftOut("no sound track", "only a picture")
+    if seconds < MIN_SECONDS:
+        lasts = f"{max(seconds, 0):.2f} s from {job.start:g} s on"
+        return LeftOut("too short", f"{lasts}; {MIN_SECONDS:g} are needed")
+    wav = ffmpeg.read_audio(job.path, job.start, seconds)
+    peak = float(max(wav.max(), -wav.min()))
+    if not peak > SILENCE:
+        decibels = 20 * math.log10(max(peak, 1e-9))
+        return LeftOut("silent", f"its sound never rises above {decibels:.0f} dBFS")
+    # in place, as of a film all this is large
+    wav *= 32767
+    sound = wav.round(out=wav).astype("<i2")
+    del wav
+    bounds = [0]
+    frames = bytearray()
+    for jpeg in encode_jpegs(ffmpeg.pictures(job.path, fps, size, job.start, seconds), size):
+        frames += jpeg
+        bounds.append(len(frames))
+    return {
+        "bounds": np.array(bounds, np.int64),
+        "frames": np.frombuffer(frames, np.uint8),
+        "sound": sound,
+    }
+
+
+def set_up_worker():
+    """One thread; Ctrl-C is the parent's to answer; and no worker outlives its parent."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # FFmpeg's decoders go by it, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def follow():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def encoded(jobs, fps, size, workers):
-    """(job, `encode_clip` of it), in order, from `workers` processes that stay at most a few clips ahead. A file that kills
-    its process is left out: which of those under way it was, is found by doing them again, one alone at a time."""
-    jobs, ahead, pool = deque(jobs), deque(), None
+def encode_alone(job, fps, size):
+    """`encode_clip` in a process of its own, which the file may kill."""
+    with ProcessPoolExecutor(1, initializer=set_up_worker) as pool, suppress(BrokenProcessPool):
+        return pool.submit(encode_clip, job, fps, size).result()
+    return LeftOut("undecodable", "the decoder died of it")
+
+
+def encode_all(jobs, fps, size, workers):
+    """Yields (job, `encode_clip` of it), in order; processes stay at most a few clips ahead."""
+    jobs = deque(jobs)
+    ahead = deque()
+    pool = None
     try:
         while jobs or ahead:
             try:
-                pool = pool or ProcessPoolExecutor(max(1, workers), initializer=settle_worker)
+                pool = pool or ProcessPoolExecutor(workers, initializer=set_up_worker)
                 while jobs and len(ahead) <= 2 * workers:
                     ahead.append((jobs[0], pool.submit(encode_clip, jobs[0], fps, size)))
                     jobs.popleft()
                 job, future = ahead[0]
                 result = future.result()
+                ahead.popleft()
             except BrokenProcessPool:
-                pool = pool.shutdown()
+                # a file killed its process: which one it was shows when all under way are done
+                # again, one alone at a time
+                pool.shutdown()
+                pool = None
                 jobs.extendleft(job for job, _ in reversed(ahead))
-                ahead = deque([(jobs.popleft(), None)])
-                job, result = ahead[0][0], ("undecodable", "the decoder died of it")
-                with (
-                    ProcessPoolExecutor(1, initializer=settle_worker) as alone,
-                    suppress(BrokenProcessPool),
-                ):
-                    result = alone.submit(encode_clip, job, fps, size).result()
-            ahead.popleft()
+                ahead.clear()
+                job = jobs.popleft()
+                result = encode_alone(job, fps, size)
             yield job, result
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
 
 
-def prepare(raw, out, fps=15.625, size=64, workers=1, table=None):
-    """Folder of videos to a set in OUT, the same bytes for any number of workers; what is there already stays, files that
-    were left out are tried again. -> Report"""
+def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
+    """Folder of videos -> a set in `out`, the same bytes for any number of workers.
+
+    The clips that it holds already stay; files that were left out are tried again.
+    fps: frames a second; size: their side in pixels; table: a CSV of VGGSound's form (`read_csv`).
+    Raises MediaError where there is no clip, and what `Writer` raises.
+    """
     jobs, left_out, missing = find_jobs(raw, table)
-    about = {
+    metadata = {
         "columns": ["bounds", "frames", "sound"],
         "fps": fps,
         "size": size,
         "labels": table is not None,
     }
-    with Writer(out, about) as writer:
-        todo = [job for job in jobs if job.name not in writer.names]
+    with Writer(out, metadata) as writer:
         before = len(writer.names)
+        todo = [job for job in jobs if job.name not in writer.names]
+        done = len(jobs) - len(todo)
         with tqdm(
-            total=len(jobs),
-            initial=len(jobs) - len(todo),
-            desc="prepare",
-            unit="clip",
-            disable=not todo,
+            total=len(jobs), initial=done, desc="prepare", unit="clip", disable=not todo
         ) as bar:
-            for job, result in encoded(todo, fps, size, workers):
-                columns, found = result
-                if isinstance(columns, dict):
-                    writer.add(job.name, job.label, job.split, columns)
-                    for line in found:
-                        bar.write(f"data.py: {line}", file=sys.stderr)
-                else:
-                    left_out.append((job.name, columns, found))
+            for job, result in encode_all(todo, fps, size, workers):
                 bar.update()
+                if isinstance(result, LeftOut):
+                    left_out.append((job.name, *result))
+                    continue
+                columns, mended = result
+                writer.add(job.name, job.label, job.split, columns)
+                for line in mended:
+                    bar.write(f"data.py: {line}", file=sys.stderr)
         with (
             atomic_write(writer.root / "left_out.csv") as part,
-            open(part, "w", newline="", **AS_NAMES) as file,
+            open(part, "w", newline="", **NAMES) as file,
         ):
-            csv.writer(file).writerows([("name", "reason", "found"), *sorted(left_out)])
+            csv.writer(file).writerows([("name", "reason", "detail"), *sorted(left_out)])
         if not writer.names:
-            raise MediaError(f"{raw}: no usable clip: {counted(left_out, out)}")
+            raise MediaError(f"{raw}: no usable clip: {summary(left_out, out)}")
+        # VGGSound's CSV says what is "test"
         writer.finish(SPLITS if table is None else ("val",))
         return Report(len(writer.names), len(writer.names) - before, left_out, missing)
 
 
-def counted(left_out, out):
-    """One line about what was left out."""
-    reasons = Counter(reason for _, reason, _ in left_out)
-    return (
-        f"left out {len(left_out)} files ("
-        + ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
-        + f"), each with its reason in {Path(out) / 'left_out.csv'}"
-    )
+def summary(left_out, out):
+    """One line on what was left out of a set."""
+    counts = Counter(reason for _, reason, _ in left_out)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    path = Path(out) / "left_out.csv"
+    return f"left out {len(left_out)} files ({reasons}), each with its reason in {path}"
 
 
-def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared"):
-    """The set to read for a --data folder: itself if it is one; a plain folder of videos is prepared under `cache`, once, and
-    later only what is new in it."""
+def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared") -> Path:
+    """The set to read for a --data folder: itself, or the one made of its videos.
+
+    A plain folder of videos is prepared under `cache`, once, and later only what is new in it.
+    """
     root = Path(root)
     if (root / "set.json").is_file():
         return root
     if not root.is_dir():
         raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
-    place = root.resolve()
-    out = (
-        Path(cache)
-        / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{fps:g}fps-{size}px"
-    )
+    path = root.resolve()
+    mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    out = Path(cache) / f"{path.name}-{mark}-{fps:g}fps-{size}px"
     print(
-        f"{root}: videos; kept ready to read, at {fps:g} frames a second and {size} pixels, in {out}",
+        f"{root}: videos; prepared at {fps:g} frames a second and {size} pixels in {out}",
         file=sys.stderr,
     )
     report = prepare(root, out, fps, size, os.cpu_count())
     if report.left_out:
-        print(f"{root}: {counted(report.left_out, out)}", file=sys.stderr)
+        print(f"{root}: {summary(report.left_out, out)}", file=sys.stderr)
     return out
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+class Set:
+    """Clips on disk, opened at the same cost however many they are.
+
+    index  {"split", and every array's name: numpy (clips,)}: places in SPLITS, and lengths
+    Raises MediaError where the folder is no set, is unfinished or damaged.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+        self.metadata = read_metadata(self.root)
+        self.shard = functools.lru_cache(OPEN_SHARDS)(self.open_shard)
+        count = self.metadata["clips"]
+        if count is None:
+            raise MediaError(
+                f"{root}: an unfinished set; run the command that makes it again, it goes on from "
+                "there"
+            )
+        path = self.root / "index.safetensors"
+        with reading(path):
+            # where clips are being appended, it can have rows that are not for readers yet
+            self.index = {name: column[:count] for name, column in load_file(path).items()}
+            self.starts = np.cumsum([0, *(shard["clips"] for shard in self.metadata["shards"])])
+            if len(self.index["split"]) < count:
+                raise ValueError(f"{len(self.index['split'])} of {count} clips")
+
+    def __reduce__(self):
+        # what goes to another process is the name, not the open files
+        return type(self), (self.root,)
+
+    def open_shard(self, number):
+        return open_shard(shard_path(self.root, number))
+
+    def locate(self, clip):
+        """-> (shard, place in it) of a clip."""
+        number = int(np.searchsorted(self.starts, clip, "right")) - 1
+        return number, int(clip - self.starts[number])
+
+    def describe(self, clip):
+        """-> name, label and split of a clip."""
+        number, row = self.locate(clip)
+        name, label, _ = self.shard(number)[1][row]
+        return name, label, SPLITS[self.index["split"][clip]]
+
+    def column(self, clip, name, start=0, stop=None):
+        """Entries of a clip's array from `start` to `stop`, as many of them as it has."""
+        number, row = self.locate(clip)
+        file, clips = self.shard(number)
+        with reading(shard_path(self.root, number), clips[row][0]):
+            part = file.get_slice(f"{row}.{name}")
+            stop = min(part.get_shape()[0], sys.maxsize if stop is None else stop)
+            if start >= stop:  # safetensors has no empty slices
+                return file.get_tensor(f"{row}.{name}")[:0]
+            return part[start:stop]
+
+    def frames(self, clip, start=0, stop=None):
+        """Frames of a clip from `start` to `stop`, as many as it has: uint8 (f, 3, size, size)."""
+        path = shard_path(self.root, self.locate(clip)[0])
+        bounds = self.column(clip, "bounds", start, None if stop is None else stop + 1)
+        with reading(path, self.describe(clip)[0]):
+            first = int(bounds[0])
+            jpegs = self.column(clip, "frames", first, int(bounds[-1])).tobytes()
+            pairs = itertools.pairwise(bounds - first)
+            return decode_jpegs([jpegs[a:b] for a, b in pairs], self.metadata["size"])
+
+    def left_out(self):
+        """[(name, reason)] of the files that are not in the set."""
+        path = self.root / "left_out.csv"
+        if not path.exists():  # of features: whatever was left out, was so before
+            return []
+        with open(path, newline="", **NAMES) as file:
+            return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
+
+
+def check(root: Path):
+    """Yields a line for every fault of a set: files that have changed, unreadable clips."""
+    clips = Set(root)
+    for number, shard in enumerate(clips.metadata["shards"]):
+        if clips.starts[number] == clips.metadata["clips"]:
+            return  # what follows is not for readers yet
+        path = shard_path(clips.root, number)
+        try:
+            _, descriptions = clips.shard(number)
+            with reading(path):
+                if sha256(path) != shard["sha256"]:
+                    yield f"{path}: it has changed since it was written (SHA-256); {AGAIN}"
+        except MediaError as error:
+            yield str(error)
+            continue
+        for clip, (name, _, split) in enumerate(descriptions, clips.starts[number]):
+            split = clips.metadata["moved"].get(name, split)
+            row = {"split": SPLITS.index(split)}
+            try:
+                for column in clips.metadata["columns"]:
+                    row[column] = len(clips.column(clip, column))
+                if "frames" in row:
+                    clips.frames(clip)
+            except MediaError as error:
+                yield str(error)
+                continue
+            if any(clips.index[key][clip] != value for key, value in row.items()):
+                yield f"{clips.root / 'index.safetensors'}: wrong about {name}; {AGAIN}"
 
 
 def read_onsets(video):
     """[{"time", "material", ...}] by time: the labels beside a clip, as foley.py writes them."""
-    labels = Path(video).with_suffix(".json")
+    path = Path(video).with_suffix(".json")
     try:
-        return sorted(
-            json.loads(labels.read_text())["onsets"], key=lambda onset: float(onset["time"])
-        )
+        onsets = json.loads(path.read_text())["onsets"]
+        return sorted(onsets, key=lambda onset: float(onset["time"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "not the labels of foley.py" if labels.is_file() else "no such file"
-        raise MediaError(
-            f"{labels}: {reason}; make clips and their labels with foley.py"
-        ) from error
+        reason = "not the labels of foley.py" if path.is_file() else "no such file"
+        raise MediaError(f"{path}: {reason}; make clips and their labels with foley.py") from error
 
 
-# ---- what training draws -------------------------------------------------------------------------------------------
+# ---- what training draws -----------------------------------------------------------------------
 
 
 class Windows(torch.utils.data.Dataset):
-    """What the readers share: a set, and which of its clips they draw from, as an array of numbers.
+    """What the readers share: a set, and the numbers of the clips in it that they draw from.
 
-    Items are pure functions of (seed, index), where index e * len + i is clip i in epoch e, so runs repeat whatever reads
-    them.
-    split  "train", "val", "test", or None for all clips"""
+    Items are pure functions of (seed, index), where index e * len + i is clip i in epoch e, so runs
+    repeat whatever reads them.
+
+    split  "train", "val", "test", or None for all clips
+    column, least  clips whose array of that name has fewer entries are left out; messages give the
+                   length in `seconds`
+    """
 
     def __init__(self, root, seed, split, column, least, seconds):
-        """Of the split's clips, those whose `column` has at least `least` bytes; to a person, that is so many `seconds`."""
-        self.set, self.seed, self.split, self.needs = (
-            Set(root),
-            seed,
-            split,
-            f"shorter than {seconds:.2f} s",
-        )
-        if column not in self.set.about["columns"]:
-            made = " and ".join(self.set.about["columns"])
-            give = (
-                "what python cavp.py --extract wrote"
-                if column == "features"
-                else "a prepared set or a folder of videos"
-            )
-            raise MediaError(f"{root}: holds {made}, not {column}; give {give}")
+        self.set = Set(root)
+        self.seed = seed
+        self.reason = f"shorter than {seconds:.2f} s"
+        if column not in self.set.metadata["columns"]:
+            columns = " and ".join(self.set.metadata["columns"])
+            give = "a prepared set or a folder of videos"
+            if column == "features":
+                give = "what python cavp.py --extract wrote"
+            raise MediaError(f"{root}: holds {columns}, not {column}; give {give}")
         index = self.set.index
-        inside = (
-            np.ones(len(index), bool) if split is None else index["split"] == SPLITS.index(split)
-        )
-        long = index[column][:, 1] >= least
-        self.clips, self.short = (np.flatnonzero(inside & choice) for choice in (long, ~long))
-        if not inside.any():
+        chosen = np.ones(len(index["split"]), bool)
+        if split is not None:
+            chosen = index["split"] == SPLITS.index(split)
+        long = index[column] >= least
+        self.clips = np.flatnonzero(chosen & long)
+        self.short = np.flatnonzero(chosen & ~long)
+        if not chosen.any():
             raise MediaError(
-                f"{root}: no clip of its {len(index)} is for {split}; give three or more, and each split has one"
+                f"{root}: no clip of its {len(chosen)} is for {split}; give three or more, and "
+                "each split has one"
             )
         if not len(self.clips):
             of = f" for {split}" if split else ""
             raise MediaError(f"{root}: no clip of at least {seconds:.2f} s{of}; give longer clips")
         if len(self.short):
             warnings.warn(
-                f"{root}: {len(self.short)} of {inside.sum()} clips are {self.needs} and left out",
+                f"{root}: {len(self.short)} of {chosen.sum()} clips are {self.reason} and left out",
                 stacklevel=3,
             )
 
     @property
     def left_out(self):
-        """[(name, reason)] of the files that the set could not take and of the clips that are too short here."""
-        return self.set.left_out() + [
-            (self.set.text(clip, "name"), self.needs) for clip in self.short
-        ]
+        """[(name, reason)] of the files that are not in the set and of clips too short here."""
+        short = [(self.set.describe(clip)[0], self.reason) for clip in self.short]
+        return self.set.left_out() + short
 
-    def about(self, index):
-        """Name, label and split of an item's clip."""
-        clip = self.clips[index % len(self.clips)]
-        return (
-            self.set.text(clip, "name"),
-            self.set.text(clip, "label"),
-            SPLITS[self.set.index[clip]["split"]],
-        )
+    def describe(self, index):
+        """-> name, label and split of an item's clip."""
+        return self.set.describe(self.clips[index % len(self.clips)])
+
+    def sound(self, clip, start, count):
+        """`count` samples of a clip from `start` on, or as many as it has: float32 in [-1, 1]."""
+        return self.set.column(clip, "sound", start, start + count).astype(np.float32) / 32767
 
     def __len__(self):
         return len(self.clips)
 
 
 def padded(array, n, repeat=False):
-    """The first axis filled up to n: with silence, or with its last entry again."""
-    array = torch.from_numpy(array)
-    rest = array[-1:] if repeat else array.new_zeros(1)
-    return (
-        torch.cat([array, rest.expand(n - len(array), *array.shape[1:])])
-        if len(array) < n
-        else array
-    )
+    """numpy array -> tensor, its first axis filled up to n with zeros or with its last entry."""
+    tensor = torch.from_numpy(array)
+    if len(tensor) >= n:
+        return tensor
+    last = tensor[-1:] if repeat else tensor.new_zeros(1)
+    return torch.cat([tensor, last.expand(n - len(tensor), *tensor.shape[1:])])
 
 
 class Clips(Windows):
     """Windows of `frames` pictures and the sound that starts with the first of them.
 
-    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),), "name", "start": s} and
-          "label" where the set has labels
-    random_start draws the first frame and leaves out clips that are too short; otherwise windows start at 0 and short clips
-    end in their last picture and in silence. `frames` None: whole clips."""
+    item  {"video": uint8 (frames, 3, size, size), "wav": float32 (round(16000 * frames / fps),),
+           "name", "start": in seconds}, and "label" where the set has labels
+    frames        None: each clip from its start to its end
+    random_start  draw the first frame, and leave out clips that are too short; otherwise windows
+                  start at 0, and short clips end in their last picture and in silence
+    Raises MediaError where the set has another fps or size.
+    """
 
-    def __init__(self, root, fps, size, frames=None, seed=0, random_start=True, split=None):
-        self.fps, self.frames, self.random_start = fps, frames, random_start and frames is not None
+    def __init__(
+        self,
+        root: Path,
+        fps: float,
+        size: int,
+        frames: int | None = None,
+        seed: int = 0,
+        random_start: bool = True,
+        split: str | None = None,
+    ):
+        self.fps = fps
+        self.frames = frames
+        self.random_start = random_start and frames is not None
         least = frames if self.random_start else 1
-        super().__init__(root, seed, split, "bounds", 4 * (least + 1), least / fps)
-        made = self.set.about
-        if (made["fps"], made["size"]) != (fps, size):
+        super().__init__(root, seed, split, "bounds", least + 1, least / fps)
+        metadata = self.set.metadata
+        if (metadata["fps"], metadata["size"]) != (fps, size):
             raise MediaError(
-                f"{root}: prepared at {made['fps']:g} fps and {made['size']} pixels; make one with "
-                f"python data.py prepare VIDEOS OUT --fps {fps:g} --size {size}"
+                f"{root}: prepared at {metadata['fps']:g} fps and {metadata['size']} pixels; make "
+                f"one with python data.py prepare VIDEOS OUT --fps {fps:g} --size {size}"
             )
 
     def __getitem__(self, index):
         clip = self.clips[index % len(self.clips)]
-        there = int(self.set.index[clip]["bounds"][1]) // 4 - 1
-        frames, first = self.frames or there, 0
+        available = int(self.set.index["bounds"][clip]) - 1
+        frames = self.frames or available
+        first = 0
         if self.random_start:
-            first = int(np.random.default_rng([self.seed, index]).integers(there - frames + 1))
-        start, n = first / self.fps, round(frames / self.fps * SAMPLE_RATE)
-        sound = self.set.column(clip, "sound", "<i2", round(start * SAMPLE_RATE), n)
+            rng = np.random.default_rng([self.seed, index])
+            first = int(rng.integers(available - frames + 1))
+        start = first / self.fps
+        samples = round(frames / self.fps * SAMPLE_RATE)
+        name, label, _ = self.set.describe(clip)
         item = {
-            "video": padded(
-                self.set.frames(clip, first, frames), frames, repeat=True
-            ),  # (f, 3, h, w)
-            "wav": padded(sound.astype(np.float32) / 32767, n),  # (n,)
-            "name": self.set.text(clip, "name"),
+            "video": padded(self.set.frames(clip, first, first + frames), frames, repeat=True),
+            "wav": padded(self.sound(clip, round(start * SAMPLE_RATE), samples), samples),
+            "name": name,
             "start": start,
         }
-        return {**item, "label": self.set.text(clip, "label")} if self.set.about["labels"] else item
+        if self.set.metadata["labels"]:
+            item["label"] = label
+        return item
 
 
 class Sounds(Windows):
-    """Windows of the sound alone, whatever else the set holds, for the autoencoder: {"wav": float32 (samples,)}, starting on
-    a mel column."""
+    """Windows of the sound alone, for the autoencoder, from a set of either kind.
 
-    def __init__(self, root, samples, seed=0, split=None):
+    item  {"wav": float32 (samples,)}, starting on a mel column
+    """
+
+    def __init__(self, root: Path, samples: int, seed: int = 0, split: str | None = None):
         self.columns = samples // HOP
-        super().__init__(root, seed, split, "sound", 2 * self.columns * HOP, samples / SAMPLE_RATE)
+        super().__init__(root, seed, split, "sound", self.columns * HOP, samples / SAMPLE_RATE)
 
     def __getitem__(self, index):
         clip = self.clips[index % len(self.clips)]
-        there = int(self.set.index[clip]["sound"][1]) // (2 * HOP)
-        first = int(np.random.default_rng([self.seed, index]).integers(there - self.columns + 1))
-        sound = self.set.column(clip, "sound", "<i2", first * HOP, self.columns * HOP)
-        return {"wav": torch.from_numpy(sound.astype(np.float32) / 32767)}
+        available = int(self.set.index["sound"][clip]) // HOP
+        rng = np.random.default_rng([self.seed, index])
+        first = int(rng.integers(available - self.columns + 1))
+        return {"wav": torch.from_numpy(self.sound(clip, first * HOP, self.columns * HOP))}
 
 
 class Pairs(Windows):
-    """Features and sound of one model window, for stage 2, from the set that `cavp.py --extract` wrote.
+    """Features and sound of one model window, for stage 2, of a set that `cavp.py --extract` wrote.
 
-    item  {"features": float32 (frames, 512), "wav": float32 (WINDOW,)}
-    merge  share of the items that are two clips of the split joined in time (split-and-merge augmentation of stage 2), with
-           the sound cut at the sample where the second one's first frame starts (officially up to 0.25 s beside it)
+    item   {"features": float32 (frames, 512), "wav": float32 (WINDOW,)}; a clip shorter than the
+           window ends in its last feature and in silence
+    merge  share of the items that are two clips of the split joined in time (split-and-merge
+           augmentation of stage 2), with the sound cut at the sample where the second one's first
+           frame starts (officially up to 0.25 s beside it)
     roll   share of the items whose features and sound are rotated in time by the same amount
-    A clip shorter than the window ends in its last feature and in silence."""
+    Raises MediaError where the features have another rate.
+    """
 
-    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None):
-        self.fps, self.frames, self.merge, self.roll = fps, frames, merge, roll
+    def __init__(
+        self,
+        root: Path,
+        fps: float,
+        frames: int,
+        merge: float = 0.0,
+        roll: float = 0.0,
+        seed: int = 0,
+        split: str | None = None,
+    ):
+        self.fps = fps
+        self.frames = frames
+        self.merge = merge
+        self.roll = roll
         super().__init__(root, seed, split, "features", 1, 1 / fps)
-        if self.set.about["fps"] != fps:
+        if self.set.metadata["fps"] != fps:
             raise MediaError(
-                f"{root}: features at {self.set.about['fps']:g} a second, the model needs {fps:g}; "
-                "extract them with a CAVP of the same preset"
+                f"{root}: features at {self.set.metadata['fps']:g} a second, the model needs "
+                f"{fps:g}; extract them with a CAVP of the same preset"
             )
 
-    def cut(self, clip, draw, frames, samples):
+    def cut(self, clip, rng, frames, samples):
         """`frames` features and `samples` of sound from a random place of a clip."""
-        width = self.set.about["width"]
-        there = int(self.set.index[clip]["features"][1]) // (2 * width)
-        first = int(draw.integers(max(0, there - frames) + 1))
-        features = self.set.column(clip, "features", "<f2", first * width, frames * width).reshape(
-            -1, width
-        )  # (f, 512)
-        sound = self.set.column(
-            clip, "sound", "<i2", round(first / self.fps * SAMPLE_RATE), samples
-        )
-        return (
-            padded(features.astype(np.float32), frames, repeat=True),
-            padded(sound.astype(np.float32) / 32767, samples),
-        )
+        available = int(self.set.index["features"][clip])
+        first = int(rng.integers(max(0, available - frames) + 1))
+        features = self.set.column(clip, "features", first, first + frames).astype(np.float32)
+        sound = self.sound(clip, round(first / self.fps * SAMPLE_RATE), samples)
+        return padded(features, frames, repeat=True), padded(sound, samples)
 
     def __getitem__(self, index):
-        draw = np.random.default_rng([self.seed, index])
+        rng = np.random.default_rng([self.seed, index])
         clip = self.clips[index % len(self.clips)]
-        if draw.random() < self.merge:
-            n = int(draw.integers(self.frames // 4, self.frames * 3 // 4 + 1))
-            m = round(n / self.fps * SAMPLE_RATE)
-            other = self.clips[int(draw.integers(len(self.clips)))]
-            parts = [self.cut(clip, draw, n, m), self.cut(other, draw, self.frames - n, WINDOW - m)]
-            features, wav = (torch.cat(part) for part in zip(*parts))
+        if rng.random() < self.merge:
+            # the first clip fills a quarter to three quarters of the window
+            n = int(rng.integers(self.frames // 4, self.frames * 3 // 4 + 1))
+            samples = round(n / self.fps * SAMPLE_RATE)
+            other = self.clips[int(rng.integers(len(self.clips)))]
+            first = self.cut(clip, rng, n, samples)
+            second = self.cut(other, rng, self.frames - n, WINDOW - samples)
+            features, wav = (torch.cat(parts) for parts in zip(first, second, strict=True))
         else:
-            features, wav = self.cut(clip, draw, self.frames, WINDOW)
-        if draw.random() < self.roll:
-            n = int(draw.integers(self.frames))
-            features, wav = features.roll(n, 0), wav.roll(round(n / self.fps * SAMPLE_RATE))
+            features, wav = self.cut(clip, rng, self.frames, WINDOW)
+        if rng.random() < self.roll:
+            n = int(rng.integers(self.frames))
+            features = features.roll(n, 0)
+            wav = wav.roll(round(n / self.fps * SAMPLE_RATE))
         return {"features": features, "wav": wav}
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="prepare")
-    p = commands.add_parser(
-        "prepare",
-        help="folder of videos to a compact training set",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+# ---- command line ------------------------------------------------------------------------------
+
+
+def parse_arguments(argv=None):
+    parser = cli.Parser("data.py", __doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "make a training set of a folder of videos, or add what is new in it"
+    p = commands.add_parser("prepare", help=text, description=text)
+    p.set_defaults(run=run_prepare)
     p.add_argument("raw", type=Path, help="folder of videos")
-    p.add_argument("out", type=Path, help="folder of the set; one that is there is gone on with")
+    p.add_argument("set", type=Path, help="folder of the set; one that exists is continued")
     p.add_argument(
         "--csv",
         type=Path,
         help="rows `id,start,label,train|test`, as VGGSound's: clips, labels and splits",
     )
     p.add_argument(
-        "--fps", type=float, default=15.625, help="frames a second: one to 4 mel columns (paper: 4)"
+        "--fps",
+        type=cli.number(float, 0.001, 240),
+        default=15.625,
+        help="frames a second: one to 4 mel columns (paper: 4)",
     )
     p.add_argument(
         "--size",
-        type=int,
+        type=cli.number(int, 1, 4096),
         default=64,
         help="side of the square frames in pixels (mini: 64, paper: 224)",
     )
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
-    args = parser.parse_args()
-    if not (0 < args.fps <= 240 and 1 <= args.size <= 4096 and args.workers >= 1):
-        parser.error("--fps must be in (0, 240], --size in [1, 4096], --workers at least 1")
-    try:
-        report = prepare(args.raw, args.out, args.fps, args.size, args.workers, args.csv)
-    except MediaError as error:
-        sys.exit(print(error, file=sys.stderr) or 1)
-    except KeyboardInterrupt:
-        sys.exit(
-            print(
-                f"{args.out}: interrupted; the same command goes on where it stopped",
-                file=sys.stderr,
-            )
-            or 130
-        )
-    print(
-        f"{args.out}: {report.clips} clips, {report.new} of them new"
-        + (f"; {report.missing} rows of {args.csv} have no file" if report.missing else "")
+    p.add_argument(
+        "--workers",
+        type=cli.number(int, 1),
+        default=os.cpu_count(),
+        help="processes that decode",
     )
+    text = "read a set through, and name every file and clip that is damaged"
+    p = commands.add_parser("check", help=text, description=text)
+    p.set_defaults(run=run_check)
+    p.add_argument("set", type=Path, help="folder of the set")
+    return parser.parse_args(argv)
+
+
+def run_prepare(args):
+    """-> how many files were left out."""
+    report = prepare(args.raw, args.set, args.fps, args.size, args.workers, args.csv)
+    print(f"{args.set}: {report.clips} clips, {report.new} of them new", end="")
+    print(f"; {report.missing} rows of {args.csv} have no file" if report.missing else "")
     if report.left_out:
-        print(counted(report.left_out, args.out), file=sys.stderr)
-    sys.exit(1 if report.left_out else 0)
+        print(summary(report.left_out, args.set), file=sys.stderr)
+    return len(report.left_out)
+
+
+def run_check(args):
+    """-> how many faults there are."""
+    faults = 0
+    for fault in check(args.set):
+        print(fault, flush=True)
+        faults += 1
+    metadata = read_metadata(args.set)
+    shards = len(metadata["shards"])
+    print(f"{args.set}: {metadata['clips']} clips in {shards} shards, {faults} faults")
+    return faults
+
+
+def main():
+    args = parse_arguments()
+    cli.exit_on_signals("data.py", f"{args.set}: interrupted; run the same command again")
+    try:
+        faults = args.run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        faults = 1
+    sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":

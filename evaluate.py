@@ -61,7 +61,17 @@ from tqdm import tqdm
 from align import Alignment
 from cavp import CAVP
 from common import distributed, plots
-from common.audio import COLUMN, HOP, SAMPLE_RATE, detect_onsets, f1, match, mel, onset_strength
+from common.audio import (
+    COLUMN,
+    HOP,
+    SAMPLE_RATE,
+    detect_onsets,
+    f1,
+    match,
+    mel,
+    onset_strength,
+    vocode_long,
+)
 from common.cli import Parser, number
 from common.files import atomic_write, make_folder, write_bytes
 from common.machine import find_device
@@ -72,14 +82,14 @@ from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
     COLUMNS,
+    Settings,
+    add_watermark,
     generate,
     join_windows,
     load_models,
-    marked,
     plan_windows,
     tags_of,
     video_features,
-    vocode,
 )
 from vae import LATENT_SCALE, AutoencoderKL
 
@@ -400,7 +410,7 @@ def generate_sound(video, models, settings):
     with warnings.catch_warnings():
         # about the file, which was read before
         warnings.simplefilter("ignore")
-        result = generate(video, models, mark=False, **settings)
+        result = generate(video, models, settings=Settings(**settings), mark=False)
     return result.wav, time.perf_counter() - start
 
 
@@ -418,7 +428,7 @@ def make_sounds(videos, args, changes, name):
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
             path = args.out / f"{videos[k].stem}.foley.wav"
-            write_wav(path, marked(wav), tags_of(models.name, seed))
+            write_wav(path, add_watermark(wav), tags_of(models.name, seed))
         return wav, seconds
 
     return share_out(make, len(videos), name)
@@ -432,7 +442,7 @@ def round_trip(clip: EvalClip, vae):
     starts = plan_windows(samples, SAMPLE_RATE / HOP)
     z, _ = vae.encode(cut_windows(clip.mel, starts))
     mels = vae.decode(z)[:, 0].clamp(0, 1)
-    return vocode(join_windows(mels, starts)[:, : clip.mel.shape[1]], samples)
+    return vocode_long(join_windows(mels, starts)[:, : clip.mel.shape[1]], samples)
 
 
 def variants(args):

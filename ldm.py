@@ -1,22 +1,33 @@
-"""Stage 2: the networks of latent diffusion and the alignment classifier of double guidance, and their training (Diff-Foley Sec. 3.2, 3.3).
+"""Stage 2: latent diffusion conditioned on CAVP features (Diff-Foley Sec. 3.2), and its training.
 
-in   the set that `cavp.py --extract` wrote, features (f, 512) and sound of every clip; a trained autoencoder (--vae)
-out  OUT/last.safetensors: U-Net, conditioner and autoencoder in one file (or the classifier, with --model align)
+in   the set that `cavp.py --extract` wrote, features (f, 512) and sound of every clip;
+     a trained autoencoder (--vae)
+out  OUT/last.safetensors: U-Net, conditioner and autoencoder in one file
 
     python ldm.py --data features/ --vae runs/vae/last.safetensors
-    python ldm.py --data features/ --vae runs/vae/last.safetensors --model align
 
-Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the networks, the condition and both
-guidance scales; `dpm_solver`, `ddim` and `plms` are pure functions of any such eps; `sample.py` plans windows around them.
+The equations (Sec. 3.2), and where they are:
 
-Differs from the official code: the unconditional branch is the conditioner of zero features, as in training;
-the classifier sees its own projection of exactly the window's features; log sigmoid instead of log(sigmoid); sound is cut at the sample where its frame starts. The mini preset adds the condition to the
-latent columns it belongs to in time (`aligned`), because its short training cannot teach cross-attention where "now" is.
+    latents          z = 0.18215 (mean + deviation noise), of the autoencoder's posterior
+    denoising_loss   || noise - eps(alpha_t z + sigma_t noise, t, context) ||^2, t in 0..999
+    Conditioner      context = W features + b + position, of zero features in a fifth of the samples
+
+Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the
+networks, the condition and both guidance scales; `dpm_solver`, `ddim` and `plms` are pure functions
+of any such eps; `sample.py` plans windows around them. The classifier of double guidance is
+`align.py`.
+
+Differs from the official code: the unconditional branch is the conditioner of zero features, as in
+training; sound is cut at the sample where its frame starts. The mini preset adds the condition to
+the latent columns it belongs to in time (`aligned`), because its short training cannot teach
+cross-attention where "now" is.
 """
 
+import argparse
 import functools
 import math
-from dataclasses import asdict, dataclass, field, replace
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +35,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import audio, distributed, training
-from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from common import audio, cli, distributed, training
+from common.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_errors,
+    load_network,
+    one_line,
+)
 from compat import stable_diffusion
 from diffusion import ALPHAS_CUMPROD, dpm_solver, guided_eps, make_schedule, q_sample
 from kernels.attention import attention
@@ -36,54 +53,49 @@ from vae import (
     VAEConfig,
     onset_agreement,
     sample_posterior,
-    tuples,
+    upsample,
 )
 from vae import PRESETS as VAE_PRESETS
 
-# latents are scaled by LATENT_SCALE in this file and nowhere else
-LATENT_SHAPE = (
-    4,
-    16,
-    64,
-)  # of one window: channels, mel rows, columns of 8 mel columns (2048 samples)
+# channels, mel rows, columns of 8 mel columns (2048 samples); this file and `align.py` multiply
+# latents by LATENT_SCALE, no other does
+LATENT_SHAPE = (4, 16, 64)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The paper preset's sizes: Stable Diffusion 1.x's, official `diffusionmodules/openai_unetmodel.py`."""
+    """The paper preset's sizes: Stable Diffusion 1.x's (official `openai_unetmodel.py`)."""
 
     width: int = 320
-    multipliers: tuple = (1, 2, 4, 4)
-    blocks: int = 2  # residual blocks a level on the way down, one more on the way up
-    attention: tuple = (
-        1,
-        2,
-        4,
-    )  # downsampling factors at which a transformer follows each residual block
+    multipliers: tuple = (1, 2, 4, 4)  # of the width, one a resolution; each halves the map
+    blocks: int = 2  # residual blocks a resolution on the way down, one more on the way up
+    attention: tuple = (1, 2, 4)  # downsampling factors at which transformers follow the blocks
     heads: int = 8
     context_dim: int = 768
     groups: int = 32
-    aligned: int = (
-        0  # condition tokens added to each latent column; 0: cross-attention alone, as published
-    )
+    # condition tokens added to each latent column; 0: cross-attention alone, as published
+    aligned: int = 0
 
 
 @dataclass(frozen=True)
 class LDMConfig:
+    """The paper preset's sizes."""
+
     fps: float = 4.0  # of the features; must be the CAVP's
     frames: int = 32  # condition tokens of one window
     positions: int = 40  # rows of the position table
     feature_dim: int = 512
     guidance: float = 4.5  # the classifier-free scale that suits it
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
 
 
-MINI = {"fps": 15.625, "frames": 128, "positions": 128}
 PRESETS = {
     "paper": LDMConfig(),
     "mini": LDMConfig(
-        **MINI,
+        fps=15.625,
+        frames=128,
+        positions=128,
         guidance=2.5,
         vae=VAE_PRESETS["mini"],
         unet=UNetConfig(
@@ -98,77 +110,89 @@ PRESETS = {
         ),
     ),
 }
-# paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no clipping (official `diff_foley_train.yaml`);
-# of the classifier only the lr is published, its steps and batch are ours
+# paper: 250 epochs of VGGSound's 200,000 clips at 8 x 220, lr constant after its warm-up, no
+# clipping (official `diff_foley_train.yaml`)
 RECIPES = {
     "mini": {
         "steps": 5000,
         "batch": 8,
         "lr": 5e-4,
         "warmup": 100,
-        "clip": 1,
+        "grad_clip": 1,
         "merge": 0.5,
         "roll": 0,
         "repeats": 4,
-        "v_loss": 1,
-        "by_energy": 1,
-        "shift": 3,
+        "v_loss": True,
+        "energy_weighting": True,
+        "timestep_shift": 3,
     },
     "paper": {
         "steps": 28_400,
         "batch": 1760,
         "lr": 1e-4,
         "warmup": 1000,
-        "clip": 0,
+        "grad_clip": 0,
         "merge": 0.5,
         "roll": 0,
         "repeats": 1,
-        "v_loss": 0,
-        "by_energy": 0,
-        "shift": 1,
+        "v_loss": False,
+        "energy_weighting": False,
+        "timestep_shift": 1,
     },
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # U-Net blocks; attribute names are those of the official keys
 
 
 @functools.cache
 def embedding_frequencies(half, device):
-    """Made where it is used: torch.compile sees past the cache, and a copy from the CPU would split what it can record as a CUDA graph."""
+    """(half,), from 1 down to 1/10000.
+
+    Made on the device: torch.compile sees past the cache, and a copy from the CPU would split what
+    it can record as a CUDA graph."""
     powers = torch.arange(half, dtype=torch.float32, device=device) / half
     return torch.exp(-math.log(10000) * powers)
 
 
 def timestep_embedding(t, dim):
-    """(b,) possibly fractional -> (b, dim), cosines first."""
-    angles = t.float()[:, None] * embedding_frequencies(dim // 2, t.device)
+    """t (b,), possibly fractional -> (b, dim), cosines first."""
+    angles = t.float()[:, None] * embedding_frequencies(dim // 2, t.device)  # (b, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def zero_module(module):
+    """Zero weights and biases: a residual branch that ends in it adds nothing at first."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
 class ResBlock(nn.Module):
+    """Two normalized convolutions, shifted by the time's embedding, beside a skip connection."""
+
     def __init__(self, c_in, c_out, emb_dim, groups):
         super().__init__()
-        # the official keys' places, with holes where a SiLU or a dropout stands
+        # numbered as in the official keys, which count a SiLU and a dropout too
         self.in_layers = nn.ModuleDict(
             {"0": GroupNorm(groups, c_in), "2": nn.Conv2d(c_in, c_out, 3, padding=1)}
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.ModuleDict(
-            {"0": GroupNorm(groups, c_out), "3": nn.Conv2d(c_out, c_out, 3, padding=1)}
-        )
+        conv = zero_module(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.out_layers = nn.ModuleDict({"0": GroupNorm(groups, c_out), "3": conv})
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.out_layers["3"].weight)
-        nn.init.zeros_(self.out_layers["3"].bias)
 
     def forward(self, x, emb):  # (b, c_in, h, w), (b, emb_dim) -> (b, c_out, h, w)
         h = self.in_layers["2"](self.in_layers["0"](x, silu=True))
+        # the time's embedding, one number a channel, is added before the second norm
         h = self.out_layers["3"](self.out_layers["0"](h, silu=True, add=self.emb_layers(emb)))
         return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):
+    """Multi-head attention of x to the context; self-attention where that is x itself."""
+
     def __init__(self, dim, context_dim, heads):
         super().__init__()
         self.heads = heads
@@ -180,7 +204,7 @@ class Attention(nn.Module):
     def forward(self, x, context):  # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))  # (b, n or m, heads, d)
-        return self.to_out(attention(q, k, v).flatten(2))
+        return self.to_out(attention(q, k, v).flatten(2))  # heads side by side
 
 
 class GEGLU(nn.Module):
@@ -188,8 +212,8 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
+    def forward(self, x):  # (b, n, dim) -> (b, n, inner)
+        value, gate = self.proj(x).chunk(2, dim=-1)  # each (b, n, inner)
         return value * F.gelu(gate)
 
 
@@ -199,7 +223,7 @@ class FeedForward(nn.Module):
         # the identity stands where the official network has a dropout
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
+    def forward(self, x):  # (b, n, dim) -> the same shape
         return self.net(x)
 
 
@@ -214,46 +238,38 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x, context):  # (b, n, dim), (b, m, context_dim) -> (b, n, dim)
+        # self-attention, among the latents
         h = self.norm1(x)
         x = x + self.attn1(h, h)
+        # cross-attention, to the video
         x = x + self.attn2(self.norm2(x), context)
+        # and each position by itself
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
+    """A transformer over all positions of a map, added to it; zero at first."""
+
     def __init__(self, c, context_dim, heads, groups):
         super().__init__()
         self.norm = GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, context_dim, heads)])
-        self.proj_out = nn.Conv2d(c, c, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zero_module(nn.Conv2d(c, c, 1))
 
     def forward(self, x, context):  # (b, c, h, w), (b, m, context_dim) -> (b, c, h, w)
         b, c, h, w = x.shape
-        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)  # time fastest
+        # one token a position, time fastest
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, c)  # (b, h*w, c)
         for block in self.transformer_blocks:
             y = block(y, context)
+        # back into a map, (b, c, h, w)
         return x + self.proj_out(y.view(b, h, w, c).permute(0, 3, 1, 2))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def downsample(c):
+    """(b, c, h, w) -> (b, c, h/2, w/2)"""
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(c, c, 3, stride=2, padding=1)))
 
 
 class Blocks(nn.Sequential):
@@ -270,8 +286,8 @@ class Blocks(nn.Sequential):
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the networks. Read here what they compute; `kernels.fast.optimise` makes the same numbers with less work
+# --------------------------------------------------------------------------------------------------
+# the networks. Here is what they compute; `kernels.fast.optimise` gives the same numbers faster
 
 
 class Backbone(nn.Module):
@@ -281,17 +297,21 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = cfg
         emb = 4 * cfg.width
+        # the time, (b,) -> (b, emb)
         self.time_embed = nn.Sequential(nn.Linear(cfg.width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.input_blocks = nn.ModuleList(
             [Blocks(nn.Conv2d(LATENT_SHAPE[0], cfg.width, 3, padding=1))]
         )
+        # mini: tokens of the condition -> what they add to their latent column
         if cfg.aligned:
             self.aligned = nn.Linear(cfg.aligned * cfg.context_dim, cfg.width)
         c = cfg.width
+        # channels of the skips, for the way up
         self.skip_widths = [c]
         for level, multiplier in enumerate(cfg.multipliers):
+            # half the resolution, but for the first
             if level:
-                self.input_blocks.append(Blocks(Downsample(c)))
+                self.input_blocks.append(Blocks(downsample(c)))
                 self.skip_widths.append(c)
             for _ in range(cfg.blocks):
                 self.input_blocks.append(self.stage(c, cfg.width * multiplier, level))
@@ -305,6 +325,7 @@ class Backbone(nn.Module):
         self.out_width = c
 
     def stage(self, c_in, c_out, level):
+        """A residual block, and a transformer at the resolutions that have them."""
         cfg = self.config
         layers = [ResBlock(c_in, c_out, 4 * cfg.width, cfg.groups)]
         if 2**level in cfg.attention:
@@ -316,8 +337,9 @@ class Backbone(nn.Module):
         return self.time_embed[0].weight.dtype
 
     def one_time_each(self, t, x):
-        """A number, or one time, or (b,) of them -> (b,), where x (b, 4, 16, w) is."""
+        """A number, one time, or (b,) of them -> (b,), on the device of x (b, 4, 16, w)."""
         t = torch.as_tensor(t, device=x.device)
+        # one time is every latent's
         if t.numel() == 1:
             t = t.reshape(1).expand(len(x))
         if t.shape != x.shape[:1]:
@@ -328,10 +350,11 @@ class Backbone(nn.Module):
         return t
 
     def embed(self, t):
-        """(b,) -> (b, 4 width)"""
+        """Times (b,) -> (b, 4 width)."""
         return self.time_embed(timestep_embedding(t, self.config.width).to(self.dtype))
 
-    def check_frames(self, frames, width):
+    def check_frames(self, frames: int, width: int):
+        """Raises ValueError if a condition of so many frames does not fit `width` columns."""
         wanted = self.config.aligned * width
         if frames != wanted:
             raise ValueError(
@@ -340,92 +363,98 @@ class Backbone(nn.Module):
             )
 
     def columns(self, context, width):
-        """(b, f, context_dim) -> (b, c, 1, w): what the mini preset adds to each latent column, of
-        the condition's tokens of its moment."""
+        """(b, f, context_dim) -> (b, c, 1, w): what the mini preset adds to each latent column,
+        made of the condition's tokens at the same time."""
         self.check_frames(context.shape[1], width)
-        moments = context.unflatten(1, (width, self.config.aligned)).flatten(2)
-        return self.aligned(moments).transpose(1, 2)[:, :, None]
+        # (b, w, aligned * context_dim): the tokens of each column side by side
+        tokens = context.unflatten(1, (width, self.config.aligned)).flatten(2)
+        return self.aligned(tokens).transpose(1, 2)[:, :, None]
 
     def down(self, x, emb, context):
-        """(b, 4, 16, w), (b, 4 width), (b, f, context_dim) -> the map in the middle, and the skips."""
-        h = self.input_blocks[0](x.to(self.dtype), emb, context)
+        """(b, 4, 16, w), (b, 4 width), (b, f, context_dim) -> the middle map, list of skips."""
+        first, *blocks = self.input_blocks
+        h = first(x.to(self.dtype), emb, context)
+        # beside cross-attention, which a short training cannot teach where "now" is
         if self.config.aligned:
             h = h + self.columns(context, x.shape[3])
         skips = [h]
-        for block in list(self.input_blocks)[1:]:
+        for block in blocks:
             h = block(h, emb, context)
             skips.append(h)
         return self.middle_block(h, emb, context), skips
 
 
 class UNet(Backbone):
-    """eps(x, t, context): x (b, 4, 16, w), t (b,) or one number, in [0, 999] and possibly
-    fractional, context (b, f, context_dim)."""
+    """eps(x, t, context) (b, 4, 16, w): the predicted noise.
+
+    x (b, 4, 16, w); t (b,) or one number, in [0, 999] and possibly fractional;
+    context (b, f, context_dim). ValueError if their shapes do not fit."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         c = self.out_width
         skips = list(self.skip_widths)
         self.output_blocks = nn.ModuleList()
+        # from the lowest resolution up, one block more than on the way down
         for level, multiplier in reversed(list(enumerate(cfg.multipliers))):
             for i in range(cfg.blocks + 1):
                 block = self.stage(c + skips.pop(), cfg.width * multiplier, level)
                 c = cfg.width * multiplier
+                # the last of a resolution leads to the next one
                 if level and i == cfg.blocks:
-                    block.append(Upsample(c))
+                    block.append(upsample(c))
                 self.output_blocks.append(block)
-        self.out = nn.ModuleDict(
-            {"0": GroupNorm(cfg.groups, c), "2": nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1)}
-        )
-        nn.init.zeros_(self.out["2"].weight)
-        nn.init.zeros_(self.out["2"].bias)
+        conv = zero_module(nn.Conv2d(c, LATENT_SHAPE[0], 3, padding=1))
+        self.out = nn.ModuleDict({"0": GroupNorm(cfg.groups, c), "2": conv})
 
     def forward(self, x, t, context):
         emb = self.embed(self.one_time_each(t, x))
         context = context.to(self.dtype)
         h, skips = self.down(x, emb, context)
+        # the way up, each block with the skip of its resolution
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out["2"](self.out["0"](h, silu=True))
 
 
 class Conditioner(nn.Module):
-    """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned embedding of the position."""
+    """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned
+    embedding of the position. ValueError for features of another shape, or too many frames."""
 
     def __init__(self, feature_dim, context_dim, positions):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
-        self.pos_emb = nn.Embedding.from_pretrained(
-            torch.empty(positions, context_dim), freeze=False
-        )
-        if (
-            not self.pos_emb.weight.is_meta
-        ):  # where normal numbers take a second and 150 MB of imports to not draw
+        # torch's own initialization takes a second and 150 MB of imports even on the meta device
+        table = torch.empty(positions, context_dim)
+        self.pos_emb = nn.Embedding.from_pretrained(table, freeze=False)
+        if not table.is_meta:
             self.reset()
 
     def reset(self):
-        """Weights to start from. Features are unit vectors, entries of 0.04: torch's default would bury them under the positions."""
+        """Draw new weights. Features are unit vectors, entries of 0.04: torch's default would bury
+        them under the positions."""
         nn.init.normal_(self.embedder[0].weight)
         nn.init.zeros_(self.embedder[0].bias)
         nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
-        dim, positions = self.embedder[0].in_features, len(self.pos_emb.weight)
+        dim = self.embedder[0].in_features
         if features.ndim != 3 or features.shape[2] != dim:
             raise ValueError(
                 f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})"
             )
-        if features.shape[1] > positions:
+        frames = features.shape[1]
+        table = self.pos_emb.weight  # (positions, context_dim)
+        if frames > len(table):
             raise ValueError(
-                f"features of {features.shape[1]} frames; this network was trained on at most {positions} at a time"
+                f"features of {frames} frames; "
+                f"this network was trained on at most {len(table)} at a time"
             )
-        return (
-            self.embedder(features.to(self.pos_emb.weight.dtype))
-            + self.pos_emb.weight[: features.shape[1]]
-        )
+        return self.embedder(features.to(table.dtype)) + table[:frames]
 
 
 def add_schedule(module):
+    """The buffers of the noise schedule, which the official files hold."""
     for name, value in make_schedule().items():
         module.register_buffer(name, value)
 
@@ -437,14 +466,16 @@ class LDM(nn.Module):
         super().__init__()
         self.config = config
         add_schedule(self)
-        self.model = nn.ModuleDict(
-            {"diffusion_model": UNet(config.unet)}
-        )  # the official key's two names
+        # two names, as in the official keys
+        self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
         self.cond_stage_model = Conditioner(
             config.feature_dim, config.unet.context_dim, config.positions
         )
 
+    __repr__ = one_line
+
+    # short names for what the official keys call otherwise
     @property
     def unet(self):
         return self.model["diffusion_model"]
@@ -457,247 +488,259 @@ class LDM(nn.Module):
     def vae(self):
         return self.first_stage_model
 
-    def null_context(self, frames):
-        """The unconditional branch as trained: the conditioner of zero features, (1, f, context_dim)."""
-        return self.conditioner(
-            self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
-        )
-
-    @torch.no_grad()
-    def encode(self, mel):
-        """(b, 128, s) in [0, 1] -> scaled latents (b, 4, 16, s/8), a sample of the posterior."""
-        return LATENT_SCALE * sample_posterior(*(y.float() for y in self.vae.encode(mel[:, None])))
+    def null_context(self, frames: int):
+        """The unconditional branch as trained: the context of zero features, (1, f, dim)."""
+        zeros = self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
+        return self.conditioner(zeros)
 
     @torch.no_grad()
     def decode(self, z):
-        """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w) in [0, 1]: the first channel, clamped."""
-        return (
-            self.vae.decode((z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype))[:, 0]
-            .float()
-            .clamp(0, 1)
-        )
+        """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w): first channel, clamped to [0, 1]."""
+        z = (z / LATENT_SCALE).to(self.vae.post_quant_conv.weight.dtype)
+        return self.vae.decode(z)[:, 0].float().clamp(0, 1)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, encoder=True):
-        """Ours, or the official ldm_epoch240.ckpt; strict. encoder=False: without the autoencoder's, which generating does not need."""
-        file = Checkpoint(path)
-        with checkpoint_errors(path, cls), torch.device("meta"):
-            model = cls(LDMConfig() if file.config is None else read_config(LDMConfig, file.config))
-        unused = () if encoder else ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
-        if unused:
-            del model.vae.encoder, model.vae.quant_conv
-        tensors = {k: file[k] for k in file if not k.startswith(unused)}
-        return load_into(model, file, tensors, device, dtype).requires_grad_(False)
+        """Ours, or the official ldm_epoch240.ckpt; strict. CheckpointError if it is neither.
+
+        encoder=False: without the autoencoder's encoder, which generating does not need."""
+        without = () if encoder else ("first_stage_model.encoder", "first_stage_model.quant_conv")
+        return load_network(cls, path, LDMConfig(), device, dtype, without).requires_grad_(False)
 
 
-def read_config(cls, config):
-    config = dict(config)
-    config["unet"] = UNetConfig(**tuples(config["unet"]))
-    if "vae" in config:
-        config["vae"] = VAEConfig(**tuples(config["vae"]))
-    return cls(**config)
+# --------------------------------------------------------------------------------------------------
+# loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def latents(vae, mel, noise):
+    """mel (b, 128, s), noise (b, 4, 16, s/8) -> scaled latents (b, 4, 16, s/8), a sample of the
+    posterior, without a graph."""
+    with torch.no_grad():
+        mean, logvar = vae.encode(mel[:, None])
+    return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
+
+
+def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=False):
+    """Mean squared error of the predicted noise (Sec. 3.2); z, noise (b, 4, 16, w), t (b,),
+    features (b, f, 512). The published loss has neither weighting.
+
+    v_loss: divided by alpha_t^2, which makes it the error of v (Salimans & Ho 2022, arXiv
+    2202.00512): then every noise level costs about the same. As published, a clip's unpredictable
+    texture at the low ones drowns what the condition decides at the high ones.
+    energy_weighting: a column counts by the energy that the network itself expects there, so that
+    hits are not outvoted by the hiss between them. The weight depends on the input alone, not on z,
+    so the minimum of the loss stays the mean."""
+    noisy = q_sample(z, t, noise)
+    eps = model.unet(noisy, t, model.conditioner(features)).float()
+    error = (eps - noise).square()
+    alphas = ALPHAS_CUMPROD.to(t.device)[t].view(-1, 1, 1, 1)
+    # ||v error||^2 = ||eps error||^2 / alpha_t^2
+    if v_loss:
+        error = error / alphas
+    if energy_weighting:
+        # the clean latents that eps implies
+        clean = (noisy - (1 - alphas).sqrt() * eps.detach()) / alphas.sqrt()
+        energy = clean.square().mean((1, 2), keepdim=True)  # (b, 1, 1, w); about 1 on average
+        error = error * energy.clamp(0.1, 8)
+    return error.mean()
+
+
+def sample_timesteps(count: int, shift: float, rng):
+    """(count,) integer times in 0..999: uniform, as published, for a shift of 1.
+
+    Above it mapped by t -> s t / (1 + (s - 1) t) of the unit interval (Esser et al. 2024, arXiv
+    2403.03206, eq. 23), which visits the high ones more often: there the sound is decided."""
+    t = torch.randint(0, 1000, (count,), generator=rng)
+    if shift == 1:
+        return t
+    # continuous times in [0, 1), so that the map leaves no integer out
+    u = (t + torch.rand(count, generator=rng)) / 1000
+    return (1000 * shift * u / (1 + (shift - 1) * u)).long().clamp(max=999)
+
+
+# --------------------------------------------------------------------------------------------------
+# what a training starts from
+
+
+def from_ours(path, vae=None, new_conditioner=False):
+    """One of ours, or the official file. vae: path of an autoencoder to put in place of its own;
+    new_conditioner: start that part anew. CheckpointError if either does not fit."""
+    model = LDM.load(path)
+    if new_conditioner:
+        model.conditioner.reset()
+    if vae:
+        with checkpoint_errors(vae, AutoencoderKL):
+            model.vae.load_state_dict(AutoencoderKL.load(vae).state_dict())
+    return model
+
+
+def from_scratch(preset: str, vae):
+    """New networks on the latents of the autoencoder in the file `vae`."""
+    if vae is None:
+        raise training.TrainingError(
+            "stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
+        )
+    first_stage = AutoencoderKL.load(vae)
+    model = LDM(replace(PRESETS[preset], vae=first_stage.config))
+    model.vae.load_state_dict(first_stage.state_dict())
+    return model
+
+
+def from_stable_diffusion(path, preset: str, vae=None):
+    """The published run's start: Stable Diffusion v1's U-Net, and a new conditioner.
+
+    path: a file under CompVis' or diffusers' names, or diffusers' folder; vae: path of another
+    autoencoder than the one there. CheckpointError if there is no such U-Net."""
+    if path.is_dir():
+        path, own = stable_diffusion.weights_in(path)
+        vae = vae or own
+    networks = stable_diffusion.parts(Checkpoint(path))
+    if "unet" not in networks:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of LDM, nor of Stable Diffusion v1's U-Net"
+        )
+    # a whole file holds the autoencoder too
+    if vae is None and "vae" in networks:
+        vae = path
+    model = from_scratch(preset, vae)
+    with checkpoint_errors(path, UNet):
+        model.unet.load_state_dict(networks["unet"])
+    return model
+
+
+def initial(args):
+    """The network that training starts from, by what --init is; --vae takes any autoencoder."""
+    if args.init is None:
+        return from_scratch(args.preset, args.vae)
+    if args.init.is_dir() or "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
+        return from_stable_diffusion(args.init, args.preset, args.vae)
+    return from_ours(args.init, args.vae, args.new_conditioner)
+
+
+# --------------------------------------------------------------------------------------------------
 # training
 
 
-def start(args, model, validate):
-    """-> run, optimizer and average of a `model` that is on the device already."""
-    cfg = model.config
-    if args.lora < 0 or args.lora and not args.init:
+def begin_run(args, model, network, validate):
+    """-> run, optimizer and moving average, of a `model` that is on its device already.
+
+    network: its part that --lora adapts, and leaves fixed otherwise."""
+    if args.lora < 0 or (args.lora and not args.init):
         raise training.TrainingError(
-            "--lora RANK: adapts trained weights; give a rank of 1 or more, and the weights with --init"
+            "--lora RANK: adapts trained weights; "
+            "give a rank of 1 or more, and the weights with --init"
         )
     if args.lora:
-        training.add_lora(
-            model.unet if isinstance(model, LDM) else model.model, args.lora, SpatialTransformer
-        )
+        training.add_lora(network, args.lora, SpatialTransformer)
     training.freeze(args, model)
-    optimizer = training.adamw(
-        [{"params": model.parameters()}], args, weight_decay=0.01
-    )  # torch's default decay, as published
-    ema = training.EMA(model)  # the published run has none; it costs nothing at sampling time
+    # torch's default decay, as published
+    optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)
+    # the published run has none; it costs nothing at sampling time
+    ema = training.EMA(model)
     training.recompute(args, model, ResBlock, SpatialTransformer)
     if args.data.is_dir() and not (args.data / "set.json").is_file():
         raise training.TrainingError(
-            f"{args.data}: no features here; write some with python cavp.py --data CLIPS --init CAVP --extract FEATURES"
+            f"{args.data}: no features here; "
+            "write some with python cavp.py --data CLIPS --init CAVP --extract FEATURES"
         )
+    cfg = model.config
 
-    def reader(split):  # nothing is joined or rotated where it only serves to measure
+    def reader(split):
+        # only what is trained on is merged or rotated
         merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
         return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
 
+    clips, held_out = training.train_val_split(reader)
+    export = training.merge_lora if args.lora else None
     run = training.TrainingRun(
-        args,
-        model,
-        optimizer,
-        asdict(cfg),
-        ema,
-        *training.train_val_split(reader),
-        validate,
-        training.merge_lora if args.lora else None,
+        args, model, optimizer, asdict(cfg), ema, clips, held_out, validate, export
     )
     return run, optimizer, ema
 
 
-def latents(first_stage, mel, noise):
-    """mel (b, 128, s), noise (b, 4, 16, s/8) -> scaled latents (b, 4, 16, s/8), a sample of the posterior."""
-    with torch.no_grad():
-        mean, logvar = first_stage.encode(mel[:, None])
-    return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
+def validate(model, pairs, device, max_clips: int = 16, max_sampled: int = 4, **weightings):
+    """The loss at four noise levels, and the onset agreement of some sampled clips with the
+    reference sound; the same random numbers every time."""
+    rng = torch.Generator().manual_seed(0)
+    t = torch.tensor([100, 350, 600, 850], device=device)  # diffusion times
+    losses = []
+    mels = []
 
+    def randn(count):
+        # drawn on the CPU: the same for every device
+        return torch.randn(count, *LATENT_SHAPE, generator=rng).to(device)
 
-def denoising_loss(model, z, t, noise, features, v_loss=False, by_energy=False):
-    """Mean squared error of the predicted noise; z, noise (b, 4, 16, w), t (b,), features (b, f, 512).
-    v_loss: divided by alpha-bar, which makes it the error of v (Salimans and Ho 2022): then every noise level costs about the same.
-    As published, a clip's unpredictable texture at the low ones drowns what the condition decides at the high ones.
-    by_energy: a column counts by the energy that the network itself expects there, so that hits are not outvoted by the hiss
-    between them. The weight depends on what goes in alone, not on z, so what the loss is least for stays the mean."""
-    noisy = q_sample(z, t, noise)
-    eps = model.unet(noisy, t, model.conditioner(features)).float()
-    error, alphas = (eps - noise).square(), ALPHAS_CUMPROD.to(t.device)[t].view(-1, 1, 1, 1)
-    if v_loss:
-        error = error / alphas
-    if by_energy:
-        expected = (
-            noisy - (1 - alphas).sqrt() * eps.detach()
-        ) / alphas.sqrt()  # the clean latents that eps implies
-        error = error * expected.square().mean((1, 2), keepdim=True).clamp(
-            0.1, 8
-        )  # (b, 1, 1, w); 1 on average over the mini set
-    return error.mean()
-
-
-def noise_levels(count, shift, generator):
-    """(count,) of 0..999: uniform, as published, for a `shift` s of 1; above it mapped by t -> s t / (1 + (s - 1) t) of the unit
-    interval (Esser et al. 2024, arXiv 2403.03206, eq. 23), which visits the high ones more often: what the sound will be is decided there."""
-    t = torch.randint(0, 1000, (count,), generator=generator)
-    if shift == 1:
-        return t
-    u = (t + torch.rand(count, generator=generator)) / 1000
-    return (1000 * shift * u / (1 + (shift - 1) * u)).long().clamp(max=999)
-
-
-def validate(model, pairs, device, most=16, drawn=4, **weights):
-    """The loss of `most` clips at four noise levels, and the onsets of `drawn` sampled ones held against the true ones'."""
-    g, shape, losses, mels = torch.Generator().manual_seed(0), (1, *LATENT_SHAPE), [], []
-    t, frames = torch.tensor([100, 350, 600, 850], device=device), model.config.frames
-    for i in range(min(most, len(pairs))):
+    for i in range(min(max_clips, len(pairs))):
         item = pairs[i]
-        mel, features = audio.mel(item["wav"].to(device))[None], item["features"].to(device)[None]
-        z = latents(model.vae, mel, torch.randn(shape, generator=g).to(device)).expand(
-            len(t), -1, -1, -1
-        )
-        noise = torch.randn(z.shape, generator=g).to(device)
-        losses.append(
-            denoising_loss(model, z, t, noise, features.expand(len(t), -1, -1), **weights).item()
-        )
-        if i < drawn:
-            eps = guided_eps(
-                model.unet,
-                model.conditioner(features),
-                model.null_context(frames),
-                model.config.guidance,
-            )
-            made = dpm_solver(eps, torch.randn(shape, generator=g).to(device), 25)
-            mels.append((mel[0], model.decode(made)[0]))
+        mel = audio.mel(item["wav"].to(device))[None]  # (1, 128, s)
+        features = item["features"].to(device)[None]  # (1, f, 512)
+        # the loss, at all times in one batch
+        z = latents(model.vae, mel, randn(1)).expand(len(t), -1, -1, -1)
+        each = features.expand(len(t), -1, -1)
+        losses.append(denoising_loss(model, z, t, randn(len(t)), each, **weightings).item())
+        # the whole generation, without the classifier
+        if i < max_sampled:
+            context = model.conditioner(features)
+            null_context = model.null_context(model.config.frames)
+            eps = guided_eps(model.unet, context, null_context, model.config.guidance)
+            sampled = dpm_solver(eps, randn(1), 25)
+            mels.append((mel[0], model.decode(sampled)[0]))
     return {"val_loss": sum(losses) / len(losses), "val_onset_f1": onset_agreement(mels)}, mels
 
 
-def initial(args):
-    """The network that training starts from: --init one of ours or the official one; --init Stable Diffusion v1 (CompVis' or diffusers'
-    names, or diffusers' folder) as the published run did, with a new conditioner; or a new one. --vae takes any autoencoder."""
-    if args.init and args.init.is_dir():
-        found = [
-            next(iter(sorted((args.init / part).glob("diffusion_pytorch_model.*"))), None)
-            for part in ("unet", "vae")
-        ]
-        if None in found:
-            raise training.TrainingError(
-                f"--init {args.init}: no unet/ and vae/ with a diffusion_pytorch_model; give a file, or such a folder"
-            )
-        args.init, args.vae = found[0], args.vae or found[1]
-    file = Checkpoint(args.init) if args.init else {}
-    unet = (
-        None
-        if "cond_stage_model.pos_emb.weight" in file
-        else stable_diffusion.parts(file).get("unet")
-    )
-    if args.init and unet is None:
-        model = LDM.load(args.init)
-        if args.new_conditioner:
-            model.conditioner.reset()
-        if args.vae:
-            with checkpoint_errors(args.vae, AutoencoderKL):
-                model.first_stage_model.load_state_dict(AutoencoderKL.load(args.vae).state_dict())
-        return model
-    source = args.vae or (
-        args.init if any(k.startswith("first_stage_model.") for k in file) else None
-    )
-    if not source:
-        raise training.TrainingError(
-            "stage 2 works on an autoencoder's latents: add --vae runs/vae/last.safetensors"
-        )
-    first_stage = AutoencoderKL.load(source)
-    model = LDM(replace(PRESETS[args.preset], vae=first_stage.config))
-    model.first_stage_model.load_state_dict(first_stage.state_dict())
-    if unet:
-        with checkpoint_errors(args.init, UNet):
-            model.unet.load_state_dict(unet)
-    return model
-
-
-def final_rate(args):
-    """What the learning rate's cosine ends at, as a share of its peak; the published rate stays constant."""
+def final_lr(args):
+    """Share of the peak learning rate that the cosine ends at; the published one is constant."""
     return 0.05 if args.preset == "mini" else 1.0
 
 
 def train(args):
-    """eps-prediction, t uniform over 0..999, the condition dropped for a fifth of the samples by zeroing the raw features
-    (official `sd_ddpm_scale.py`). A batch of sounds is encoded once and seen at --repeats noise levels: the frozen encoder would else cost
-    half as much as the small U-Net's training."""
+    """eps-prediction, the condition dropped for a fifth of the samples by zeroing the raw features
+    (official `sd_ddpm_scale.py`).
+
+    A batch of sounds is encoded once and seen at --repeats noise levels: else the frozen encoder
+    would cost half as much as the small U-Net's training."""
+    if args.timestep_shift is not None and args.timestep_shift < 1:
+        raise training.TrainingError("--timestep-shift must be at least 1")
     training.resolve_defaults(args, RECIPES, "ldm")
     distributed.init(args.device)
     training.check_batch(args)
     training.check_run_folder(args)
     device = training.set_up(args)
+
+    # U-Net and conditioner are trained, the autoencoder is not
     model = initial(args).to(device, memory_format=torch.channels_last).train()
-    (
-        model.unet.requires_grad_(True),
-        model.conditioner.requires_grad_(True),
-        model.vae.requires_grad_(False),
-    )
-    if args.shift < 1:
-        raise training.TrainingError("--shift must be at least 1")
-    weights = {"v_loss": bool(args.v_loss), "by_energy": bool(args.by_energy)}
-    run, optimizer, ema = start(args, model, functools.partial(validate, device=device, **weights))
-    network, n = (
-        distributed.wrap_ddp(model, functools.partial(denoising_loss, **weights)),
-        args.repeats,
-    )
+    model.unet.requires_grad_(True)
+    model.conditioner.requires_grad_(True)
+    model.vae.requires_grad_(False)
+    weightings = {"v_loss": args.v_loss, "energy_weighting": args.energy_weighting}
+    measure = functools.partial(validate, device=device, **weightings)
+    run, optimizer, ema = begin_run(args, model, model.unet, measure)
+    network = distributed.wrap_ddp(model, functools.partial(denoising_loss, **weightings))
+
+    n = args.repeats
     for step in run:
-        draw = training.generator(args, step)
-        posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=draw)
-        noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=draw)
-        t = noise_levels(args.batch * n, args.shift, draw)
-        kept = torch.rand(args.batch * n, 1, 1, generator=draw) >= 0.2
+        # random numbers of the whole batch, of all processes
+        rng = training.generator(args, step)
+        posterior = torch.randn(args.batch, *LATENT_SHAPE, generator=rng)
+        noise = torch.randn(args.batch * n, *LATENT_SHAPE, generator=rng)
+        t = sample_timesteps(args.batch * n, args.timestep_shift, rng)
+        # four fifths; the others train the unconditional branch
+        conditional = torch.rand(args.batch * n, 1, 1, generator=rng) >= 0.2
         for batch, rows in run.parts(network):
-            many = slice(n * rows.start, n * rows.stop)
+            repeated = slice(n * rows.start, n * rows.stop)
             mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
-            features = batch["features"].to(device, non_blocking=True).repeat_interleave(
-                n, 0
-            ) * kept[many].to(device)  # (b*n, f, 512)
+            features = batch["features"].to(device, non_blocking=True).repeat_interleave(n, 0)
+            features = features * conditional[repeated].to(device)  # (b*n, f, 512)
+            # each sound is encoded once and seen at n noise levels
             with training.autocast(args):
-                z = latents(model.vae, mel, posterior[rows].to(device)).repeat_interleave(
-                    n, 0
-                )  # (b*n, 4, 16, 64)
-                loss = network(z, t[many].to(device), noise[many].to(device), features)
+                z = latents(model.vae, mel, posterior[rows].to(device))
+                z = z.repeat_interleave(n, 0)  # (b*n, 4, 16, 64)
+                loss = network(z, t[repeated].to(device), noise[repeated].to(device), features)
+            # gradients add up over the micro-batches to that of the whole batch's mean
             (loss / run.count).backward()
             run.add(loss=loss)
-        run.report(
-            gradient_norm=training.update(args, step, optimizer, ema, model, final_rate(args))
-        )
+        norm = training.update(args, step, optimizer, ema, model, final_lr(args))
+        run.report(gradient_norm=norm)
 
 
 def main(argv=None):
@@ -705,7 +748,7 @@ def main(argv=None):
     p.add_argument(
         "--vae",
         type=Path,
-        help="the trained autoencoder (vae.py's, an LDM file, or Stable Diffusion v1's)",
+        help="the autoencoder: vae.py's, an LDM file's, or Stable Diffusion v1's",
     )
     p.add_argument(
         "--new-conditioner",
@@ -713,26 +756,20 @@ def main(argv=None):
         help="with --init: keep U-Net and autoencoder, start the conditioner anew "
         "(new features, as the published run did from Stable Diffusion)",
     )
-    training.add_stage2_arguments(p)
-    p.add_argument(
-        "--v-loss",
-        type=int,
-        choices=(0, 1),
-        help="1 counts every noise level alike, 0 as published",
+    g = training.add_stage2_arguments(p)
+    switch = argparse.BooleanOptionalAction
+    g.add_argument("--v-loss", action=switch, help="weight all noise levels alike")
+    g.add_argument(
+        "--energy-weighting", action=switch, help="weight latent columns by their expected energy"
     )
-    p.add_argument(
-        "--by-energy",
-        type=int,
-        choices=(0, 1),
-        help="1 counts a moment by the energy that is expected there, 0 all alike, as published",
+    g.add_argument(
+        "--timestep-shift", type=float, help="above 1, high noise levels are seen more often"
     )
-    p.add_argument(
-        "--shift",
-        type=float,
-        help="above 1, high noise levels are seen more often; 1: all alike, as published",
-    )
+    cli.renamed(p, "--by-energy", "--energy-weighting", type=cli.truth)
+    cli.renamed(p, "--shift", "--timestep-shift", type=float)
+    args = p.parse_args(argv)
     with distributed.report_errors("ldm.py"):
-        train(p.parse_args(argv))
+        train(args)
 
 
 if __name__ == "__main__":

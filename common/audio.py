@@ -11,6 +11,7 @@ Differs from the official code: one filterbank at 16 kHz serves mel and its inve
 inverse is at 22,050 Hz, and tones fall).
 """
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -27,6 +28,7 @@ FMIN = 125.0
 FMAX = 7600.0
 WINDOW = 131072  # samples of one model window: 512 mel columns, 8.192 s
 COLUMN = HOP / SAMPLE_RATE  # seconds a mel column
+SPAN = 4096  # mel columns vocoded at once: 65 s, which bounds memory
 CHUNK = 256  # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
 
 # onset detector, set on recorded sounds of the procedural set (seed 9)
@@ -239,6 +241,38 @@ def vocode(mel, iterations: int = 32, seed: int = 0, length: int | None = None):
     if length is None:
         length = columns * HOP
     return F.pad(wav, (0, length - wav.shape[-1])).reshape(*batch, length)
+
+
+def vocode_long(mel, samples, device="cpu"):
+    """(128, columns) -> (samples,), at most full scale.
+
+    A long sound is made in spans, whose phases do not fit together: they change over within one
+    column, the quietest near a span's end.
+    """
+    columns = mel.shape[1]
+    cuts = [0]
+    while columns - cuts[-1] > SPAN:
+        late = cuts[-1] + SPAN - 128  # the last 2 s of a span
+        cuts.append(late + int(mel[:, late : late + 128].sum(0).argmin()))
+    out = torch.zeros(columns * HOP)
+    rise = (torch.arange(HOP) + 0.5) / HOP
+    for a, b in itertools.pairwise([*cuts, columns]):
+        # some columns more on either side, for the phases
+        low = max(0, a - 16)
+        high = min(columns, b + 16)
+        wav = vocode(mel[:, low:high].to(device)).cpu()  # ((high - low) * HOP,)
+        weight = torch.ones_like(wav)
+        if a:
+            weight[: (a - low + 1) * HOP] = torch.cat([torch.zeros((a - low) * HOP), rise])
+        if b < columns:
+            weight[(b - low) * HOP :] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
+        out[low * HOP : high * HOP] += weight * wav
+    return limit(out[:samples])
+
+
+def limit(wav):
+    """Scaled down as a whole where it would clip."""
+    return wav / max(1.0, float(wav.abs().max()))
 
 
 # ---- onsets --------------------------------------------------------------------------------------

@@ -1,15 +1,21 @@
-"""Checkpoints: anybody's are read without running anything in them, ours are written whole.
+"""Checkpoints: anybody's are read without running anything in them, ours are written atomically.
 
-in   .safetensors (ours with its configuration in the header), or a torch.save file, zipped or older: a bare state dict or a Lightning
-     checkpoint with optimizer states, callbacks and hyper-parameters around its `state_dict`
-out  {name: tensor}, read through a map of the file: filling a network needs little more memory than the network's own
+in   .safetensors (ours with its configuration in the header), or a torch.save file, zipped or
+     older: a bare state dict, or a Lightning checkpoint with optimizer states, callbacks and
+     hyper-parameters around its `state_dict`
+out  {name: tensor}, read through a map of the file: filling a network needs little more memory than
+     the network's own
 
-A pickle is a program. Here it runs on a machine that can build nothing but dicts, lists, numbers, strings and *descriptions* of tensors:
-whatever class it names becomes one inert stand-in, so classes of foreign packages need not be importable and run nothing. A name that no
-checkpoint has a use for and every attack needs (the standard library's and torch's functions) refuses the file.
+A pickle is a program. Here it runs on a machine that can build nothing but dicts, lists, numbers,
+strings and descriptions of tensors: whatever class it names becomes one stub, so classes of foreign
+packages need not be importable and run nothing. A name that no checkpoint has a use for and every
+attack needs (the standard library's and torch's functions) refuses the file.
+
+    python -m common.checkpoints convert DIR OUT      published files -> safetensors, half the size
 """
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -20,6 +26,7 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,11 +39,10 @@ from common.files import UserError, atomic_write
 
 
 class CheckpointError(UserError):
-    """A file that cannot be read or written, or is not what was asked for: one line with the remedy."""
+    """A checkpoint that cannot be read, or is not what was asked for."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# unpickling without running anything
+# ---- unpickling without running anything -------------------------------------------------------
 
 
 class Stub:
@@ -48,71 +54,68 @@ class Stub:
     def __init__(self, *_args, **_kwargs):
         pass
 
-    def nothing(self, *_args):
+    def ignore(self, *_args):
         pass
 
-    __setstate__ = __setitem__ = append = extend = add = nothing
+    __setstate__ = __setitem__ = append = extend = add = ignore
 
 
 class Dict(dict):
-    """A foreign package's or the library's ordered dict; attributes that the pickle sets on it are left out."""
+    """An ordered dict, the library's or a foreign one; attributes set on it are left out."""
 
     def __setstate__(self, _state):
         pass
 
 
-class Storage:
-    """Name of a file's stretch of bytes and the type of its elements."""
+class Storage(NamedTuple):
+    """A stretch of bytes in the file, by its key, and the type of its elements."""
 
-    def __init__(self, dtype, key, numel, shift=0):
-        self.dtype, self.key, self.numel, self.shift = (
-            dtype,
-            key,
-            numel,
-            shift,
-        )  # shift: elements into the stretch
+    dtype: torch.dtype
+    key: str
+    shift: int  # elements from its beginning
 
 
 class TensorSpec:
-    """A tensor as torch's pickles tell it: (storage, offset, size, stride, ...); a parameter is the tensor that it holds."""
+    """A tensor as torch's pickles describe it: storage, offset, size and stride, in elements.
+
+    A parameter is the tensor that it holds.
+    """
 
     def __new__(cls, first, *rest):
+        # torch rebuilds a parameter from the tensor that it holds
         return first if isinstance(first, TensorSpec) else object.__new__(cls)
 
     def __init__(self, storage, *rest):
-        if isinstance(storage, Storage):
-            offset, size, stride = rest[:3]
-            if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) or len(
-                size
-            ) != len(stride):
-                raise pickle.UnpicklingError("a tensor of impossible shape")
-            self.storage, self.offset, self.size, self.stride = (
-                storage,
-                offset,
-                tuple(size),
-                tuple(stride),
-            )
-        elif not isinstance(storage, TensorSpec):
+        if isinstance(storage, TensorSpec):
+            return
+        if not isinstance(storage, Storage):
             raise pickle.UnpicklingError("a tensor without a storage")
+        # plain counts: checked here, because views of the file are built from them later
+        offset, size, stride = rest[:3]
+        counts = (offset, *size, *stride)
+        valid = all(isinstance(n, int) and n >= 0 for n in counts)
+        if not valid or len(size) != len(stride):
+            raise pickle.UnpicklingError("a tensor of impossible shape")
+        self.storage = storage
+        self.offset = offset + storage.shift
+        self.size = tuple(size)
+        self.stride = tuple(stride)
 
     def __setstate__(self, _state):
         pass
 
 
 DTYPES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 REBUILD = {
     "_rebuild_tensor",
@@ -120,9 +123,11 @@ REBUILD = {
     "_rebuild_parameter",
     "_rebuild_parameter_with_state",
 }
-# names of the standard library, numpy and torch that hyper-parameters, callbacks and optimizers hold as plain data
+# names of the standard library, numpy and torch that hyper-parameters, callbacks and optimizers
+# hold as plain data
 DATA_NAMES = {
-    "builtins": "object set frozenset list dict tuple int float complex bool str bytes bytearray slice range",
+    "builtins": "object set frozenset list dict tuple int float complex bool str bytes bytearray "
+    "slice range",
     "collections": "defaultdict deque Counter",
     "copyreg": "_reconstructor",
     "_codecs": "encode",
@@ -144,41 +149,46 @@ DATA_NAMES = {
 
 
 class Unpickler(pickle.Unpickler):
-    """The standard machine with nothing to call; `storages` collects {key: element type} of all that the pickle names."""
+    """The standard machine with nothing to call.
+
+    `dtypes` collects {storage key: element type} of all storages that the pickle names.
+    """
 
     def __init__(self, file):
         super().__init__(file)
-        self.storages = {}
+        self.dtypes = {}
 
     def find_class(self, module, name):
         # protocol 2, torch's, has Python 2's names for modules
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        # a state dict itself, its tensors, their storages
         if module == "collections" and name == "OrderedDict":
             return Dict
         if module == "torch._utils" and name in REBUILD:
             return TensorSpec
         if module == "torch" and name in DTYPES:
             return type(name, (Stub,), {"dtype": DTYPES[name]})
+        # a function of a trusted package could do harm; what it holds as plain data is listed
         package = module.split(".")[0]
-        if package in sys.stdlib_module_names or package in ("torch", "numpy"):
-            part = module.startswith(
-                ("torch.optim.", "torch.nn.modules.")
-            )  # an optimizer or a layer among the hyper-parameters
-            if not part and name not in DATA_NAMES.get(module, "").split():
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
+        trusted = package in sys.stdlib_module_names or package in ("torch", "numpy")
+        # an optimizer or a layer among the hyper-parameters
+        part = module.startswith(("torch.optim.", "torch.nn.modules."))
+        if trusted and not part and name not in DATA_NAMES.get(module, "").split():
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights need")
         return Stub
 
     def persistent_load(self, saved_id):
-        kind, storage_type, key, _device, numel, *view = saved_id
+        kind, storage_type, key, _device, _numel, *view = saved_id
         dtype = getattr(storage_type, "dtype", None)
         if kind != "storage" or dtype is None or not isinstance(key, str):
             raise pickle.UnpicklingError("it stores something that is no tensor")
-        self.storages[key] = dtype
-        return Storage(dtype, key, view[0][1] if view and view[0] else 0)
+        self.dtypes[key] = dtype
+        # older files store views of storages: (key, offset, size)
+        shift = view[0][1] if view and view[0] else 0
+        return Storage(dtype, key, shift)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# ---- reading -----------------------------------------------------------------------------------
 
 MAGIC = 0x1950A86A20F9469CFC6C  # opens a torch.save file of before zip archives
 SAFE_DTYPES = {
@@ -195,127 +205,144 @@ SAFE_DTYPES = {
 }
 
 
+class Entry(NamedTuple):
+    """Where a tensor lies in the file."""
+
+    dtype: torch.dtype
+    first: int  # byte
+    size: tuple
+    stride: tuple  # in elements
+
+    @property
+    def extent(self):
+        """Elements from the first to the last, both included."""
+        if not all(self.size):
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+
+
 def read_zip(path):
     """-> the unpickled object, {storage key: (first byte, bytes)}."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-        entries = {
-            e.filename.partition("/")[2]: e for e in archive.infolist()
-        }  # below the archive's one folder
-        if (
-            "data.pkl" not in entries
-            or "byteorder" in entries
-            and archive.read(entries["byteorder"]) != b"little"
-        ):
+        # below the archive's one folder
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        byteorder = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+        if "data.pkl" not in entries or byteorder != b"little":
             raise pickle.UnpicklingError(
                 "a zip archive that is not torch.save's, or a big-endian machine's"
             )
-        with archive.open(entries["data.pkl"]) as f:
-            content = Unpickler(f).load()
-        where = {}
+        with archive.open(entries["data.pkl"]) as file:
+            content = Unpickler(file).load()
+        # storages are entries of their own, uncompressed
+        places = {}
         for name, entry in entries.items():
             if name.startswith("data/") and entry.compress_type == zipfile.ZIP_STORED:
-                raw.seek(
-                    entry.header_offset + 26
-                )  # how long its name is, and the padding behind it
-                name_length, extra_length = struct.unpack("<HH", raw.read(4))
-                where[name.removeprefix("data/")] = (
-                    entry.header_offset + 30 + name_length + extra_length,
-                    entry.file_size,
-                )
-    return content, where
+                # its local header ends in the lengths of its name and of the padding behind that
+                raw.seek(entry.header_offset + 26)
+                name_length, padding = struct.unpack("<HH", raw.read(4))
+                first = entry.header_offset + 30 + name_length + padding
+                places[name.removeprefix("data/")] = first, entry.file_size
+    return content, places
 
 
 def read_older(path):
     """The same of a file without zip: five pickles, then every storage's length and bytes."""
-    with open(path, "rb") as f:
-        if Unpickler(f).load() != MAGIC:
+    with open(path, "rb") as file:
+        if Unpickler(file).load() != MAGIC:
             raise pickle.UnpicklingError("it has none of torch.save's marks")
-        Unpickler(f).load(), Unpickler(f).load()  # versions
-        unpickler = Unpickler(f)
-        content, where = unpickler.load(), {}
-        for key in Unpickler(f).load():
-            length = int.from_bytes(f.read(8), "little") * unpickler.storages[key].itemsize
-            where[key] = f.tell(), length
-            f.seek(length, os.SEEK_CUR)
-    return content, where
+        # the protocol's version, and the machine's sizes of integers
+        for _ in range(2):
+            Unpickler(file).load()
+        unpickler = Unpickler(file)
+        content = unpickler.load()
+        keys = Unpickler(file).load()
+        places = {}
+        for key in keys:
+            length = int.from_bytes(file.read(8), "little") * unpickler.dtypes[key].itemsize
+            places[key] = file.tell(), length
+            file.seek(length, os.SEEK_CUR)
+    return content, places
 
 
 class Checkpoint(Mapping):
-    """{name: tensor} of a file. A tensor is a view of the mapped file, so it costs memory only when it is read, and `release` gives that
-    back; write to none. `config` is what `save_model` put beside the weights, None in other people's files.
+    """{name: tensor} of a file, with `config`: what `save_model` put beside the weights, or None.
 
-    Lightning's `state_dict`, other trainers' `model` and DistributedDataParallel's `module.` are taken off; whatever else lies in the file is left out.
+    A tensor is a view of the mapped file, so it costs memory only when it is read, and `release`
+    gives that back; write to none. Lightning's `state_dict`, other trainers' `model` and
+    DistributedDataParallel's `module.` are taken off; whatever else lies in the file is left out.
+    Raises CheckpointError.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.config = None
         try:
-            with open(path, "rb") as f:
-                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.config, self.entries = (
-                self.read_safetensors()
-                if self.path.suffix == ".safetensors"
-                else (None, self.read_pickled())
-            )
+            with open(path, "rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if self.path.suffix == ".safetensors":
+                self.config, self.entries = self.read_safetensors()
+            else:
+                self.entries = self.read_pickled()
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file"
             ) from None
-        except Exception as e:  # a damaged or hostile pickle can raise anything; none of it has run more than this file's code
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        # a damaged or hostile pickle can raise anything, but has run nothing but this file's code
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise CheckpointError(
                 f"{path}: not opened as a checkpoint: {reason}; fetch or train it again"
             ) from None
 
     def read_safetensors(self):
-        with safe_open(self.path, "pt") as f:  # checks the header
-            config = json.loads((f.metadata() or {}).get("config", "null"))
+        """-> configuration or None, {name: Entry}."""
+        with safe_open(self.path, "pt") as file:  # checks the header
+            config = json.loads((file.metadata() or {}).get("config", "null"))
+        # 8 bytes of length, the header in JSON, then the tensors, contiguous
         length = int.from_bytes(self.map[:8], "little")
         header = json.loads(self.map[8 : 8 + length])
         header.pop("__metadata__", None)
-        return config, {
-            k: (SAFE_DTYPES[e["dtype"]], 8 + length + e["data_offsets"][0], tuple(e["shape"]), None)
-            for k, e in header.items()
-        }
+        entries = {}
+        for name, entry in header.items():
+            first = 8 + length + entry["data_offsets"][0]
+            stride = torch.empty(entry["shape"], device="meta").stride()
+            entries[name] = Entry(SAFE_DTYPES[entry["dtype"]], first, entry["shape"], stride)
+        return config, entries
 
     def read_pickled(self):
-        content, where = (read_zip if self.map[:4] == b"PK\3\4" else read_older)(self.path)
-        state = next(
-            (content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)),
-            content,
-        )
+        """-> {name: Entry}; every tensor is checked to lie inside its storage and the file."""
+        read = read_zip if self.map[:4] == b"PK\3\4" else read_older
+        content, places = read(self.path)
+        # without the trainer's wrapping
+        state = content
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), dict):
+                state = content[key]
+
+        # optimizer states and the like, among the tensors of a state dict, are no TensorSpec
         entries = {}
         for name, tensor in state.items():
-            if isinstance(tensor, TensorSpec):
-                first, length = where[tensor.storage.key]
-                dtype = tensor.storage.dtype
-                start = (tensor.storage.shift + tensor.offset) * dtype.itemsize
-                extent = (
-                    1 + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride))
-                    if all(tensor.size)
-                    else 0
-                )
-                if start + extent * dtype.itemsize > length or first + length > len(self.map):
-                    raise pickle.UnpicklingError(f"{name} lies outside the file")
-                entries[name.removeprefix("module.")] = (
-                    dtype,
-                    first + start,
-                    tensor.size,
-                    tensor.stride,
-                )
+            if not isinstance(tensor, TensorSpec):
+                continue
+            first, length = places[tensor.storage.key]
+            dtype = tensor.storage.dtype
+            start = tensor.offset * dtype.itemsize
+            # a damaged or hostile file may claim anything
+            entry = Entry(dtype, first + start, tensor.size, tensor.stride)
+            end = start + entry.extent * dtype.itemsize
+            if end > length or first + length > len(self.map):
+                raise pickle.UnpicklingError(f"{name} lies outside the file")
+            entries[name.removeprefix("module.")] = entry
         if not entries:
             raise pickle.UnpicklingError("it holds no state dict")
         return entries
 
     def __getitem__(self, name):
-        dtype, first, size, stride = self.entries[name]
-        if not all(size):
-            return torch.empty(size, dtype=dtype)
-        stride = torch.empty(size, device="meta").stride() if stride is None else stride
-        count = 1 + sum((n - 1) * s for n, s in zip(size, stride))
-        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=first).as_strided(
-            size, stride
-        )
+        entry = self.entries[name]
+        if not entry.extent:
+            return torch.empty(entry.size, dtype=entry.dtype)
+        flat = torch.frombuffer(self.map, dtype=entry.dtype, count=entry.extent, offset=entry.first)
+        return flat.as_strided(entry.size, entry.stride)
 
     def __iter__(self):
         return iter(self.entries)
@@ -330,84 +357,147 @@ class Checkpoint(Mapping):
 
 
 @contextlib.contextmanager
-def checkpoint_errors(path, cls):
-    """Around building and filling a network of `cls`: what a strange configuration or another network's weights raise, as one line."""
+def checkpoint_errors(path: Path | str, cls: type):
+    """Around building and filling a network of `cls`: what does not fit raises CheckpointError."""
     try:
         yield
-    except (RuntimeError, KeyError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:160]
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"{path}: not a checkpoint of {cls.__name__} ({reason}); give one of this network"
         ) from None
 
 
 def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
-    """Give `model`, made on the meta device, the weights of `file` (or `tensors`, taken from it): strictly, and one after the other at
-    its final place, type and layout (images channels-last), so that nothing is ever there twice. -> the model, to be used rather than trained."""
+    """Give `model`, built on the meta device, the weights of a Checkpoint; -> it, in eval mode.
+
+    Strict. `tensors`, if given, are taken from the file instead of all of it. One after the other
+    goes to its final device, type and layout (images channels-last), so that nothing is in memory
+    twice. Parameters become `dtype`, other floats float32. Raises CheckpointError.
+    """
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for tensor in (*model.parameters(), *model.buffers()):
-        to = (
-            dtype
-            if isinstance(tensor, nn.Parameter)
-            else torch.float32
-            if tensor.is_floating_point()
-            else tensor.dtype
-        )
+        # counters stay integers
+        kind = tensor.dtype
+        if isinstance(tensor, nn.Parameter):
+            kind = dtype
+        elif tensor.is_floating_point():
+            kind = torch.float32
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        tensor.data = tensor.data.to(device, to, copy=True, memory_format=layout)
+        tensor.data = tensor.data.to(device, kind, copy=True, memory_format=layout)
         file.release()
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
+# ------------------------------------------------------------------------------------------------
+# networks
 
 
-def save_tensors(path, tensors, dtype=None, **metadata):
-    """{name: tensor} -> one safetensors file, `metadata` as JSON in its header. dtype: of matrices and convolutions; norms, biases and
-    schedules keep their own, for they weigh nothing."""
+def config_from_json(cls, values: dict):
+    """A configuration dataclass of its JSON form: lists become tuples, dicts nested dataclasses.
+
+    TypeError where a name is not one of its fields."""
+    values = dict(values)
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name)
+        if isinstance(value, list):
+            values[field.name] = tuple(value)
+        elif isinstance(value, dict):
+            values[field.name] = config_from_json(field.type, value)
+    return cls(**values)
+
+
+def empty_network(cls, path, values: dict | None, default):
+    """A network of class `cls` on the meta device: of the configuration `values` that the file at
+    `path` holds, or of `default`, the published one, if that is None."""
+    with checkpoint_errors(path, cls), torch.device("meta"):
+        return cls(default if values is None else config_from_json(type(default), values))
+
+
+def load_network(cls, path, default, device="cpu", dtype=torch.float32, without: tuple = ()):
+    """A network of class `cls` with the weights of a file, strictly; in eval mode.
+
+    default: the configuration of a file that has none (a published one); without: dotted names of
+    parts that the caller does not need, neither built nor read. CheckpointError if it does not fit."""
+    file = Checkpoint(path)
+    model = empty_network(cls, path, file.config, default)
+    for name in without:
+        parent, _, part = name.rpartition(".")
+        if hasattr(model.get_submodule(parent), part):
+            delattr(model.get_submodule(parent), part)
+    unused = tuple(f"{name}." for name in without)
+    tensors = {k: file[k] for k in file if not k.startswith(unused)}
+    return load_into(model, file, tensors, device, dtype)
+
+
+def one_line(model):
+    """What a notebook prints of a network: "LDM(8.6 M parameters, float32, cpu)"."""
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}({count:.1f} M parameters, {dtype}, {first.device})"
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path | str, tensors, dtype: torch.dtype | None = None, **metadata):
+    """{name: tensor} -> one safetensors file, `metadata` as JSON in its header.
+
+    `dtype` is that of matrices and convolutions; norms, biases and schedules keep their own, for
+    they take next to no space. Raises FileError.
+    """
+    # safetensors takes no views and no gradients
     tensors = {
-        k: v.detach().to("cpu", dtype if v.ndim >= 2 else None).contiguous()
-        for k, v in tensors.items()
+        name: tensor.detach().to("cpu", dtype if tensor.ndim >= 2 else None).contiguous()
+        for name, tensor in tensors.items()
     }
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
     with atomic_write(path) as part:
         part.touch()
         mode = part.stat().st_mode  # that of any new file; safetensors makes it the owner's alone
         try:
-            save_file(tensors, part, {k: json.dumps(v) for k, v in metadata.items()})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None  # a full disk; atomic_write names the file
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:  # a full disk; atomic_write names the file
+            raise OSError(str(error)) from None
         part.chmod(mode)
 
 
-def save_model(path, model, config, half=False, **metadata):
-    """Weights and the configuration that rebuilds them. half: in float16, half the size."""
-    save_tensors(
-        path, model.state_dict(), torch.float16 if half else None, config=config, **metadata
-    )
+def save_model(path: Path | str, model, config: dict, dtype=torch.float32, **metadata):
+    """Weights, and the configuration that rebuilds their network. Raises FileError.
+
+    `dtype`, float32 or float16, is that of matrices and convolutions.
+    """
+    save_tensors(path, model.state_dict(), dtype, config=config, **metadata)
 
 
+# as `sample.py` calls them
 PUBLISHED = {
     "cavp_epoch66": "cavp",
     "ldm_epoch240": "ldm",
     "double_guidance_classifier": "align",
-}  # as `sample.py` calls them
+}
 
 
-def convert(source, target, dtype):
-    """Every checkpoint of a folder -> safetensors of its tensors alone, with matrices and convolutions in `dtype`, under the name that
-    `sample.py --weights` looks for. -> [(from, to)]"""
-    source, target = Path(source), Path(target)
-    files = sorted(p for p in source.glob("*") if p.suffix in (".ckpt", ".safetensors"))
+def convert(source: Path | str, target: Path | str, dtype: torch.dtype):
+    """Every checkpoint of a folder -> safetensors of its tensors alone; -> [(from, to)].
+
+    Matrices and convolutions in `dtype`, under the names that `sample.py --weights` looks for.
+    Raises CheckpointError where there is none, or where an output exists.
+    """
+    files = [p for p in sorted(Path(source).glob("*")) if p.suffix in (".ckpt", ".safetensors")]
     if not files:
         raise CheckpointError(
-            f"{source}: no .ckpt or .safetensors there; give the folder that holds them"
+            f"{source}: no .ckpt or .safetensors in it; give the folder that holds them"
         )
-    pairs = [(p, target / f"{PUBLISHED.get(p.stem, p.stem)}.safetensors") for p in files]
-    for path, out in pairs:
+    pairs = []
+    # nothing is overwritten, which is checked before the first file is written
+    for path in files:
+        out = Path(target) / f"{PUBLISHED.get(path.stem, path.stem)}.safetensors"
         if out.exists():
             raise CheckpointError(f"{out}: exists already; give another folder")
+        pairs.append((path, out))
     for path, out in tqdm(pairs, desc="convert"):
         file = Checkpoint(path)
         save_tensors(out, file, dtype, config=file.config)
@@ -415,21 +505,21 @@ def convert(source, target, dtype):
 
 
 def main(argv=None):
-    p = cli.Parser("python -m common.checkpoints", __doc__)
-    p.add_argument("command", choices=("convert",))
-    p.add_argument("source", type=Path, metavar="DIR", help="folder with .ckpt or .safetensors")
-    p.add_argument("target", type=Path, metavar="OUT", help="where the safetensors go")
-    p.add_argument(
+    parser = cli.Parser("python -m common.checkpoints", __doc__)
+    parser.add_argument("command", choices=("convert",))
+    parser.add_argument("source", type=Path, metavar="DIR", help="folder of .ckpt or .safetensors")
+    parser.add_argument("target", type=Path, metavar="OUT", help="folder for the safetensors")
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="bfloat16",
         help="of matrices and convolutions",
     )
-    args = p.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         pairs = convert(args.source, args.target, getattr(torch, args.dtype))
     except UserError as error:
-        sys.exit(f"{p.prog}: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     for path, out in pairs:
         print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
 

@@ -1,17 +1,20 @@
-"""Command lines: what all scripts' parsers share. Imports nothing slow, so that --help answers at once.
+"""Command lines: what all scripts' parsers share.
 
 in   sys.argv
 out  arguments, or one line on stderr and exit status 2
 """
 
 import argparse
+import contextlib
+import json
 import math
+import numbers
 import signal
 import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows the script's docstring in --help as it is written; a wrong flag is one line, not the whole usage."""
+    """--help shows the script's docstring as written; a wrong flag is one line, not the usage."""
 
     def __init__(self, prog, description):
         super().__init__(prog, description=description, formatter_class=Formatter)
@@ -29,18 +32,32 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return super()._get_help_string(action)
 
 
+def check_number(name, value, low, high=math.inf, whole=False):
+    """Raise ValueError unless `value` is a number within [low, high]; text and booleans are not."""
+    kind = numbers.Integral if whole else numbers.Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and low <= value <= high and math.isfinite(value):
+        return
+    limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
+    kind = "whole number" if whole else "number"
+    raise ValueError(f"{name} {quoted(value)}: not a {kind} {limits}")
+
+
+def quoted(value):
+    return json.dumps(value) if isinstance(value, str) else str(value)
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float within [low, high]."""
 
     def parse(text):
-        try:
+        value = text
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            name = "whole number" if kind is int else "number"
-            limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
+        try:
+            check_number("", value, low, high, whole=kind is int)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
         return value
 
     return parse

@@ -14,7 +14,7 @@ import torch
 
 
 def find_device(name):
-    """auto, cpu, cuda or cuda:1, also as a torch.device -> torch.device. auto: a GPU where torch finds one.
+    """auto, cpu, cuda or cuda:1, or a torch.device -> torch.device. auto: a GPU if there is one.
 
     Raises ValueError for anything else, and for a GPU that is not there.
     """
@@ -25,7 +25,7 @@ def find_device(name):
         device = torch.device(name)
     except (RuntimeError, TypeError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):  # torch knows more kinds
         raise ValueError(f"device {shown}: not one of auto, cpu, cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {shown}: torch finds no such GPU; give auto or cpu")
@@ -33,26 +33,31 @@ def find_device(name):
 
 
 def computes_bfloat16(device):
-    """Whether the hardware does: a CPU with AMX or avx512_bf16 is twice as fast in it, others
-    emulate it several times slower."""
+    """Whether bfloat16 is fast here.
+
+    A CPU with AMX or avx512_bf16 is twice as fast in it; others emulate it several times slower.
+    """
     return torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def peak_memory(device="cpu"):
-    """The most bytes held at once: of the GPU's memory, else of this process's."""
+    """Peak bytes so far: allocated on the GPU, else resident memory of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss begins with that of the parent process
+    if status.exists():
+        # Linux, where ru_maxrss starts with that of the parent process
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    import resource  # not on every system
+    import resource  # Windows has none
 
+    # macOS counts bytes, others kilobytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def glibc(function, *args):
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    """Call a function of glibc; without effect where the system has another C library."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), function)(*args)
 
 
@@ -68,5 +73,5 @@ def keep_freed_memory(largest=2**30):
 
 
 def return_freed_memory():
-    """Give freed memory back, between two stages of a job that need blocks of other sizes."""
+    """Give freed memory back to the system, between stages that need blocks of other sizes."""
     glibc("malloc_trim", 0)

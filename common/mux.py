@@ -1,7 +1,7 @@
-"""Writing video files: the picture of a source with new sound, and everything else that came with it.
+"""Writing video files: the picture of a source with new sound, and all else that came with it.
 
 in   a source video, sound (n,) at 16 kHz, which stretch of the picture
-out  a file whose picture is copied packet by packet where that is possible, and encoded anew where it is not
+out  a file whose picture is copied packet by packet where possible, and encoded anew where not
 
 Like `common.ffmpeg`, this runs in a child process and does not import torch.
 """
@@ -28,15 +28,16 @@ from common.ffmpeg import (
     SAMPLE_RATE,
     MediaError,
     check_start,
-    demuxed,
+    demux,
     display_matrix,
     frame_rate,
     frames_from,
     is_cover,
     lacks_display_times,
-    opened,
+    open_input,
     picture_stream,
     probe,
+    stamp_of,
     until_error,
 )
 
@@ -51,19 +52,20 @@ CONTAINERS = {
 # tags that describe the old file
 STRUCTURE = {"major_brand", "minor_version", "compatible_brands", "encoder", "timecode"}
 TICK = Fraction(1, 90000)  # seconds; the clock of what is encoded anew
-COLOURS = ("color_primaries", "color_trc", "colorspace", "color_range")
-UNSPECIFIED, BT709, LIMITED, FULL = 2, 1, 1, 2  # ITU-T H.273 code points; of the range FFmpeg's own
+COLORS = ("color_primaries", "color_trc", "colorspace", "color_range")
+BT709 = {"color_primaries": 1, "color_trc": 1, "colorspace": 1, "color_range": 1}  # ITU-T H.273
+FULL_RANGE = 2  # FFmpeg's own code
 HDR10 = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
 # FFmpeg refuses: time stamps no muxer accepts, a codec tag the container does not know
-REFUSED = (av.error.ArgumentError, av.error.InvalidDataError, av.error.PatchWelcomeError)
+REFUSALS = (av.error.ArgumentError, av.error.InvalidDataError, av.error.PatchWelcomeError)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to write: the picture of `source` from `start` on for `seconds`, under the sound `wav` (n,)."""
+    """One file to write: `seconds` of the picture of `source` from `start` on, with new sound."""
 
     source: Path
-    wav: np.ndarray
+    wav: np.ndarray  # (n,) at 16 kHz
     tags: dict
     start: float
     seconds: float
@@ -75,49 +77,65 @@ class Job:
         return CONTAINERS[self.suffix][0]
 
     @property
-    def whole(self):
-        """Whether it is all of the picture."""
-        return self.start == 0 and self.seconds > probe(self.source).duration - 1e-3
+    def offset(self):
+        """The start on the container's own clock, in seconds."""
+        return probe(self.source).start + self.start
+
+    @property
+    def is_cut(self):
+        """Whether it is less than all of the picture."""
+        return self.start > 0 or self.seconds <= probe(self.source).duration - 1e-3
 
 
 # ---- which container ---------------------------------------------------------------------------
 
 
 @cache
-def holds(suffix, codec):
-    """Whether the container of this suffix takes this video codec, by FFmpeg's own account."""
+def holds(suffix: str, codec: str) -> bool:
+    """Whether the container of this suffix takes this video codec, according to FFmpeg."""
     with av.open(io.BytesIO(), "w", format=CONTAINERS[suffix][0]) as empty:
         return codec in empty.supported_codecs
 
 
-def output_suffix(source):
-    """The suffix under which `write_video` can copy the picture of `source`: its own if we write sound there, else
-    .mp4, .mkv or .mov; and .mp4 for what none of them holds, which is then encoded anew, as uncompressed pictures and
-    animated gif are."""
-    codec, suffix = probe(source).codec, Path(source).suffix.lower()
-    if codec in (
-        "gif",
-        "rawvideo",
-    ):  # QuickTime and Matroska could hold them, and no player expects them there
+def output_suffix(source: Path | str) -> str:
+    """The suffix under which `write_video` can copy the picture of `source`.
+
+    Its own if we write sound there, else .mp4, .mkv or .mov; and .mp4 for what none of them holds,
+    which is then encoded anew.
+    """
+    codec = probe(source).codec
+    suffixes = [".mp4", ".mkv", ".mov"]
+    # QuickTime and Matroska could hold these two, and no player expects them there
+    if codec in ("gif", "rawvideo"):
         return ".mp4"
-    own = (suffix,) if suffix in CONTAINERS else ()
-    return next((s for s in (*own, ".mp4", ".mkv", ".mov") if holds(s, codec)), ".mp4")
+    own = Path(source).suffix.lower()
+    if own in CONTAINERS:
+        suffixes.insert(0, own)
+    return next((suffix for suffix in suffixes if holds(suffix, codec)), ".mp4")
 
 
 # ---- the picture, copied -----------------------------------------------------------------------
 
 
+def packets_of_picture(container, stream, path):
+    """The packets of one stream, up to the first read error."""
+    packets = until_error(demux(container, path))
+    return (packet for packet in packets if packet.stream.index == stream.index)
+
+
 def display_times(source):
     """{number of a packet in order of decoding: time stamp} of a stream that has none for display.
 
-    Decoding tells the order: every packet is numbered, and the n-th frame shown takes the n-th packet's time. None
-    where packets and frames do not come in pairs (two fields a frame, damage)."""
-    with opened(source) as container:
+    Decoding tells the order: every packet is numbered, and the n-th frame shown takes the n-th
+    packet's time. None where packets and frames do not pair (two fields a frame, damage).
+    """
+    slots = []
+    numbers = []
+    with open_input(source) as container:
         stream = picture_stream(container, source)
-        reorders = stream.codec_context.has_b_frames
-        slots, numbers = [], []
+        reorders = stream.codec_context.has_b_frames  # else frames come in the packets' order
         with suppress(av.error.EOFError):
-            for packet in demuxed(container, source):
+            for packet in demux(container, source):
                 if packet.stream.index != stream.index:
                     continue
                 if packet.size:
@@ -133,39 +151,44 @@ def display_times(source):
 
 
 def in_display_order(packets, times):
-    """Packets whose order of decoding alone is known, with both time stamps: see `display_times`."""
+    """Packets of which only the order of decoding is known, with both time stamps.
+
+    `times` are those of `display_times`.
+    """
     slots = sorted(times.values())
-    late = max(
-        slot - times[number] for number, slot in enumerate(slots)
-    )  # decoding has to run ahead by this
-    number = 0
-    for packet in packets:
-        if packet.size:
-            packet.pts = times[number]
-            packet.dts = slots[number] - late
-            number += 1
-            yield packet
+    # decoding has to run ahead of display by this
+    delay = max(slot - times[number] for number, slot in enumerate(slots))
+    packets = (packet for packet in packets if packet.size)
+    for number, packet in enumerate(packets):
+        packet.pts = times[number]
+        packet.dts = slots[number] - delay
+        yield packet
 
 
 def copied_packets(packets, track, first, end):
-    """The source's own packets, moved so that the first shown picture is at 0; what cannot decode before it is left."""
-    begun, extra, held = False, 0, []
+    """The source's own packets, moved by `first` ticks so that the first picture is at 0.
+
+    What cannot decode before it is left out. Matroska stores no decoding times, so those of the
+    first few packets are unknown: they are held until one is known, and count down from it.
+    """
+    begun = False
+    extra = 0
+    held = []
     for packet in packets:
-        if packet.pts is None and packet.dts is None:  # the demuxer's closing mark
+        if stamp_of(packet) is None:  # the demuxer's closing mark
             continue
-        packet.pts = (packet.dts if packet.pts is None else packet.pts) - first
+        packet.pts = stamp_of(packet) - first
         begun = begun or packet.is_keyframe or packet.pts >= 0
-        if (
-            packet.is_discard and packet.pts >= end
-        ):  # behind the edit list's end, yet others may be predicted
-            packet.pts = end + extra  # from it: it stays, for one tick
+        # behind the edit list's end, yet others may be predicted from it: it stays, for one tick
+        if packet.is_discard and packet.pts >= end:
+            packet.pts = end + extra
             packet.duration = 1
             extra += 1
         if not begun:
             continue
         packet.stream = track
         held.append(packet)
-        if packet.dts is not None:  # Matroska stores no decoding times: the first few are unknown
+        if packet.dts is not None:
             packet.dts -= first
             for back, early in enumerate(reversed(held)):
                 early.dts = packet.dts - back
@@ -181,67 +204,70 @@ class KeyFrameCut(NamedTuple):
 
     first: int  # of the key frame it begins with
     last: int  # of the picture shown last
-    behind: int | None  # of the key frame that follows, None at the end of the film
+    next: int | None  # of the key frame that follows, None at the end of the film
 
 
 def cut_at_key_frames(source, start, seconds):
-    """A KeyFrameCut where both ends fall on key frames within half a frame, and nothing outside is shown inside or
-    predicted from there; else None."""
+    """A KeyFrameCut where both ends fall on key frames within half a frame, else None.
+
+    None, too, where something outside is shown inside or predicted from there.
+    """
+    # times on the container's clock; a cut to the end needs no key frame behind it
     info = probe(source)
     near = 0.5 / info.fps
     low = info.start + start
-    high = math.inf if start + seconds > info.duration - near else low + seconds
-    first = last = behind = None
-    with opened(source) as container:
+    high = low + seconds
+    if start + seconds > info.duration - near:
+        high = math.inf
+    first = last = following = None
+    with open_input(source) as container:
         stream = picture_stream(container, source)
         if lacks_display_times(container, stream):
             return None
-        for packet in until_error(demuxed(container, source)):
-            if packet.stream.index != stream.index or not packet.size:
+        for packet in packets_of_picture(container, stream, source):
+            if not packet.size:
                 continue
             if packet.pts is None or packet.is_discard:
                 return None
             moment = float(packet.pts * packet.time_base)
+            inside = first is not None and following is None
             if packet.is_keyframe and first is None and abs(moment - low) <= near:
                 first = last = packet.pts
-            elif (
-                packet.is_keyframe
-                and first is not None
-                and behind is None
-                and abs(moment - high) <= near
-            ):
-                behind = packet.pts
+            elif packet.is_keyframe and inside and abs(moment - high) <= near:
+                following = packet.pts
             elif low + near < moment < high - near:
-                if (
-                    first is None or behind is not None
-                ):  # it precedes or follows in decoding what it is shown after
+                # decoded before the first key frame or after the next, but shown between them
+                if not inside:
                     return None
                 last = max(last, packet.pts)
-            elif moment >= high and first is not None and behind is None:
+            elif inside and moment >= high:
                 return None  # no key frame where the cut ends
-    if first is None or behind is None and high < math.inf:
+    if first is None or (following is None and high < math.inf):
         return None
-    return KeyFrameCut(first, last, behind)
+    return KeyFrameCut(first, last, following)
 
 
 def cut_packets(packets, track, cut, zero, end):
-    """The packets from one key frame up to another, in ticks from where the cut begins: the first picture at 0, the last
-    until `end`. Pictures shown before the first, which follow it in decoding, are left out."""
+    """The packets from one key frame up to another, in ticks from where the cut begins.
+
+    The first picture is shown at 0, the last until `end`. Pictures shown before the first, which
+    follow it in decoding, are left out.
+    """
     begun = False
     for packet in packets:
-        if packet.is_keyframe and packet.pts == cut.behind:
+        if packet.is_keyframe and packet.pts == cut.next:
             return
-        first = not begun and packet.is_keyframe and packet.pts == cut.first
-        begun = begun or first
+        is_first = not begun and packet.is_keyframe and packet.pts == cut.first
+        begun = begun or is_first
         if not begun or not packet.size or packet.pts < cut.first:
             continue
-        final = packet.pts == cut.last
+        is_last = packet.pts == cut.last
         packet.pts -= zero
         packet.dts = packet.pts if packet.dts is None else packet.dts - zero
-        if first:  # within half a frame of the beginning
+        if is_first:  # within half a frame of the beginning
             packet.pts = 0
             packet.dts = min(0, packet.dts)
-        if final:
+        if is_last:
             packet.duration = max(1, end - packet.pts)
         packet.stream = track
         yield packet
@@ -252,92 +278,93 @@ def cut_packets(packets, track, cut, zero, end):
 
 @dataclass
 class Encoding:
-    """How frames like `frame` are encoded anew: 8 bit as H.264, more as HEVC (webm: VP9), in the source's colours."""
+    """How frames like `frame` are encoded anew, in the source's colors.
+
+    8 bits a sample as H.264, more as HEVC; in webm VP9.
+    """
 
     frame: av.VideoFrame
     muxer: str
 
     @property
     def deep(self):
+        """Whether the source has more than 8 bits a sample."""
         return max(part.bits for part in self.frame.format.components) > 8
 
     @property
     def size(self):
-        """Coded, before rotation, and even, as 4:2:0 wants."""
+        """Width and height before rotation, even, as 4:2:0 wants."""
         return max(2, self.frame.width // 2 * 2), max(2, self.frame.height // 2 * 2)
 
     @property
     def codec(self):
-        """This FFmpeg's VP9 has 8 bits alone (and its AV1 encoder, run as root, makes the process a real-time one)."""
+        # this FFmpeg's VP9 has 8 bits alone; its AV1, run as root, makes itself a real-time process
         if self.muxer == "webm":
             return "libvpx-vp9"
-        return (
-            "libx265" if self.deep and min(self.size) >= 64 else "libx264"
-        )  # HEVC takes no tiny pictures
+        # HEVC takes no tiny pictures
+        return "libx265" if self.deep and min(self.size) >= 64 else "libx264"
 
     @property
     def pixels(self):
-        return "yuv420p10le" if self.deep and self.codec != "libvpx-vp9" else "yuv420p"
+        return "yuv420p10le" if self.deep and self.muxer != "webm" else "yuv420p"
 
     @property
     def name(self):
+        """For people: codec, and bits a sample where they matter."""
         name = {"libx264": "H.264", "libx265": "HEVC", "libvpx-vp9": "VP9"}[self.codec]
         if not self.deep:
             return name
-        return (
-            f"{name}, 10 bits a sample"
-            if "10" in self.pixels
-            else f"{name}, 8 bits a sample instead of more"
-        )
+        bits = "8 bits a sample instead of more" if self.muxer == "webm" else "10 bits a sample"
+        return f"{name}, {bits}"
+
+    @property
+    def colors(self):
+        """Primaries, transfer, matrix and range of the result, as FFmpeg's codes."""
+        if self.frame.format.is_rgb:
+            return BT709
+        colors = {name: int(getattr(self.frame, name)) for name in COLORS}
+        if self.frame.format.name.startswith("yuvj"):
+            colors["color_range"] = FULL_RANGE
+        return colors
 
     def add_track(self, container, rate, aspect):
+        """A video track of this encoding in an output container."""
         options = {"crf": "18"}
         if self.codec == "libx265":
             options |= {"preset": "fast", "x265-params": "log-level=error"}
         track = container.add_stream(self.codec, rate=rate, options=options)
         track.width, track.height = self.size
         track.pix_fmt = self.pixels
-        track.codec_context.time_base = TICK
-        track.codec_context.sample_aspect_ratio = aspect
-        for name in COLOURS:
-            setattr(track.codec_context, name, self.colours()[name])
+        context = track.codec_context
+        context.time_base = TICK
+        context.sample_aspect_ratio = aspect
+        for name, code in self.colors.items():
+            setattr(context, name, code)
         if self.codec == "libx265" and self.muxer in ("mp4", "mov"):
-            track.codec_context.codec_tag = "hvc1"
-        if display_matrix(self.frame):
-            track.set_display_matrix(display_matrix(self.frame))
+            context.codec_tag = "hvc1"
+        if matrix := display_matrix(self.frame):
+            track.set_display_matrix(matrix)
         return track
-
-    def colours(self):
-        if self.frame.format.is_rgb:
-            return {
-                "color_primaries": BT709,
-                "color_trc": BT709,
-                "colorspace": BT709,
-                "color_range": LIMITED,
-            }
-        colours = {name: int(getattr(self.frame, name)) for name in COLOURS}
-        if self.frame.format.name.startswith("yuvj"):
-            colours["color_range"] = FULL
-        return colours
 
     def convert(self, frame, scaler):
         """Depth and chroma as the track has them; matrix and range stay."""
         if (frame.format.name, frame.width, frame.height) == (self.pixels, *self.size):
             return frame
         if frame.format.is_rgb:
-            colours = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
+            colors = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
         else:
-            # swscale takes grey for full range, whatever it is told: both the same, and it leaves the values alone
-            full = self.colours()["color_range"] == FULL or self.frame.format.name.startswith(
-                "gray"
-            )
-            colour_range = "JPEG" if full else "MPEG"
-            colours = {"src_color_range": colour_range, "dst_color_range": colour_range}
-        return scaler.reformat(frame, *self.size, format=self.pixels, threads=1, **colours)
+            # swscale takes gray for full range whatever it is told: with the same range on both
+            # sides it leaves the values alone
+            gray = self.frame.format.name.startswith("gray")
+            full = gray or self.colors["color_range"] == FULL_RANGE
+            color_range = "JPEG" if full else "MPEG"
+            colors = {"src_color_range": color_range, "dst_color_range": color_range}
+        return scaler.reformat(frame, *self.size, format=self.pixels, threads=1, **colors)
 
 
 def first_frame(source, start):
     """The frame on view at `start`, which decides how a cut is encoded."""
+    # the last that begins by then
     chosen = None
     for moment, frame in frames_from(source, start):
         if chosen is not None and moment > start + 1e-9:
@@ -346,33 +373,42 @@ def first_frame(source, start):
     return chosen
 
 
-def encoded_packets(source, track, encoding, start, seconds):
-    """The pictures of a cut: from the one on view at `start`, each shown until the next or the end."""
+def views(source, start, seconds):
+    """(ticks since `start`, frame, ticks until the next) of the pictures of a cut.
 
-    def encode(moment, frame, until):
-        image = encoding.convert(frame, scaler)
-        image.pts, image.time_base, image.pict_type = moment, TICK, 0
-        lengths[moment] = until - moment
-        return timed_packets(track.encode(image))
-
-    def timed_packets(packets):
-        for packet in packets:
-            packet.duration = lengths.pop(
-                packet.pts
-            )  # the encoder forgets how long the last picture is shown
-            yield packet
-
-    lengths, end, view, scaler = {}, round(seconds / TICK), None, VideoReformatter()
+    From the one on view at `start`; the last is shown until the end.
+    """
+    end = round(seconds / TICK)
+    view = None
     for moment, frame in frames_from(source, start):
         moment = min(max(0, round((moment - start) / TICK)), end)
         if view and moment > view[0]:
-            yield from encode(*view, moment)
+            yield *view, moment
         if moment == end:
-            break
+            return
         view = moment, frame
-    else:
-        yield from encode(*view, end)
-    yield from timed_packets(track.encode(None))
+    yield *view, end
+
+
+def encoded_packets(source, track, encoding, start, seconds):
+    """The pictures of a cut, encoded, each shown until the next or the end."""
+    lengths = {}
+    scaler = VideoReformatter()
+
+    def encode(image):
+        for packet in track.encode(image):
+            # the encoder forgets how long the last picture is shown
+            packet.duration = lengths.pop(packet.pts)
+            yield packet
+
+    for moment, frame, until in views(source, start, seconds):
+        image = encoding.convert(frame, scaler)
+        image.pts = moment
+        image.time_base = TICK
+        image.pict_type = 0  # the encoder chooses its own key frames
+        lengths[moment] = until - moment
+        yield from encode(image)
+    yield from encode(None)
 
 
 # ---- sound, and everything else in the source --------------------------------------------------
@@ -381,10 +417,11 @@ def encoded_packets(source, track, encoding, start, seconds):
 def sound_packets(wav, track):
     """Sound (n,) encoded a second at a time."""
     for at in range(0, len(wav), SAMPLE_RATE):
-        frame = av.AudioFrame.from_ndarray(
-            wav[None, at : at + SAMPLE_RATE], format="flt", layout="mono"
-        )
-        frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, at, Fraction(1, SAMPLE_RATE)
+        samples = wav[None, at : at + SAMPLE_RATE]
+        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        frame.pts = at
+        frame.time_base = Fraction(1, SAMPLE_RATE)
         yield from track.encode(frame)
     yield from track.encode(None)
 
@@ -392,24 +429,23 @@ def sound_packets(wav, track):
 def describe(stream):
     """A stream in words: "subtitles (mov_text, deu)"."""
     kinds = {"audio": "sound track", "subtitle": "subtitles", "video": "second picture"}
-    words = [stream.codec_context.name] if stream.codec_context else []
-    words += [
-        stream.metadata[key]
-        for key in ("language", "filename", "handler_name")
-        if stream.metadata.get(key)
-    ]
-    words = [word for word in words if word != "und"]
-    return kinds.get(stream.type, stream.type) + (f" ({', '.join(words)})" if words else "")
+    kind = kinds.get(stream.type, stream.type)
+    words = [stream.metadata.get(key) for key in ("language", "filename", "handler_name")]
+    if stream.codec_context:
+        words.insert(0, stream.codec_context.name)
+    words = ", ".join(word for word in words if word not in (None, "", "und"))
+    return f"{kind} ({words})" if words else kind
 
 
 @dataclass
 class Extras:
-    """The source's other streams: which go along, and the names of those that cannot."""
+    """The source's other streams: those that are kept, and the names of those that cannot be."""
 
     tracks: dict = field(default_factory=dict)  # number of the source's stream -> our track
     dropped: list = field(default_factory=list)
 
     def add(self, container, stream, track=None):
+        """Keep a stream, as `track` or as a new track of its kind."""
         try:
             track = track or container.add_stream_from_template(stream)
         except (ValueError, av.error.FFmpegError):
@@ -417,22 +453,35 @@ class Extras:
             return
         track.metadata.update(stream.metadata)
         track.disposition = stream.disposition
-        if stream.type == "audio":  # ours is the one to play
+        # our sound is the one to play
+        if stream.type == "audio":
             track.disposition = stream.disposition & ~av.stream.Disposition.default
         self.tracks[stream.index] = track
 
 
 def cover_image(source, index):
-    """The bytes of a cover, which FFmpeg hands out as the only packet of its stream."""
-    with opened(source) as container:
-        return next(
-            (bytes(packet) for packet in container.demux(container.streams[index]) if packet.size),
-            b"",
-        )
+    """The bytes of a cover: the first packet of its stream."""
+    with open_input(source) as container:
+        for packet in container.demux(container.streams[index]):
+            if packet.size:
+                return bytes(packet)
+    return b""
+
+
+def add_cover(extras, container, stream, job):
+    """Keep a cover: a stream in mp4 and mov, an attachment in Matroska, nothing in webm."""
+    if job.muxer == "webm":
+        extras.dropped.append(describe(stream))
+    elif job.muxer == "matroska":
+        names = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
+        name = names.get(stream.codec_context.name, ("cover", "application/octet-stream"))
+        container.add_attachment(*name, cover_image(job.source, stream.index))
+    else:
+        extras.add(container, stream, container.add_stream_from_template(stream, opaque=True))
 
 
 def add_extras(container, src, picture, job):
-    """Add the tracks of subtitles, attachments, covers and, if wanted, the source's own sound; -> Extras."""
+    """Add subtitles, attachments, covers and, if wanted, the source's sound; -> Extras."""
     extras = Extras()
     if job.keep_tracks:
         for stream in src.streams.audio:
@@ -440,64 +489,59 @@ def add_extras(container, src, picture, job):
     elif len(src.streams.audio) > 1:
         tracks = ", ".join(describe(stream) for stream in src.streams.audio)
         extras.dropped.append(f"{tracks}: replaced (--keep-tracks keeps them)")
+    kept = ("subtitle", "attachment") if job.muxer == "matroska" else ("subtitle",)
     for stream in src.streams:
         if stream.index == picture.index or stream.type == "audio":
             continue
-        if stream.type == "video" and is_cover(stream) and job.muxer == "matroska":
-            name = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
-            name = name.get(stream.codec_context.name, ("cover", "application/octet-stream"))
-            container.add_attachment(*name, cover_image(job.source, stream.index))
-        elif stream.type == "video" and is_cover(stream) and job.muxer != "webm":
-            extras.add(container, stream, container.add_stream_from_template(stream, opaque=True))
-        elif stream.type == "subtitle" or stream.type == "attachment" and job.muxer == "matroska":
+        if stream.type == "video" and is_cover(stream):
+            add_cover(extras, container, stream, job)
+        elif stream.type in kept:
             extras.add(container, stream)
-        elif stream.type == "data" and ("timecode" in stream.metadata or src.chapters()):
-            pass  # the muxer makes the tracks of time code and chapters anew
-        else:
+        # the muxer makes the tracks of time code and chapters anew
+        elif stream.type != "data" or ("timecode" not in stream.metadata and not src.chapters()):
             extras.dropped.append(describe(stream))
     return extras
 
 
 def extra_packets(job, tracks):
-    """Packets of the further tracks, on the cut's clock: what begins before it is left out, but for subtitles, which
-    are shown for the rest of their time."""
-    zero = probe(job.source).start + job.start
-    with opened(job.source) as container:
+    """Packets of the further tracks, on the cut's clock.
+
+    What begins before it is left out, but for subtitles, which are shown for the rest of their
+    time.
+    """
+    with open_input(job.source) as container:
         streams = [container.streams[index] for index in tracks]
         streams = [stream for stream in streams if stream.type != "attachment"]
-        for packet in until_error(container.demux(streams)) if streams else ():
-            first = round(zero / packet.time_base)
+        packets = until_error(container.demux(streams)) if streams else ()
+        for packet in packets:
+            first = round(job.offset / packet.time_base)
             end = round(job.seconds / packet.time_base)
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if is_cover(packet.stream):
-                stamp = first
+            stamp = first if is_cover(packet.stream) else stamp_of(packet)
             if not packet.size or stamp is None:
                 continue
             packet.pts = stamp - first
-            if packet.stream.type == "subtitle" and packet.pts < 0 < packet.pts + (
-                packet.duration or 0
-            ):
-                packet.duration += packet.pts
-                packet.pts = 0
+            length = packet.duration or 0
+            if packet.stream.type == "subtitle":
+                if packet.pts < 0 < packet.pts + length:
+                    length += packet.pts
+                    packet.pts = 0
+                packet.duration = min(length, end - packet.pts)
             packet.dts = packet.pts
-            middle = packet.pts + (packet.duration or 0) // 2
-            if packet.pts < 0 or middle >= end:
-                continue
-            if packet.stream.type == "subtitle" and packet.duration:
-                packet.duration = min(packet.duration, end - packet.pts)
-            packet.stream = tracks[packet.stream.index]
-            yield packet
+            # a packet counts as inside if its middle is
+            if packet.pts >= 0 and packet.pts + length // 2 < end:
+                packet.stream = tracks[packet.stream.index]
+                yield packet
 
 
-def chapters_of(src, zero, seconds):
+def chapters_of(src, job):
     """The source's chapters on the cut's clock, those of them that lie in it."""
     kept = []
     for chapter in src.chapters():
-        tick = chapter["time_base"]
-        low = max(0, chapter["start"] - round(zero / tick))
-        high = min(round(seconds / tick), chapter["end"] - round(zero / tick))
-        if high > low:
-            kept.append({**chapter, "start": low, "end": high})
+        zero = round(job.offset / chapter["time_base"])
+        start = max(0, chapter["start"] - zero)
+        end = min(round(job.seconds / chapter["time_base"]), chapter["end"] - zero)
+        if end > start:
+            kept.append({**chapter, "start": start, "end": end})
     return kept
 
 
@@ -511,19 +555,27 @@ def timecode_of(src, picture):
     return None
 
 
-def later_timecode(text, count, rate):
-    """A time code HH:MM:SS:FF so many pictures later; with ; or . before the frames, two (at 60 a second four) numbers are
-    dropped each minute but every tenth (SMPTE 12M)."""
+def later_timecode(text: str, count: int, rate) -> str:
+    """A time code HH:MM:SS:FF `count` pictures later.
+
+    With ; or . before the frames, two numbers (at 60 a second four) are dropped each minute but
+    every tenth (SMPTE 12M).
+    """
     fields = re.fullmatch(r"(\d+):(\d+):(\d+)([:;.])(\d+)", text)
     if not fields or not rate:
         return text
+    # the nominal rate is that of the numbers: 30 for 29.97 frames a second
     hours, minutes, secs, frames = (int(fields[k]) for k in (1, 2, 3, 5))
     nominal = round(rate)
     dropped = 0 if fields[4] == ":" else nominal // 15
+
+    # the number of the picture, without the dropped ones
     minutes += 60 * hours
     number = (60 * minutes + secs) * nominal + frames - dropped * (minutes - minutes // 10)
     number += count
-    if dropped:  # put the dropped numbers back in
+
+    # put the dropped numbers back in
+    if dropped:
         per_ten = 600 * nominal - 9 * dropped
         per_one = 60 * nominal - dropped
         tens, rest = divmod(number, per_ten)
@@ -536,8 +588,11 @@ def later_timecode(text, count, rate):
 
 
 def set_display_size(path, width, height):
-    """Write a display size into the picture's track of a Matroska file: PyAV has no way to tell the muxer of an aspect
-    ratio. Its place is a Projection of no effect (14 bytes), which `write` asked for; nothing else moves."""
+    """Write a display size into a Matroska file's picture track; False where there is no place.
+
+    PyAV has no way to tell the muxer of an aspect ratio. The place is a Projection of no effect (14
+    bytes), which `write` asked for; nothing else moves.
+    """
     with open(path, "rb") as file:
         content = bytearray(file.read(65536))
     unit = content.find(b"\x54\xb2\x81\x04")  # DisplayUnit: unknown
@@ -546,10 +601,9 @@ def set_display_size(path, width, height):
         return False
     if unit >= 0:
         content[unit + 3] = 0  # pixels
+    # DisplayWidth, DisplayHeight, and Void over the rest
     content[place : place + 14] = (
-        struct.pack(">HBH", 0x54B0, 0x82, width)
-        + struct.pack(">HBH", 0x54BA, 0x82, height)
-        + b"\xec\x82\x00\x00"
+        struct.pack(">HBHHBH", 0x54B0, 0x82, width, 0x54BA, 0x82, height) + b"\xec\x82\x00\x00"
     )
     with open(path, "r+b") as file:
         file.write(content)
@@ -557,7 +611,7 @@ def set_display_size(path, width, height):
 
 
 def display_size(width, height, aspect):
-    """Pixels of a picture with square ones: one side grows. 16 bits have to hold it."""
+    """Width and height with square pixels: one side grows. 16 bits have to hold each."""
     if aspect > 1:
         width = round(width * aspect)
     else:
@@ -571,15 +625,15 @@ def display_size(width, height, aspect):
 # ---- one file ----------------------------------------------------------------------------------
 
 
-def copied_track(container, stream, rate, source_family, muxer, keep_tag):
-    """A track of the source's own kind: frame rate, aspect ratio, language and the codec's four letters included."""
+def copied_track(container, src, stream, muxer, keep_tag):
+    """A track of the source's own kind, with its frame rate, aspect ratio and codec tag."""
     track = container.add_stream_from_template(stream, opaque=True)  # so that no encoder need exist
     context = track.codec_context
     if stream.sample_aspect_ratio:
         context.sample_aspect_ratio = stream.sample_aspect_ratio
-    if rate:
+    if rate := frame_rate(stream):
         context.framerate = rate
-    tag = stream.codec_context.codec_tag if source_family.startswith("mov") else ""
+    tag = stream.codec_context.codec_tag if src.format.name.startswith("mov") else ""
     if stream.codec_context.codec.canonical_name == "hevc" and tag != "dvh1":
         tag = "hvc1"  # QuickTime and Safari refuse hev1
     if keep_tag and muxer in ("mp4", "mov") and len(tag) == 4 and tag.isprintable():
@@ -587,38 +641,42 @@ def copied_track(container, stream, rate, source_family, muxer, keep_tag):
     return track
 
 
-def muxer_options(muxer, tags, patch_aspect):
-    options = {}
-    if muxer in ("mp4", "mov"):
-        dotted = any("." in key for key in tags)  # com.apple.quicktime.make
-        options["movflags"] = "faststart+use_metadata_tags" if dotted else "faststart"
-    if patch_aspect:
-        options["write_crc32"] = "0"  # of the header that is patched
-    return options
+def copied_picture(src, stream, track, job, cut):
+    """The source's own packets of the picture; `cut` is a KeyFrameCut, or None for all of it."""
+    packets = packets_of_picture(src, stream, job.source)
+    if lacks_display_times(src, stream):
+        packets = in_display_order(packets, display_times(job.source))
+    first = round(job.offset / stream.time_base)
+    if cut is None:
+        end = round(probe(job.source).duration / stream.time_base)
+        return copied_packets(packets, track, first, end)
+    return cut_packets(packets, track, cut, first, round(job.seconds / stream.time_base))
 
 
 def add_picture(dst, src, stream, job, method, first, keep_tag):
     """-> the picture's track and its packets, copied or encoded anew."""
     rate = frame_rate(stream)
+    cut = method if isinstance(method, KeyFrameCut) else None
     if method == "encode":
         encoding = Encoding(first, job.muxer)
-        rate_or_mean = rate or Fraction(probe(job.source).fps).limit_denominator(1001)
-        track = encoding.add_track(dst, rate_or_mean, stream.sample_aspect_ratio or Fraction(1))
-        pictures = encoded_packets(job.source, track, encoding, job.start, job.seconds)
+        mean = Fraction(probe(job.source).fps).limit_denominator(1001)
+        track = encoding.add_track(dst, rate or mean, stream.sample_aspect_ratio or Fraction(1))
+        packets = encoded_packets(job.source, track, encoding, job.start, job.seconds)
     else:
-        track = copied_track(dst, stream, rate, src.format.name, job.muxer, keep_tag)
-        pictures = source_packets(src, stream, track, job, method)
+        track = copied_track(dst, src, stream, job.muxer, keep_tag)
+        packets = copied_picture(src, stream, track, job, cut)
     track.metadata.update(stream.metadata)
     if timecode := timecode_of(src, stream):
         # of the picture on view at the start; a copied cut begins with the key frame next to it
-        nearest = 0.5 if isinstance(method, KeyFrameCut) else 1e-3
+        nearest = 0.5 if cut else 1e-3
         count = math.floor(job.start * (rate or 0) + nearest)
         track.metadata["timecode"] = later_timecode(timecode, count, rate)
-    return track, pictures
+    return track, packets
 
 
 def add_sound(dst, codec):
-    # As much as AAC takes at 16 kHz mono; there its fast search is 4 times faster and no worse (measured).
+    """A mono track at 16 kHz, the one that players choose."""
+    # as many bits as AAC takes here; its fast search is 4 times faster and no worse (measured)
     options = {"aac_coder": "fast"} if codec == "aac" else {}
     track = dst.add_stream(codec, rate=SAMPLE_RATE, layout="mono", options=options)
     track.bit_rate = 96000
@@ -626,10 +684,23 @@ def add_sound(dst, codec):
     return track
 
 
+def muxer_options(muxer, tags, patch_aspect):
+    """Options of the output container."""
+    options = {}
+    if muxer in ("mp4", "mov"):
+        # tags such as com.apple.quicktime.make
+        dotted = any("." in key for key in tags)
+        options["movflags"] = "faststart+use_metadata_tags" if dotted else "faststart"
+    if patch_aspect:
+        options["write_crc32"] = "0"  # of the header that is patched
+    return options
+
+
 def write(out, job, method, keep_tag=True, extras_too=True):
-    """Write `out`; `method` is "copy", "encode" or a KeyFrameCut. -> names of what was left out"""
+    """Write `out`; `method` is "copy", "encode" or a KeyFrameCut. -> names of what was left out."""
     first = first_frame(job.source, job.start)
-    with opened(job.source) as src:
+    extras = Extras()
+    with open_input(job.source) as src:
         stream = picture_stream(src, job.source)
         aspect = stream.sample_aspect_ratio or Fraction(1)
         anamorphic = aspect != 1 and job.muxer in ("matroska", "webm")
@@ -638,21 +709,26 @@ def write(out, job, method, keep_tag=True, extras_too=True):
         tags |= job.tags
         options = muxer_options(job.muxer, tags, patch_aspect)
         with av.open(f"file:{out}", "w", job.muxer, container_options=options) as dst:
+            # all tracks, before the first packet
             dst.metadata.update(tags)
             track, pictures = add_picture(dst, src, stream, job, method, first, keep_tag)
             if patch_aspect:
                 track.set_display_rotation(180)  # leaves the place that `set_display_size` needs
             sound = add_sound(dst, CONTAINERS[job.suffix][1])
-            extras = add_extras(dst, src, stream, job) if extras_too else Extras()
-            if extras_too and src.chapters():
-                zero = probe(job.source).start + job.start
-                dst.set_chapters(chapters_of(src, zero, job.seconds))
+            if extras_too:
+                extras = add_extras(dst, src, stream, job)
+                if src.chapters():
+                    dst.set_chapters(chapters_of(src, job))
+            # all packets, in order of decoding
             sources = [pictures, sound_packets(job.wav, sound)]
             if extras.tracks:
                 sources.append(extra_packets(job, extras.tracks))
             for packet in heapq.merge(*sources, key=lambda packet: packet.dts * packet.time_base):
                 dst.mux_one(packet)
-    if patch_aspect and not set_display_size(out, *display_size(*coded_size(track), aspect)):
+            width = track.codec_context.width
+            height = track.codec_context.height
+    # what PyAV cannot tell the muxer, and what cannot be kept
+    if patch_aspect and not set_display_size(out, *display_size(width, height, aspect)):
         extras.dropped.append(f"pixel aspect ratio {aspect}")
     if anamorphic and not patch_aspect and job.muxer == "webm":
         extras.dropped.append(
@@ -663,86 +739,77 @@ def write(out, job, method, keep_tag=True, extras_too=True):
     return extras.dropped
 
 
-def coded_size(track):
-    return track.codec_context.width, track.codec_context.height
-
-
-def source_packets(src, stream, track, job, method):
-    """The source's own packets of the picture, in ticks from where the job starts."""
-    info = probe(job.source)
-    packets = (p for p in until_error(demuxed(src, job.source)) if p.stream.index == stream.index)
-    if lacks_display_times(src, stream):
-        packets = in_display_order(packets, display_times(job.source))
-    if method == "copy":
-        first, end = (round(moment / stream.time_base) for moment in (info.start, info.duration))
-        return copied_packets(packets, track, first, end)
-    first, end = (
-        round(moment / stream.time_base) for moment in (info.start + job.start, job.seconds)
-    )
-    return cut_packets(packets, track, method, first, end)
-
-
 def choose_method(job):
-    """-> ("copy", "encode" or a KeyFrameCut, and why the picture has to be encoded anew)"""
+    """-> ("copy", "encode" or a KeyFrameCut, what to say of it)."""
     info = probe(job.source)
     if not holds(job.suffix, info.codec):
         return "encode", f"{job.suffix} does not hold {info.codec}"
-    with opened(job.source) as src:
+    with open_input(job.source) as src:
         unordered = lacks_display_times(src, picture_stream(src, job.source))
-    if unordered and (not job.whole or display_times(job.source) is None):
+    if unordered and (job.is_cut or display_times(job.source) is None):
         return "encode", "its pictures have no time stamps for display"
-    if job.whole:
+    if not job.is_cut:
         return "copy", ""
-    cut = cut_at_key_frames(job.source, job.start, job.seconds)
-    return (cut, "") if cut else ("encode", "the cut does not begin and end on key frames")
+    if cut := cut_at_key_frames(job.source, job.start, job.seconds):
+        return cut, "the cut begins and ends on key frames; its picture is copied"
+    return "encode", "the cut does not begin and end on key frames"
 
 
 def attempts(job):
-    """(method, keyword arguments of `write`, what to say) one after the other, until a muxer takes it."""
+    """(method, keyword arguments of `write`, what to say) one after the other, until one works."""
     method, reason = choose_method(job)
     if method != "encode":
-        said = (
-            ""
-            if method == "copy"
-            else "the cut begins and ends on key frames; its picture is copied"
-        )
-        yield method, {}, said
-        yield method, {"keep_tag": False}, said
-        yield method, {"keep_tag": False, "extras_too": False}, said
+        yield method, {}, reason
+        yield method, {"keep_tag": False}, reason
+        yield method, {"keep_tag": False, "extras_too": False}, reason
         reason = f"cannot be copied into {job.suffix}"
     encoding = Encoding(first_frame(job.source, job.start), job.muxer)
-    said = f"{reason}; its picture is encoded anew ({encoding.name})"
-    yield "encode", {}, said
-    yield "encode", {"extras_too": False}, said
+    reason = f"{reason}; its picture is encoded anew ({encoding.name})"
+    yield "encode", {}, reason
+    yield "encode", {"extras_too": False}, reason
 
 
-def write_video(source, wav, out, tags=None, start=0.0, duration=None, keep_tracks=False):
-    """The picture of `source` with the sound `wav` (n,), cut or padded to be exactly as long as the picture, into the
-    file `out`, which the caller makes whole.
+def write_video(
+    source: Path | str,
+    wav: np.ndarray,
+    out: Path | str,
+    tags: dict[str, str] | None = None,
+    start: float = 0.0,
+    duration: float | None = None,
+    keep_tracks: bool = False,
+):
+    """Write the picture of `source` with the sound `wav` (n,), cut or padded to its length.
 
-    Copied packet by packet: all of the picture, with rotation, colours, aspect ratio and codec tag, and a cut that
-    begins and ends on key frames. Encoded anew, which is said: any other cut, and what `out` cannot hold. Subtitles,
-    chapters, attachments, cover and time code go along where the container takes them, the source's own sound tracks
-    with `keep_tracks`; what is left out is said."""
+    Copied packet by packet: all of the picture, with rotation, colors, aspect ratio and codec tag,
+    and a cut that begins and ends on key frames. Encoded anew, with a warning: any other cut, and
+    what `out` cannot hold. Subtitles, chapters, attachments, cover and time code are kept where the
+    container takes them, the source's own sound tracks with `keep_tracks`; a warning names the
+    rest.
+
+    The caller renames `out`. Raises MediaError where no attempt succeeds.
+    """
     out = Path(out)
     seconds = min(check_start(source, start) - start, duration or LONGEST)
+    # sound exactly as long as the picture
     n = round(seconds * SAMPLE_RATE)
     wav = np.pad(np.clip(wav[:n], -1, 1), (0, max(0, n - len(wav)))).astype(np.float32)
     job = Job(Path(source), wav, tags or {}, start, seconds, out.suffix.lower(), keep_tracks)
+    # the first attempt that a muxer takes
     refusal = None
-    for method, options, said in attempts(job):
+    for method, options, reason in attempts(job):
         try:
             dropped = write(out, job, method, **options)
-        except REFUSED as error:
+        except REFUSALS as error:
             refusal = error
             continue
         if not options.get("extras_too", True):
             dropped = ["all further streams"]
-        if said:
-            warnings.warn(f"{source}: {said}", stacklevel=2)
+        if reason:
+            warnings.warn(f"{source}: {reason}", stacklevel=2)
         if dropped:
             warnings.warn(f"{source}: not kept in {out.suffix}: {'; '.join(dropped)}", stacklevel=2)
         return
     raise MediaError(
-        f"{source}: its picture cannot be written into {out.suffix} ({refusal.strerror}); convert it to mp4"
+        f"{source}: its picture cannot be written into {out.suffix} ({refusal.strerror}); "
+        "convert it to mp4"
     ) from refusal

@@ -1,24 +1,29 @@
-"""What every training loop calls and nobody wants to read four times; the loop itself stays visible in each stage.
+"""What the training loops share: flags, data order, optimizer step, log, checkpoints.
 
 in   parsed arguments, a network, its configuration, a data set
-out  OUT/last.safetensors   weights (the moving average) with the configuration in the header: what `load` takes; there
-                            too arguments (with --note), commit, SHA-256 of the weights it began with, seconds, the last validation
-     OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step (tensors and numbers);
-                            OUT/previous.state.pt is the one before, for the day that the last one is damaged
-     OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a second, share of the
-                            time spent waiting for data, memory; and at every save a line of validation
-     OUT/curves.png         the same as a picture; OUT/mels.png: validation spectrograms, reference above, generated below
+out  OUT/last.safetensors   weights (the moving average) with the configuration in the header, what
+                            `load` takes; also arguments, commit, SHA-256 of the initial weights,
+                            seconds, the last validation
+     OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step, as
+                            tensors and numbers
+     OUT/previous.state.pt  the one before, in case the last one is damaged
+     OUT/log.jsonl          a line every 20 steps: loss terms, learning rate, gradient norm, clips a
+                            second, share of the time spent waiting for data, memory; and a line of
+                            validation at every save
+     OUT/curves.png         the same as a picture
+     OUT/mels.png           validation spectrograms, reference above, generated below
      OUT/left_out.csv       the files of --data that are not trained on, and why
 
     python vae.py --data clips/                        one process
-    torchrun --nproc_per_node 8 vae.py --data clips/   eight, on as many GPUs or, without any, on the CPU
+    torchrun --nproc_per_node 8 vae.py --data clips/   eight, on as many GPUs, or on the CPU
 
-Whatever is drawn at random in a step comes from a generator seeded with (--seed, step) and is drawn for the whole
-batch, of which every process and micro-batch takes its rows. So the number of processes and the size of micro-batches
-change no number, and a run that is killed and resumed goes on bit for bit. Nothing is half-written (temporary name, then
-rename) and nothing is unpickled (`weights_only=True`).
+Random numbers of a step come from a generator seeded with (--seed, step) and cover the global
+batch, of which every process and micro-batch takes its rows. So the number of processes and the
+size of micro-batches change no number, and a run that is killed and resumed continues bit for bit.
+Files are written atomically and nothing is unpickled (`weights_only=True`).
 """
 
+import argparse
 import atexit
 import contextlib
 import copy
@@ -49,28 +54,33 @@ from tqdm import tqdm
 
 from common import cli, plots
 from common.checkpoints import checkpoint_errors, save_model
-from common.distributed import rank, world
+from common.distributed import all_gather, rank, world
 from common.files import UserError, atomic_write, make_folder, sha256, write_bytes
 from common.machine import computes_bfloat16, keep_freed_memory, peak_memory
 
-STATES = "last.state.pt", "previous.state.pt"
+STATES = ("last.state.pt", "previous.state.pt")
+WEIGHTS = "last.safetensors"
+LOG_EVERY = 20  # steps
 
 
 class TrainingError(UserError):
-    """A user's mistake or a run that cannot go on: one line with the remedy."""
+    """A user's mistake or a run that cannot continue: one line with the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the arguments that all stages share
+# --------------------------------------------------------------------------------------------------
+# flags that all stages share
 
 
-def arguments(description, presets):
-    """The parser with every flag that all training commands take; `presets` {name: {flag: value}} sets their defaults."""
+def arguments(description: str, recipes: dict):
+    """The parser with every flag of all training commands.
+
+    recipes: {preset: {flag: value}}, the values of flags that are not given.
+    """
     p = cli.Parser(None, description)
     p.add_argument("--data", type=Path, required=True, help="folder of clips, or a prepared set")
-    p.add_argument("--out", type=Path, help="where the run writes; default runs/STAGE")
+    p.add_argument("--out", type=Path, help="folder of the run; default runs/STAGE")
     p.add_argument(
-        "--preset", choices=list(presets), default="mini", help="network sizes and training recipe"
+        "--preset", choices=list(recipes), default="mini", help="network sizes and training recipe"
     )
     p.add_argument("--init", type=Path, help="start from these weights (ours or an official file)")
     p.add_argument(
@@ -78,29 +88,25 @@ def arguments(description, presets):
         nargs="+",
         default=[],
         metavar="NAME",
-        help="keep the parameters fixed whose names, as in the checkpoint, begin so",
+        help="freeze parameters whose names start with NAME",
     )
-    p.add_argument("--resume", action="store_true", help="go on from OUT/last.state.pt")
-    g = p.add_argument_group(
-        "optimization; where not given, the preset's: "
-        + "; ".join(
-            f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in recipe.items())
-            for name, recipe in presets.items()
-        )
-    )
+    p.add_argument("--resume", action="store_true", help="continue from OUT/last.state.pt")
+
+    shown = []
+    for name, recipe in recipes.items():
+        values = ", ".join(f"{flag.replace('_', '-')} {value:g}" for flag, value in recipe.items())
+        shown.append(f"{name}: {values}")
+    g = p.add_argument_group("optimization; by default as in the preset: " + "; ".join(shown))
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch", type=int, help="clips in one step, of all processes together")
     g.add_argument(
-        "--micro-batch",
-        type=int,
-        help="clips in memory at once, of one process; else all of its share",
+        "--micro-batch", type=int, help="clips in memory at once, of one process; else its share"
     )
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    g.add_argument(
-        "--clip", type=float, help="longest gradient, longer ones are cut to it; 0: none is"
-    )
-    g.add_argument("--seed", type=int, default=0, help="weights, data order and noise")
+    g.add_argument("--grad-clip", type=float, help="clip the gradient norm to this; 0: off")
+    g.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+
     g = p.add_argument_group("run")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument(
@@ -112,46 +118,34 @@ def arguments(description, presets):
     g.add_argument(
         "--recompute",
         action="store_true",
-        help="keep no activations inside the blocks, compute them again: less memory, a third more time",
+        help="recompute activations in the backward pass: less memory, a third more time",
     )
     g.add_argument(
         "--workers",
         type=int,
-        help="processes that read for each that trains; default: 4 beside a GPU, else 0",
+        help="data loading processes for each training process; default: 4 with a GPU, else 0",
     )
     g.add_argument(
-        "--half",
-        action="store_true",
-        help="write OUT/last.safetensors with float16 matrices: half the size, loads the same",
+        "--save-dtype",
+        choices=("float16", "float32"),
+        default="float32",
+        help="of the matrices in OUT/last.safetensors; float16: half the size, loads the same",
     )
     g.add_argument(
-        "--note",
-        metavar="TEXT",
-        help="kept in the header of the weights with the other arguments: which set --data is, say",
+        "--save-every", type=int, default=500, help="steps between checkpoints, with validation"
     )
-    g.add_argument(
-        "--save-every",
-        type=int,
-        default=500,
-        help="steps between checkpoints, each with validation",
-    )
+    # kept in the header of the weights, for those that are published
+    g.add_argument("--note", help=argparse.SUPPRESS)
+
+    cli.renamed(p, "--clip", "--grad-clip", type=float)
+    half = {"nargs": "?", "const": "float16", "choices": ("float16",)}
+    cli.renamed(p, "--half", "--save-dtype", **half)
     return p
 
 
-def autocast(args):
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-def learning_rate(step, args, final=0.0):
-    """Linear warm-up to --lr, then a cosine down to `final` times it (1.0: constant, as the published stage 2)."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# before a run
+def beyond_the_paper(parser):
+    """The group of flags that the published recipe does not have."""
+    return parser.add_argument_group("beyond the paper; by default as in the preset")
 
 
 def add_stage2_arguments(p):
@@ -161,30 +155,35 @@ def add_stage2_arguments(p):
         type=int,
         default=0,
         metavar="RANK",
-        help="train the conditioner and adapters of this rank on the matrices "
-        "of the transformer blocks, which are part of the saved weights; 0: train everything",
-    )
-    p.add_argument(
-        "--repeats", type=int, help="noise levels at which each sound of a batch is seen in a step"
+        help="train the conditioner, and adapters of this rank on the matrices of the transformer "
+        "blocks, which are merged into the saved weights; 0: train everything",
     )
     p.add_argument(
         "--merge",
         type=float,
         help="share of samples joined from two clips (split-and-merge augmentation)",
     )
-    p.add_argument(
-        "--roll",
-        type=float,
-        help="share of samples whose sound and picture are rotated in time together",
+    g = beyond_the_paper(p)
+    g.add_argument("--repeats", type=int, help="diffusion times of each encoded clip in a step")
+    g.add_argument(
+        "--roll", type=float, help="share of samples whose sound and video are rotated in time"
     )
+    return g
 
 
-def resolve_defaults(args, recipes, stage):
+# --------------------------------------------------------------------------------------------------
+# before a run
+
+
+class AtMost(int):
+    """A preset's micro-batch: lowered where it does not divide a process's share of the batch."""
+
+
+def resolve_defaults(args, recipes: dict, stage: str):
     """Fill in what the user left to the preset and to the machine."""
-    args.asked_micro_batch = args.micro_batch
     for name, value in recipes[args.preset].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, AtMost(value) if name == "micro_batch" else value)
     args.out = args.out or Path("runs") / stage
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -195,27 +194,29 @@ def resolve_defaults(args, recipes, stage):
 
 
 def check_batch(args):
-    """Divide --batch among the processes, and each one's share into micro-batches that fill it."""
+    """Divide --batch among the processes, and each one's share into equal micro-batches.
+
+    Raises TrainingError where either does not divide.
+    """
     if args.steps < 1 or args.batch < 1:
         raise TrainingError("--steps and --batch must be at least 1")
     share, rest = divmod(args.batch, world())
     if rest:
         raise TrainingError(
-            f"--batch {args.batch} does not divide among {world()} processes; give a multiple of them"
+            f"--batch {args.batch} does not divide among {world()} processes; "
+            "give a multiple of them"
         )
-    most = args.micro_batch or share
-    fits = [n for n in range(1, share + 1) if share % n == 0 and n <= most]
-    asked = args.asked_micro_batch
-    del args.asked_micro_batch
-    if asked and asked not in fits and asked < share:
+    wanted = args.micro_batch or share
+    largest = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, wanted))
+    if not isinstance(wanted, AtMost) and largest < wanted < share:
         raise TrainingError(
-            f"--micro-batch {asked} does not divide the {share} clips of a process; give {fits[-1]}"
+            f"--micro-batch {wanted} does not divide the {share} clips of a process; give {largest}"
         )
-    args.micro_batch = fits[-1]
+    args.micro_batch = largest
 
 
 def check_run_folder(args):
-    """A run is begun in an empty folder, or gone on with where --resume says so."""
+    """A run starts in a folder without one, or continues with --resume. Raises TrainingError."""
     has_run = any((args.out / name).exists() for name in STATES)
     if args.resume and not has_run:
         raise TrainingError(
@@ -225,9 +226,10 @@ def check_run_folder(args):
         raise TrainingError(
             f"{args.out}: holds a run already; add --resume to go on, or give another --out"
         )
-    if args.resume and (args.out / "last.safetensors").exists():
-        # it says what the network looks like; the numbers come from the training state
-        args.init = args.out / "last.safetensors"
+    weights = args.out / WEIGHTS
+    if args.resume and weights.exists():
+        # for the network's configuration; the numbers come from the training state
+        args.init = weights
 
 
 def set_up(args):
@@ -237,27 +239,49 @@ def set_up(args):
     return torch.device(args.device, torch.cuda.current_device() if args.device == "cuda" else None)
 
 
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 def freeze(args, model):
-    """Fix the parameters that --freeze names; of parts that are fixed as a whole, the norms' statistics too."""
+    """Freeze the parameters of --freeze, and the norms' statistics of parts that are frozen whole.
+
+    Raises TrainingError for a name that no parameter starts with, and if nothing is left to train.
+    """
     for prefix in args.freeze:
-        found = [p for name, p in model.named_parameters() if name.startswith(prefix)]
-        if not found:
+        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
             parts = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
             raise TrainingError(
-                f"--freeze {prefix}: no parameter's name begins so; they begin with {', '.join(parts)}"
+                f"--freeze {prefix}: no parameter's name starts so; they start with "
+                + ", ".join(parts)
             )
-        for p in found:
+        for p in frozen:
             p.requires_grad_(False)
+
     for part in model.modules():
-        own = list(part.parameters())
-        if own and not any(p.requires_grad for p in own):
+        trained = [p.requires_grad for p in part.parameters()]
+        if trained and not any(trained):
             part.eval()
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError("--freeze: nothing is left to train; name fewer parts")
 
 
+def recompute(args, model, *blocks: type):
+    """With --recompute, blocks of these classes keep only their input for the backward pass."""
+    if not args.recompute:
+        return
+    for part in model.modules():
+        if isinstance(part, blocks):
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# adapters
+
+
 class LoRA(nn.Module):
-    """A matrix plus a trained one of low rank, zero at first (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
+    """A matrix plus a trained one of low rank, zero at first (Hu et al. 2021, arXiv 2106.09685)."""
 
     def __init__(self, weight, rank):
         super().__init__()
@@ -269,8 +293,8 @@ class LoRA(nn.Module):
         return weight + self.up @ self.down
 
 
-def add_lora(model, rank, *blocks):
-    """Fixes a model, and every matrix in its blocks of these classes gets a LoRA to train."""
+def add_lora(model, rank: int, *blocks: type):
+    """Freeze a model and give every matrix in its blocks of these classes a LoRA to train."""
     model.requires_grad_(False)
     layers = [
         layer
@@ -284,66 +308,54 @@ def add_lora(model, rank, *blocks):
 
 
 def merge_lora(model):
-    """The model with its adapters as part of their matrices: the keys and shapes that `load` takes. It shares all other weights with the
-    given one. torch's own remove_parametrizations would take the weight from the class, which both share too."""
+    """-> a copy with the adapters merged into their matrices: the keys and shapes of `load`.
+
+    All other weights are shared with the given model. torch's own remove_parametrizations would
+    take the weight from the class, which both share too.
+    """
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for layer in [layer for layer in model.modules() if parametrize.is_parametrized(layer)]:
-        weight, plain = layer.weight.detach(), parametrize.type_before_parametrizations(layer)
+        weight = layer.weight.detach()
+        plain = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
         layer.__class__ = plain
         layer.weight = nn.Parameter(weight)
     return model
 
 
-def recompute(args, model, *blocks):
-    """With --recompute the blocks of these classes keep their input alone for the backward pass."""
-    for part in model.modules() if args.recompute else ():
-        if isinstance(part, blocks):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # random numbers and data order
 
 
-def seed_of(*numbers):
+def seed_of(*numbers: int):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def generator(args, step):
-    """For all that one step draws, on the CPU: the same for every process, device and micro-batch."""
+def generator(args, step: int):
+    """For all random numbers of a step; on the CPU, the same for every device and process."""
     return torch.Generator().manual_seed(seed_of(args.seed, step))
 
 
-class Shuffled(torch.utils.data.Sampler):
-    """Endless indices: epoch e is a permutation of the set seeded with (seed, e), given as e * len + i, so that a dataset
-    can draw its own randomness from the index alone; starting at batch k costs nothing, which is what --resume needs. Of
-    each batch, process `rank` of `world` gets its contiguous share."""
+def shuffled(length: int, batch: int, seed: int, first_step: int):
+    """Endless indices of this process's share of every batch, from `first_step` on.
 
-    def __init__(self, length, batch, seed, start=0, rank=0, world=1):
-        self.length, self.batch, self.seed, self.start, self.rank, self.world = (
-            length,
-            batch,
-            seed,
-            start,
-            rank,
-            world,
-        )
-
-    def __iter__(self):
-        share, epoch = self.batch // self.world, -1
-        for step in itertools.count(self.start):
-            first = step * self.batch + self.rank * share
-            for position in range(first, first + share):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.length, generator=g).tolist()
-                yield epoch * self.length + order[position % self.length]
+    Epoch e is a permutation of the data set seeded with (seed, e). Its indices are e * length + i,
+    so that a data set can take its own random numbers from the index alone.
+    """
+    share = batch // world()
+    epoch = -1
+    for step in itertools.count(first_step):
+        start = step * batch + rank() * share
+        for position in range(start, start + share):
+            if position // length != epoch:
+                epoch = position // length
+                rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(length, generator=rng).tolist()
+            yield epoch * length + order[position % length]
 
 
 def train_val_split(reader):
-    """reader(split=...) -> clips to train on, to validate on; None where a set is too small for these."""
+    """reader(split=...) -> training clips, validation clips or None if their split is empty."""
     clips = reader(split="train")
     try:
         return clips, reader(split="val")
@@ -351,151 +363,227 @@ def train_val_split(reader):
         return clips, None
 
 
-def ignore_signals(ending, _worker):
-    """Ctrl-C and SIGTERM are for the process that trains; it needs its readers until the step under way is done. When
-    it ends, its SIGTERM is how they end: one that ignored that, too, would be waited for without end."""
+def ignore_signals(parent_exits, _worker):
+    """Workers ignore Ctrl-C and SIGTERM until the parent exits; after that SIGTERM ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if parent_exits.value else None)
 
 
 class Batches:
-    """Endless iterator over this process's micro-batches, the same for any number of workers and after any
-    interruption; `waited`: the seconds that training stood still for it."""
+    """Endless iterator over this process's micro-batches, the same for any number of workers.
 
-    def __init__(self, dataset, args, start=0):
-        ending = multiprocessing.RawValue("b", 0)
-        atexit.register(
-            setattr, ending, "value", 1
-        )  # runs before multiprocessing's own, which ends the readers
-        # a generator of its own: nothing may depend on the global one
-        self.waited, self.loader = (
-            0.0,
-            iter(
-                torch.utils.data.DataLoader(
-                    dataset,
-                    args.micro_batch,
-                    sampler=Shuffled(len(dataset), args.batch, args.seed, start, rank(), world()),
-                    generator=torch.Generator().manual_seed(args.seed),
-                    num_workers=args.workers,
-                    worker_init_fn=functools.partial(ignore_signals, ending),
-                    pin_memory=args.device == "cuda",
-                    persistent_workers=args.workers > 0,
-                )
-            ),
+    waited: seconds that training has waited for data.
+    """
+
+    def __init__(self, dataset, args, first_step=0):
+        self.waited = 0.0
+        parent_exits = multiprocessing.RawValue("b", 0)
+        # runs before multiprocessing's own handler, which ends the workers
+        atexit.register(setattr, parent_exits, "value", 1)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            args.micro_batch,
+            sampler=shuffled(len(dataset), args.batch, args.seed, first_step),
+            # a generator of its own: nothing may depend on the global one
+            generator=torch.Generator().manual_seed(args.seed),
+            num_workers=args.workers,
+            worker_init_fn=functools.partial(ignore_signals, parent_exits),
+            pin_memory=args.device == "cuda",
+            persistent_workers=args.workers > 0,
         )
+        self.batches = iter(loader)
 
     def __iter__(self):
         return self
 
     def __next__(self):
         start = time.monotonic()
-        batch = next(self.loader)
+        batch = next(self.batches)
         self.waited += time.monotonic() - start
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a step
 
 
 class EMA:
-    """Moving average of the weights, with a warm-up so that a short run is not an average of noise. What is frozen is shared, not copied."""
+    """Exponential moving average of the weights; frozen parameters are shared, not copied.
+
+    The decay warms up, so that the average of a short run is not one of noise.
+    """
 
     def __init__(self, model, decay=0.999):
-        fixed = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.model, self.decay, self.updates = (
-            copy.deepcopy(model, fixed).eval().requires_grad_(False),
-            decay,
-            0,
-        )
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
 
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
-        pairs = [
-            pair
-            for pair in zip(self.model.state_dict().values(), model.state_dict().values())
-            if pair[0].data_ptr() != pair[1].data_ptr()
-        ]
-        means, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-        get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))(
-            means, new, self.updates
-        )
-        for mean, count in pairs:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        means = []
+        latest = []
+        now = model.state_dict()
+        for name, mean in self.model.state_dict().items():
             if not mean.is_floating_point():
-                mean.copy_(count)
+                mean.copy_(now[name])  # a counter
+            elif mean.data_ptr() != now[name].data_ptr():
+                means.append(mean)
+                latest.append(now[name])
+        get_ema_multi_avg_fn(decay)(means, latest, self.updates)
 
 
-def adamw(groups, args, **options):
-    """AdamW over the parameters that are not frozen, in one pass over them where torch has it."""
-    groups = [
-        {**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], args.lr, fused=True, **options
-    )
+def adamw(groups: list, args, **options):
+    """AdamW, fused into one pass, over the parameters that are not frozen."""
+    trained = []
+    for group in groups:
+        parameters = [p for p in group["params"] if p.requires_grad]
+        if parameters:
+            trained.append({**group, "params": parameters})
+    return torch.optim.AdamW(trained, args.lr, fused=True, **options)
 
 
-def update(args, step, optimizer, ema, model, final=0.0):
-    """One step of the optimizer and the average, the gradient cut to --clip; -> the gradient's norm before that."""
+def learning_rate(step: int, args, final=0.0):
+    """Linear warm-up to --lr, then a cosine to `final` times it (1.0: constant, as in stage 2)."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def update(args, step: int, optimizer, ema, model, final=0.0):
+    """One step of optimizer and average, with --grad-clip. -> gradient norm before clipping"""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args, final)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema.update(model)
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# gradient cache
+
+
+def running_stats(model):
+    """Running means and variances of all BatchNorms that are in training."""
+    stats = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.training:
+            stats += [module.running_mean, module.running_var]
+    return stats
+
+
+def merge_running_stats(after: list, before: list, chunks: int):
+    """Running statistics as if one process had seen all chunks, in order of rank; in place.
+
+    Each of R processes has updated the same s_0 = `before` to s_r = `after` by its c = `chunks`
+    chunks, with BatchNorm's momentum of 0.1.
+    """
+    if world() == 1 or not after:
+        return
+    # s_R = 0.9^(R c) s_0 + sum_r 0.9^(c (R-1-r)) (s_r - 0.9^c s_0)
+    keep = 0.9**chunks
+    own = torch.cat([a - keep * b for a, b in zip(after, before, strict=True)])
+    own = own * keep ** (world() - 1 - rank())
+    dist.all_reduce(own)
+    updates = own.split([len(b) for b in before])
+    for a, b, update in zip(after, before, updates, strict=True):
+        a.copy_(keep ** world() * b + update)
+
+
+def cached_backward(run, network, encode, chunks: list, loss_fn, label_weight=0.0):
+    """Gradient of a loss over the features of the global batch, in the memory of one chunk.
+
+    Gradient cache (Gao et al. 2021, arXiv 2101.06983).
+    encode(chunk) -> video, audio: features (n, ...); scale: of their products; label_loss: a sum
+    over the chunk, weighted by `label_weight`, or None. Its random numbers must repeat when it is
+    called again. network: what `encode` runs, as `distributed.wrap_ddp` made it.
+    loss_fn(video, audio, scale) -> loss, {name: term to report}. Returns the terms.
+    """
+    stats = running_stats(run.model)
+    stats_before = [s.clone() for s in stats]
+    single = len(chunks) == 1  # then its graph is kept, and the third pass uses it
+
+    # 1. features of every chunk, without a graph
+    with torch.set_grad_enabled(single):
+        cached = [encode(chunk) for chunk in chunks]
+    buffers = [b.clone() for b in run.model.buffers()]
+
+    # 2. the loss over the features of all processes, and its gradient with respect to them
+    video = all_gather(torch.cat([f.video.detach() for f in cached])).requires_grad_()
+    audio = all_gather(torch.cat([f.audio.detach() for f in cached])).requires_grad_()
+    scale = cached[0].scale.detach().requires_grad_()
+    loss, terms = loss_fn(video, audio, scale)
+    grad_video, grad_audio, grad_scale = torch.autograd.grad(loss, (video, audio, scale))
+
+    # 3. every chunk again, with a graph, given its rows of that gradient
+    for chunk, rows in run.parts(network, chunks):
+        f = cached[0] if single else encode(chunk)
+        surrogate = (f.video * grad_video[rows]).sum() + (f.audio * grad_audio[rows]).sum()
+        if label_weight:
+            surrogate = surrogate + label_weight * f.label_loss
+        # processes average their gradients, but each feature is in one of them alone
+        surrogate = surrogate * world() + f.scale * grad_scale
+        surrogate.backward()
+        grad_scale = torch.zeros_like(grad_scale)  # all chunks share the scale: counted once
+
+    # norms have seen every chunk twice, which must count once
+    for buffer, value in zip(run.model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    merge_running_stats(stats, stats_before, len(chunks))
+
+    if label_weight:
+        label_losses = all_gather(torch.stack([f.label_loss.detach() for f in cached]))
+        terms["label"] = label_weight * label_losses.sum()
+        terms["loss"] = terms["loss"] + terms["label"]
+    return terms
+
+
+# --------------------------------------------------------------------------------------------------
 # a run
 
 
-def newest_state(out):
-    """The last complete training state of a run: torch.save's zip archive holds a checksum of every part."""
-    for name in STATES:
-        path = out / name
-        if path.exists():
-            with contextlib.suppress(
-                OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError
-            ):
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-                if damaged is None:
-                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if rank() == 0:
-                print(
-                    f"{path}: damaged, not used; going on from the checkpoint before it",
-                    file=sys.stderr,
-                )
+def newest_state(out: Path):
+    """The last undamaged training state of a run; torch.save's zip archive has checksums.
+
+    Raises TrainingError if there is none.
+    """
+    unreadable = (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError)
+    for path in (out / name for name in STATES):
+        if not path.exists():
+            continue
+        with contextlib.suppress(*unreadable):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is None:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if rank() == 0:
+            print(
+                f"{path}: damaged, not used; going on from the checkpoint before it",
+                file=sys.stderr,
+            )
     raise TrainingError(
-        f"--resume: no whole {STATES[0]} in {out}; give another --out to start anew"
+        f"--resume: no complete {STATES[0]} in {out}; give another --out to start anew"
     )
 
 
 def commit():
-    """Of the checkout that this code lies in, "-dirty" behind it where files differ; None without one, or without git."""
+    """Git commit of this code, with "-dirty" if files differ; None without a checkout or git."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):
-        found = subprocess.run(
-            [
-                "git",
-                "-C",
-                Path(__file__).parent,
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
+        done = subprocess.run(
+            ["git", "-C", Path(__file__).parent, *describe], capture_output=True, text=True
         )
-        return found.stdout.strip() or None
+        return done.stdout.strip() or None
 
 
-def read_log(out):
-    """The rows of log.jsonl; a last line that a kill has cut is left out."""
+def read_log(out: Path):
+    """The rows of log.jsonl, without a last line that a kill cut short."""
     rows = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in (out / "log.jsonl").read_text().splitlines():
@@ -503,222 +591,268 @@ def read_log(out):
     return rows
 
 
+def plot(out: Path, pairs: list):
+    """log.jsonl -> curves.png; [(reference, generated) mels] -> mels.png."""
+    try:
+        with atomic_write(out / "curves.png") as part:
+            plots.plot_curves(part, read_log(out))
+        if pairs:
+            with atomic_write(out / "mels.png") as part:
+                plots.plot_mels(part, pairs)
+    except Exception as error:  # any: a picture is not worth losing a run
+        print(f"{out}: pictures not drawn ({error})", file=sys.stderr)
+
+
 class TrainingRun:
     """Micro-batches, progress, log, validation, saving and resuming of one training run.
 
-        run = Run(args, model, optimizer, config, ema, clips, held_out, validate)
-        for step in run:                            # from 0, or where --resume left off; saves as it goes and at the end
-            for batch, rows in run.parts(network):  # this process's micro-batches; which rows of the whole batch they are
+        run = TrainingRun(args, model, optimizer, config, ema, clips, held_out, validate)
+        for step in run:                            # from 0 or the resumed step; saves when due
+            for batch, rows in run.parts(network):  # micro-batch, its rows of the global batch
                 loss = network(...)
                 (loss / run.count).backward()
                 run.add(loss=loss)
             run.report(gradient_norm=update(...))
 
-    held_out: clips that are not trained on, or None; validate(model, held_out) -> {name: number}, [(true, made) mels
-    (128, s)], called without gradients on the averaged weights;
-    export(model) -> the copy that is written for `load`, where it differs from the network in training.
+    held_out: validation clips, or None
+    validate(model, held_out) -> {name: number}, [(reference, generated) mels (128, s)]; called
+        without gradients on the averaged weights
+    export(model) -> the model to write for `load`, where it differs from the trained one
     """
 
     def __init__(self, args, model, optimizer, config, ema, clips, held_out, validate, export=None):
-        self.args, self.model, self.optimizer, self.config, self.ema = (
-            args,
-            model,
-            optimizer,
-            config,
-            ema,
-        )
-        self.held_out, self.validate, self.export = held_out, validate, export
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.ema = ema
+        self.dataset_size = len(clips)
+        self.held_out = held_out
+        self.validate = validate
+        self.export = export
         self.count = args.batch // world() // args.micro_batch  # micro-batches of a step
-        self.step, self.elapsed, self.totals, self.terms, self.clips = 0, 0.0, {}, {}, len(clips)
-        self.asked = self.interrupted = False
-        self.commit = self.started_from = None
+        self.step = 0
+        self.elapsed = 0.0  # seconds before a resume
+        self.terms = {}  # of the step
+        self.totals = {}  # {name: values of the steps since the last line of the log}
+        self.stop_asked = False  # in this process
+        self.stopped = False  # in all of them
+        self.commit = None
+        self.started_from = None
         if args.resume:
             self.restore()
-        self.saved = self.step
+        self.saved_step = self.step
         if rank() == 0:
-            self.prepare(clips.left_out)
+            self.prepare_folder(clips.left_out)
+            self.print_summary(clips.left_out)
         self.loader = Batches(clips, args, self.step)
 
-    def prepare(self, left_out):
-        """An unwritable place is noticed before the work, not after; what a killed process left is taken away. And what
-        is about to happen is said."""
-        args, out = self.args, make_folder(self.args.out)
-        self.commit = commit()  # now: whoever trains may go on editing
-        given = {name: getattr(args, name, None) for name in ("init", "vae")}
+    def prepare_folder(self, left_out):
+        """Write what can be written now, so that an unwritable folder fails before the work."""
+        args = self.args
+        out = make_folder(args.out)
+        for part in out.glob(".*.part*"):
+            part.unlink()  # a killed process left it
+        self.commit = commit()  # now: the code may be edited while it runs
         if self.started_from is None:
+            given = {name: getattr(args, name, None) for name in ("init", "vae")}
             self.started_from = {
                 name: sha256(path) for name, path in given.items() if path and path.is_file()
             }
-        for part in out.glob(".*.part*"):
-            part.unlink()
-        rows = (
-            [row for row in read_log(out) if row["step"] <= self.step] if self.args.resume else []
-        )
-        write_bytes(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = read_log(out) if args.resume else []
+        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+        write_bytes(out / "log.jsonl", "".join(lines).encode())
         if left_out:
             table = io.StringIO()
             csv.writer(table).writerows([("name", "reason"), *left_out])
             write_bytes(out / "left_out.csv", table.getvalue().encode())
-        count = {
-            k: sum(p.numel() for p in self.model.parameters() if p.requires_grad == k) / 1e6
-            for k in (True, False)
+
+    def print_summary(self, left_out):
+        args = self.args
+        millions = {True: 0.0, False: 0.0}
+        for p in self.model.parameters():
+            millions[p.requires_grad] += p.numel() / 1e6
+        validation = len(self.held_out) if self.held_out else 0
+        facts = {
+            "device": f"{args.device}, {args.dtype}",
+            "processes": f"{world()}, of {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "parameters": f"{millions[True]:.1f} M trained, {millions[False]:.1f} M frozen",
+            "clips": f"{self.dataset_size} for training, {validation} for validation",
+            "left out": f"{len(left_out)}, see {args.out / 'left_out.csv'}" if left_out else "none",
+            "steps": f"{self.step} to {args.steps}",
+            "batch": f"{args.batch} clips, {args.micro_batch} at once",
         }
-        print(
-            f"{out}: {args.device} {args.dtype}, {world()} process{'es' * (world() > 1)} of {torch.get_num_threads()} "
-            f"threads, torch {torch.__version__}; {count[True]:.1f} M parameters"
-            + f" and {count[False]:.1f} M fixed" * (count[False] > 0)
-            + f"; {self.clips} clips"
-            + f" ({len(left_out)} left out, see {out / 'left_out.csv'})" * bool(left_out)
-            + (
-                f", {len(self.held_out)} to validate on"
-                if self.held_out
-                else ", none to validate on"
-            )
-            + f"; steps {self.step} to {args.steps} of {args.batch} clips, {args.micro_batch} at once",
-            flush=True,
-        )
+        print(args.out)
+        for name, value in facts.items():
+            print(f"  {name}: {value}", flush=True)
 
     def __iter__(self):
-        """Steps. The first Ctrl-C or SIGTERM, in any process, ends the loop of all after the step under way, saved."""
+        """Steps. Ctrl-C or SIGTERM, in any process, ends all after the current step, saved."""
 
         def ask(*_):
-            self.asked = True
+            self.stop_asked = True
 
-        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        begun, out, steps, due = self.step, self.args.out, self.args.steps, False
+        out = self.args.out
+        first = self.step
+        handlers = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
-            total=steps, initial=begun, desc=out.name, dynamic_ncols=True, disable=rank() > 0
+            total=self.args.steps,
+            initial=first,
+            desc=out.name,
+            dynamic_ncols=True,
+            disable=rank() > 0,
         )
-        self.clock, self.mark = time.monotonic(), (time.monotonic(), begun)
+        self.started = time.monotonic()
+        self.interval_start = self.started  # of the next line of the log
+        self.interval_step = first
         try:
-            while self.step < steps and not self.interrupted:
+            while self.step < self.args.steps and not self.stopped:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                if self.step - begun == 10 and rank() == 0:
-                    pace = (time.monotonic() - self.clock) / 10
-                    self.bar.write(
-                        f"{out}: {pace:.2f} s a step, {(steps - self.step) * pace / 60:.0f} minutes to go"
-                    )
-                due = self.step % self.args.save_every == 0 or self.step == steps
-                if due or self.interrupted:
+                if self.step - first == 10 and rank() == 0:
+                    pace = (time.monotonic() - self.started) / 10
+                    minutes = (self.args.steps - self.step) * pace / 60
+                    self.bar.write(f"{out}: {pace:.2f} s a step, {minutes:.0f} minutes to go")
+                due = self.step % self.args.save_every == 0 or self.step == self.args.steps
+                if (due or self.stopped) and rank() == 0:
                     self.save(due)
         finally:
             self.bar.close()
-            for s, handler in old.items():
-                signal.signal(s, handler)
-        if self.interrupted and rank() == 0:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.stopped and rank() == 0:
             print(f"{out}: stopped after step {self.step}; go on with --resume", file=sys.stderr)
 
     def parts(self, network, source=None):
-        """(micro-batch, its rows of the whole batch), from the data set or a list; gradients are exchanged in the last."""
+        """(micro-batch, its rows of the global batch), from the data set or a list.
+
+        Processes exchange gradients in the last one only.
+        """
         size = self.args.micro_batch
-        for i, batch in zip(range(self.count), source or self.loader):
+        # `range` first: zip takes no batch from an endless loader after the last number
+        for i, batch in zip(range(self.count), source or self.loader, strict=False):
             first = (rank() * self.count + i) * size
-            with (
-                network.no_sync()
-                if world() > 1 and i < self.count - 1
-                else contextlib.nullcontext()
-            ):
+            last = i == self.count - 1
+            with contextlib.nullcontext() if last or world() == 1 else network.no_sync():
                 yield batch, slice(first, first + size)
 
     def add(self, **terms):
-        """Terms of the loss of one micro-batch; the step's are their means."""
+        """Loss terms of one micro-batch; the step's are their means."""
         for k, v in terms.items():
             self.terms[k] = self.terms.get(k, 0) + v.detach().float() / self.count
 
-    def report(self, every=20, **values):
-        """Ends a step. Means over the last `every` steps go on the bar and in log.jsonl; a loss or gradient that is not
-        finite stops the run before anything is saved. The one exchange between processes also agrees on stopping."""
-        values = {**self.terms, **{k: v.detach().float() for k, v in values.items()}}
-        device = next(iter(values.values())).device
-        numbers = torch.stack([*values.values(), torch.tensor(float(self.asked), device=device)])
-        if world() > 1:
-            dist.all_reduce(numbers)
-        *numbers, asked = (numbers / world()).tolist()
-        self.terms, self.interrupted = {}, asked > 0
-        if not all(map(math.isfinite, numbers)):
-            if self.saved:
-                remedy = f"go on from step {self.saved} with --resume and a lower --lr"
+    def report(self, **values):
+        """Ends a step: adds its numbers to the log and the bar.
+
+        Raises TrainingError for a loss or gradient that is not finite, before anything is saved.
+        """
+        means = self.mean_of_processes(values)
+        if not all(map(math.isfinite, means.values())):
+            if self.saved_step:
+                remedy = f"go on from step {self.saved_step} with --resume and a lower --lr"
             else:
                 remedy = "nothing is saved yet; start again with a lower --lr"
             raise TrainingError(
                 f"step {self.step + 1}: the loss or its gradient is not finite; {remedy}"
             )
-        for k, v in zip(values, numbers):
+        for k, v in means.items():
             self.totals.setdefault(k, []).append(v)
-        if (self.step + 1) % every == 0 or self.step + 1 == self.args.steps:
-            means = {k: sum(v) / len(v) for k, v in self.totals.items()}
-            seconds = time.monotonic() - self.mark[0]
-            speed, waiting = (
-                (self.step + 1 - self.mark[1]) * self.args.batch / seconds,
-                self.loader.waited / seconds,
-            )
-            self.mark, self.loader.waited, self.totals = (time.monotonic(), self.step + 1), 0.0, {}
-            shown = {k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"}
-            self.bar.set_postfix(shown | {"clips/s": f"{speed:.3g}"})
-            self.log(
-                self.step + 1,
-                **means,
-                lr=self.optimizer.param_groups[0]["lr"],
-                clips_per_second=speed,
-                waiting=waiting,
-                memory_gb=peak_memory(self.args.device) / 1e9,
-            )
+        if (self.step + 1) % LOG_EVERY == 0 or self.step + 1 == self.args.steps:
+            self.log_interval()
+
+    def mean_of_processes(self, values):
+        """{name: number} of the step. The same exchange agrees on whether to stop."""
+        values = self.terms | {k: v.detach().float() for k, v in values.items()}
+        self.terms = {}
+        device = next(iter(values.values())).device
+        stop_asked = torch.tensor(float(self.stop_asked), device=device)
+        numbers = torch.stack([*values.values(), stop_asked])
+        if world() > 1:
+            dist.all_reduce(numbers)
+        *means, stop_asked = (numbers / world()).tolist()
+        self.stopped = stop_asked > 0
+        return dict(zip(values, means, strict=True))
+
+    def log_interval(self):
+        """Mean terms and speed since the last line, to log and bar."""
+        step = self.step + 1
+        means = {k: sum(v) / len(v) for k, v in self.totals.items()}
+        seconds = time.monotonic() - self.interval_start
+        speed = (step - self.interval_step) * self.args.batch / seconds
+        waiting = self.loader.waited / seconds
+        # the next interval
+        self.interval_start += seconds
+        self.interval_step = step
+        self.loader.waited = 0.0
+        self.totals = {}
+
+        shown = {k: f"{v:.4g}" for k, v in means.items() if k != "gradient_norm"}
+        self.bar.set_postfix(shown | {"clips/s": f"{speed:.3g}"})
+        self.log(
+            step,
+            **means,
+            lr=self.optimizer.param_groups[0]["lr"],
+            clips_per_second=speed,
+            waiting=waiting,
+            memory_gb=peak_memory(self.args.device) / 1e9,
+        )
 
     def log(self, step, **row):
+        """Append a line to log.jsonl. Raises TrainingError if that fails."""
         if rank() > 0:
             return
+        line = json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row})
         try:
             with open(self.args.out / "log.jsonl", "a") as f:
-                f.write(
-                    json.dumps({"step": step, "seconds": round(self.seconds(), 1), **row}) + "\n"
-                )
+                f.write(line + "\n")
         except OSError as e:
             reason = f"cannot be written ({e.strerror}); free some space, then --resume"
             raise TrainingError(f"{self.args.out}/log.jsonl: {reason}") from None
 
     def seconds(self):
-        return self.elapsed + time.monotonic() - self.clock
+        """Of the whole run, with those before a resume."""
+        return self.elapsed + time.monotonic() - self.started
 
     def save(self, due):
-        """Validation, weights for `load`, training state: in this order, so that whatever moment a kill comes at, the
-        state that is resumed from is never ahead of the rest. Only at steps where it is due is there validation: the log
-        does not tell that a run was interrupted."""
-        if rank() > 0:
-            return
-        out, pairs = self.args.out, []
+        """Validation, weights, training state: in this order, so that whenever a kill comes, the
+        state to resume from is never ahead of the rest.
+
+        Validation only where a checkpoint is `due`: the log is the same if the run is interrupted.
+        """
+        pairs = []
         if self.held_out and due:
             start = time.monotonic()
             with torch.no_grad():
                 numbers, pairs = self.validate(self.ema.model, self.held_out)
             self.log(self.step, **numbers)
-            self.mark = (
-                self.mark[0] + time.monotonic() - start,
-                self.mark[1],
-            )  # no part of training's speed
+            self.interval_start += time.monotonic() - start  # no part of training's speed
+        self.write_weights()
+        self.write_state()
+        self.saved_step = self.step
+        plot(self.args.out, pairs)
+
+    def write_weights(self):
+        out = self.args.out
         model = self.export(self.ema.model) if self.export else self.ema.model
-        # names alone: the folders of whoever trained are nobody's business who loads the file
+        # only the names of paths: the folders of whoever trained are private
         args = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        metrics = [row for row in read_log(out) if any(name.startswith("val_") for name in row)][
-            -1:
-        ]
-        about = {
+        validations = [row for row in read_log(out) if any(k.startswith("val_") for k in row)]
+        metadata = {
             "step": self.step,
             "seconds": round(self.seconds(), 1),
             "torch": torch.__version__,
             "args": args,
             "commit": self.commit,
             "started_from": self.started_from,
-            "metrics": metrics[0] if metrics else None,
+            "metrics": validations[-1] if validations else None,
         }
-        save_model(
-            out / STATES[0].replace("state.pt", "safetensors"),
-            model,
-            self.config,
-            self.args.half,
-            **about,
-        )
+        dtype = getattr(torch, self.args.save_dtype)
+        save_model(out / WEIGHTS, model, self.config, dtype, **metadata)
+
+    def write_state(self):
+        last, previous = (self.args.out / name for name in STATES)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -730,67 +864,50 @@ class TrainingRun:
             "flags": self.flags(),
             "started_from": self.started_from,
         }
-        with atomic_write(out / STATES[0]) as part:
+        with atomic_write(last) as part:
             with open(part, "wb") as f:
                 try:
                     torch.save(state, f)
-                except RuntimeError as e:  # what torch makes of a disk that is full
+                except RuntimeError as e:  # what torch makes of a full disk
                     raise OSError(f"no room, or {str(e).splitlines()[0][:80]}") from None
-            if (out / STATES[0]).exists():
-                os.replace(out / STATES[0], out / STATES[1])
-        self.saved = self.step
-        plot(out, pairs)
+            if last.exists():
+                os.replace(last, previous)
 
     def restore(self):
-        state = newest_state(self.args.out)
-        rank_then, rank_now = (
-            int(lora) for lora in (state["flags"].get("lora", 0), getattr(self.args, "lora", 0))
-        )
-        if rank_then != rank_now:
-            has = f"has --lora {rank_then}" if rank_then else "has no --lora"
+        """Continue from the newest training state. Raises TrainingError, CheckpointError."""
+        args = self.args
+        state = newest_state(args.out)
+        flags = state["flags"]
+        lora = int(flags.get("lora", 0))
+        if lora != getattr(args, "lora", 0):
+            has = f"has --lora {lora}" if lora else "has no --lora"
             raise TrainingError(
-                f"--resume: the run in {self.args.out} {has}; give the same command again with --resume"
+                f"--resume: the run in {args.out} {has}; give the same command again with --resume"
             )
-        with checkpoint_errors(f"{self.args.out}/{STATES[0]}", type(self.model)):
+        with checkpoint_errors(f"{args.out}/{STATES[0]}", type(self.model)):
             self.model.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.updates, self.step = state["updates"], state["step"]
-        self.elapsed, self.totals, self.started_from = (
-            state["elapsed"],
-            state["totals"],
-            state.get("started_from"),
-        )
-        begun = state["flags"]["init"]
-        self.args.init = (
-            None if begun == "None" else Path(begun)
-        )  # `settle` had put the run's own weights there
-        noted = state["flags"].get("note", "None")
-        self.args.note = self.args.note or (None if noted == "None" else noted)
+        self.ema.updates = state["updates"]
+        self.step = state["step"]
+        self.elapsed = state["elapsed"]
+        self.totals = state["totals"]
+        self.started_from = state.get("started_from")
+
+        # `check_run_folder` has put the run's own weights there
+        args.init = None if flags["init"] == "None" else Path(flags["init"])
+        if not args.note and flags.get("note", "None") != "None":
+            args.note = flags["note"]
         for name, value in self.flags().items():
-            before = state["flags"].get(name, value)
+            before = flags.get(name, value)
             if value not in (before, "None") and rank() == 0:
                 print(
-                    f"{self.args.out}: going on with {name} {value}, until now {before}",
+                    f"{args.out}: going on with {name} {value}, until now {before}",
                     file=sys.stderr,
                 )
 
     def flags(self):
         """What a resumed run should not change unnoticed, as text."""
-        harmless = ("resume", "out", "data", "workers", "save_every", "half", "recompute")
-        return {
-            "clips": str(self.clips),
-            **{k: str(v) for k, v in vars(self.args).items() if k not in harmless},
-        }
-
-
-def plot(out, pairs):
-    """log.jsonl -> curves.png; validation spectrograms -> mels.png, references above."""
-    try:
-        with atomic_write(out / "curves.png") as part:
-            plots.plot_curves(part, read_log(out))
-        if pairs:
-            with atomic_write(out / "mels.png") as part:
-                plots.plot_mels(part, pairs)
-    except Exception as error:  # of whatever kind: a picture is not worth losing a run over
-        print(f"{out}: pictures not drawn ({error})", file=sys.stderr)
+        harmless = ("resume", "out", "data", "workers", "save_every", "save_dtype", "recompute")
+        flags = {k: str(v) for k, v in vars(self.args).items() if k not in harmless}
+        return {"dataset_size": str(self.dataset_size), **flags}

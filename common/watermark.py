@@ -14,14 +14,18 @@ mistakes, not attackers.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import media
 from common.audio import HOP, N_FFT, SAMPLE_RATE, stft
 
+CLAIM = "AI-generated sound: diff-foley"  # how the tag of every output begins
 DEPTH = 1.0  # dB, up or down: about the smallest change of a band that is audible
 BANDS = 24
 LOW = 400  # Hz to HIGH: what telephones and codecs keep
@@ -115,3 +119,43 @@ def confidence(wav):
         return 0.0
     # the best of that many independent N(0, 1) numbers stays below this one
     return math.exp(tries * math.log1p(-math.erfc(best / math.sqrt(2)) / 2))
+
+
+# ---- whose sound a file holds ------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """Whether a file's sound is ours."""
+
+    file: Path
+    has_tag: bool
+    confidence: float  # 1 - p(chance match of the watermark)
+
+    @property
+    def has_watermark(self):
+        return self.confidence >= SURE
+
+    @property
+    def is_ours(self):
+        return self.has_tag or self.has_watermark
+
+    def line(self):
+        return {
+            "file": str(self.file),
+            "tags": self.has_tag,
+            "watermark": self.has_watermark,
+            "confidence": round(self.confidence, 6),
+        }
+
+    def __str__(self):
+        verdict = "ours" if self.is_ours else "not known as ours"
+        tag = "tag" if self.has_tag else "no tag"
+        mark = "watermark" if self.has_watermark else "no watermark"
+        return f"{self.file}: {verdict} ({tag}, {mark}, confidence {self.confidence:.4f})"
+
+
+def check(file) -> Verdict:
+    """Look for our tag and watermark in a video or a sound file. Raises MediaError."""
+    has_tag = media.read_tags(file).get("comment", "").startswith(CLAIM)
+    return Verdict(file, has_tag, confidence(media.read_audio(file)))

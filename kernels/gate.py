@@ -1,17 +1,19 @@
-"""Compiles every shipped kernel configuration for GPUs that need not be there, and fails on what would make one slow or impossible.
+"""Ahead-of-time compiles every kernel for sm_80/90/100 (no GPU needed); fails on spills, narrow
+loads, shared-memory overflow.
 
-in   `shipped()` of each kernel file: the launches that it makes at the networks' shapes, from the table that the launcher reads
-out  a row for each and target: registers, shared memory, spills, load widths, tensor-core instructions; exit status 1 if one fails
+in   `shipped()` of each kernel file: the launches that it makes at the networks' shapes
+out  a row for each and target: registers, shared memory, spills, load widths, tensor-core
+     instructions; exit status 1 if one fails
 
     python -m kernels.gate                  sm_80 (A100), sm_90 (H100), sm_100 (B200)
     python -m kernels.gate --target 90
 
-Refused: registers spilled to memory; more shared memory than a block may have; narrow loads in a kernel whose data allow 16 bytes at a
-time (`wide`); a matrix kernel (`matrix`) without tensor-core instructions, unless its dtype is float32, which is done exactly. The compiler, the
-assembler and the disassembler are the ones in Triton's wheel, so another Triton version is another gate.
+Refused: registers spilled to memory; more shared memory than a block may have; narrow loads in a
+kernel whose data allow 16 bytes at a time (`wide`); a matrix kernel (`matrix`) without tensor-core
+instructions, unless its dtype is float32, which is computed exactly. The compiler, the assembler
+and the disassembler are the ones in Triton's wheel, so another Triton version is another gate.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -19,11 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from common import cli
 
 kernels.load()  # before the kernels' own files, which look for it
 
@@ -32,38 +36,62 @@ from kernels import attention, group_norm, transformer  # noqa: E402
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[HQ]?MMA)\b")
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+COLUMNS = {"regs": 5, "shared": 8, "spills": 7, "wide": 6, "narrow": 7, "tensor": 7}
 
 
 def source(launch):
-    """What the launcher would hand to the compiler: pointers are 16-byte aligned, integers that are 1 become constants, multiples of
-    16 are marked as such."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch["fn"].arg_names):
-        value = launch["constexprs"].get(name, launch["args"].get(name))
-        if name in launch["constexprs"] or value is None or isinstance(value, int) and value == 1:
-            signature[name], constants[i,] = "constexpr", value
+    """What a launch hands to the compiler: pointers are 16-byte aligned; of integers, unless they
+    are not to be specialized, 1 becomes a constant and multiples of 16 are marked as such."""
+    signature = {}
+    constants = {}
+    attributes = {}
+    for i, param in enumerate(launch.kernel.params):
+        value = launch.args[param.name]
+        special = isinstance(value, int) and not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and value == 1):
+            signature[param.name] = "constexpr"
+            constants[i,] = value
+            continue
+        if torch.is_tensor(value):
+            signature[param.name] = TYPES[value.dtype]
         else:
-            signature[name] = value if isinstance(value, str) else "i32"
-            if signature[name].startswith("*") or isinstance(value, int) and value % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
-    return ASTSource(launch["fn"], signature, constants, attributes)
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+        if torch.is_tensor(value) or (special and value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def launches():
+    """Each different one once: those that compile to the same are left out."""
+    seen = set()
+    for module in (attention, group_norm, transformer):
+        for shipped in module.shipped():
+            launch = shipped.launch
+            key = source(launch).hash(), launch.warps, launch.stages
+            if key not in seen:
+                seen.add(key)
+                yield shipped
+
+
+def disassembled(kernel):
+    """The assembler's report of resources, and the instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")):
+            done = subprocess.run(
+                [BIN / command[0], command[1], cubin], capture_output=True, text=True, check=True
+            )
+            yield done.stdout
 
 
 def facts(launch, capability):
     """{regs, shared, spills, wide, narrow, tensor}: of one configuration on one target."""
-    options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
-    kernel = triton.compile(
-        source(launch), target=GPUTarget("cuda", capability, 32), options=options
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage, sass = (
-            subprocess.run(
-                [BIN / tool, *flags, cubin], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source(launch), target=target, options=options)
+    usage, sass = disassembled(kernel)
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S+", sass)
     wide = sum(".128" in load for load in loads)
     return {
@@ -76,53 +104,49 @@ def facts(launch, capability):
     }
 
 
-def faults(launch, capability, found):
+def faults(shipped, capability, row):
     """What is wrong with it, in words."""
-    exact = "*fp32" in launch["args"].values()
-    if found["spills"]:
-        yield f"{found['spills']} spills"
-    if found["shared"] > SHARED[capability]:
-        yield f"{found['shared']} bytes of shared memory, {SHARED[capability]} are to be had"
-    if launch.get("wide") and found["narrow"]:
-        yield f"{found['narrow']} loads narrower than 16 bytes"
-    if launch.get("matrix") and not exact and not found["tensor"]:
+    dtypes = {x.dtype for x in shipped.launch.args.values() if torch.is_tensor(x)}
+    if row["spills"]:
+        yield f"{row['spills']} spills"
+    if row["shared"] > SHARED[capability]:
+        yield f"{row['shared']} bytes of shared memory, {SHARED[capability]} are available"
+    if shipped.wide and row["narrow"]:
+        yield f"{row['narrow']} loads narrower than 16 bytes"
+    if shipped.matrix and dtypes != {torch.float32} and not row["tensor"]:
         yield "no tensor-core instruction"
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser("kernels.gate", __doc__)
+    targets = list(SHARED)
     p.add_argument(
         "--target",
         type=int,
-        choices=list(SHARED),
+        choices=targets,
         action="append",
         help="compute capability; default: all",
     )
     p.add_argument("--only", default="", help="configurations whose name holds this")
     args = p.parse_args(argv)
-    start, failed, done = time.time(), 0, 0
-    print(
-        f"triton {triton.__version__}\n{'sm':>4}  {'configuration':<58}{'regs':>5}{'shared':>8}{'spills':>7}{'wide':>6}{'narrow':>7}{'tensor':>7}"
-    )
-    for launch in (
-        *attention.shipped(),
-        *group_norm.shipped(),
-        *transformer.shipped(),
-    ):
-        if args.only not in launch["name"]:
+    start = time.time()
+    done = 0
+    failed = 0
+    print(f"triton {triton.__version__}")
+    print(f"{'sm':>4}  {'configuration':<58}", *(f"{x:>{n}}" for x, n in COLUMNS.items()), sep="")
+    for shipped in launches():
+        name = f"{shipped.launch.kernel.__name__} {shipped.name}"
+        if args.only not in name:
             continue
-        for capability in args.target or SHARED:
-            found = facts(launch, capability)
-            wrong = "; ".join(faults(launch, capability, found))
-            print(
-                f"{capability:>4}  {launch['name']:<58}{found['regs']:>5}{found['shared']:>8}{found['spills']:>7}{found['wide']:>6}"
-                f"{found['narrow']:>7}{found['tensor']:>7}"
-                + (f"  FAILS: {wrong}" if wrong else ""),
-                flush=True,
-            )
-            failed, done = failed + bool(wrong), done + 1
+        for capability in args.target or targets:
+            row = facts(shipped.launch, capability)
+            wrong = "; ".join(faults(shipped, capability, row))
+            cells = "".join(f"{row[x]:>{n}}" for x, n in COLUMNS.items())
+            if wrong:
+                failed += 1
+                cells += f"  FAILS: {wrong}"
+            done += 1
+            print(f"{capability:>4}  {name:<58}{cells}", flush=True)
     print(f"{done} compiled in {time.time() - start:.0f} s, {failed} failed")
     return 1 if failed or not done else 0
 

@@ -22,7 +22,7 @@ from torch import nn
 import data
 from cavp import CAVPConfig, Cnn14
 from common import audio, distributed, media, training
-from common.checkpoints import Checkpoint, checkpoint_errors, load_into
+from common.checkpoints import load_network
 
 SPAN = 32  # mel columns of an excerpt (0.51 s)
 BEFORE = 4  # of them, how many come before the hit
@@ -80,11 +80,8 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The network of a file that training wrote, for use; CheckpointError for any other."""
-        file = Checkpoint(path)
-        with checkpoint_errors(path, cls), torch.device("meta"):
-            model = cls(JudgeConfig(**file.config or {}))
-        return load_into(model, file, device=device)
+        """Strict."""
+        return load_network(cls, path, JudgeConfig(), device)
 
 
 # --------------------------------------------------------------------------------------------------

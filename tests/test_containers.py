@@ -1,6 +1,5 @@
-"""What goes into a container and what comes out of it: one test for every kind of file that once came out wrong.
-
-All files are made here with PyAV. Frame k is one grey (`test_media.grey`), so that a picture says which frame it was.
+"""What goes into a container and what comes out of it: a test for every kind of file that once came
+out wrong. All are made here with PyAV.
 """
 
 import io
@@ -17,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_media import TICK, clicks, grey, make, onsets, packets, seen, steady
+from clips import TICK, add_frame, add_sound, clicks, grey, make, onsets, packets, seen, steady
 
 import data
 import sample
@@ -67,7 +66,10 @@ def encode(
     wav=None,
     noise=0,
 ):
-    """A file of grey frames, with noise, encoded at a constant rate; `prepare` may set up the stream. Sound at 48 kHz as MP2."""
+    """A file of gray frames, with noise, encoded at a constant rate, and sound at 48 kHz as MP2.
+
+    `prepare(stream)` may set up the video stream.
+    """
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", format=muxer) as file:
         stream = file.add_stream(codec, rate=rate, options=options or {})
@@ -76,17 +78,11 @@ def encode(
             prepare(stream)
         if wav is not None:
             sound = file.add_stream("mp2", rate=48000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(
-                np.round(32767 * wav[None]).astype("<i2"), format="s16", layout="mono"
-            )
-            frame.sample_rate, frame.time_base, frame.pts = 48000, Fraction(1, 48000), 0
-            file.mux(sound.encode(frame))
-            file.mux(sound.encode(None))
+            add_sound(file, sound, np.round(32767 * wav).astype("<i2"), "s16")
         for k in range(frames):
             pixels = grey(k) + rng.integers(-noise, noise + 1, (size[1], size[0], 1))
-            image = av.VideoFrame.from_ndarray(pixels.repeat(3, 2).astype(np.uint8))
-            image.pts, image.time_base = k, Fraction(1, rate)
-            file.mux(stream.encode(image))
+            image = pixels.repeat(3, 2).astype(np.uint8)
+            file.mux(add_frame(stream, image, k, Fraction(1, rate)))
         file.mux(stream.encode(None))
     return path
 
@@ -104,7 +100,7 @@ def with_streams(path, source, add):
     return path
 
 
-# ---- time stamps -------------------------------------------------------------------------------
+# ---- time stamps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,9 +140,8 @@ def test_a_clock_that_starts_over(tmp_path, suffix, muxer):
     joined.write_bytes(part.read_bytes() * 2)
     with pytest.warns(UserWarning, match="clock starts over"):
         info = media.probe(joined)
-    assert info.frames == 150 and info.duration == pytest.approx(
-        6.0, abs=0.1
-    )  # sound may end later than the picture
+    # sound may end later than the picture
+    assert info.frames == 150 and info.duration == pytest.approx(6.0, abs=0.1)
     shown = list(ffmpeg.frames_from(joined, 0.0))
     assert np.diff([moment for moment, _ in shown]).min() > 0.03
     levels = np.array([frame.to_ndarray(format="gray").mean() for _, frame in shown])
@@ -156,7 +151,7 @@ def test_a_clock_that_starts_over(tmp_path, suffix, muxer):
     assert len(packets(out)) == 150 and media.probe(out).duration == pytest.approx(6.0, abs=0.1)
 
 
-# ---- what the header says of the picture -------------------------------------------------------
+# ---- what the header says of the picture --------------------------------------------------------
 
 
 def anamorphic(stream):
@@ -172,7 +167,8 @@ def test_pixels_that_are_not_square(tmp_path, suffix, cut):
     assert picture(source)["aspect"] == Fraction(4, 3)
     out = dubbed(source, tmp_path, *cut, suffix=suffix)
     assert picture(out)["aspect"] == pytest.approx(Fraction(4, 3), rel=0.02)
-    again = dubbed(out, tmp_path / "again" if (tmp_path / "again").mkdir() is None else None)
+    (tmp_path / "again").mkdir()
+    again = dubbed(out, tmp_path / "again")
     assert picture(again)["aspect"] == pytest.approx(Fraction(4, 3), rel=0.02)
 
 
@@ -262,7 +258,7 @@ def test_later_time_codes():
     assert later("nonsense", 50, Fraction(25)) == "nonsense"
 
 
-# ---- colours of what is encoded anew -----------------------------------------------------------
+# ---- colours of what is encoded anew ------------------------------------------------------------
 
 HLG = {"color_primaries": 9, "color_trc": 18, "colorspace": 9, "color_range": 1}
 HD = {"color_primaries": 1, "color_trc": 1, "colorspace": 1, "color_range": 1}
@@ -282,7 +278,7 @@ JPEG = {"color_primaries": 1, "color_trc": 1, "colorspace": 5, "color_range": 2}
     ],
 )
 def test_colours_of_a_cut(tmp_path, suffix, codec, pixels, colours, kept):
-    """The planes' own numbers come out again, and what they mean: no conversion, so no 601 for 709, no flattening."""
+    """The planes' own numbers come out again, and what they mean: no conversion, no flattening."""
     source = tmp_path / ("a.mkv" if suffix == ".webm" else f"a{suffix}")
     values = (90, 160, 110)  # Y, Cb, Cr at 8 bit
     deep = "10" in pixels
@@ -294,7 +290,7 @@ def test_colours_of_a_cut(tmp_path, suffix, codec, pixels, colours, kept):
             setattr(stream.codec_context, name, value)
         for k in range(50):
             frame = av.VideoFrame(128, 96, pixels)
-            for plane, value in zip(frame.planes, values):
+            for plane, value in zip(frame.planes, values, strict=True):
                 samples = np.full(
                     plane.buffer_size // (2 if deep else 1),
                     value * (4 if deep else 1),
@@ -325,9 +321,8 @@ def test_rgb_becomes_709_and_says_so(tmp_path):
         stream = file.add_stream("qtrle", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
         for k in range(25):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), (255, 32, 0), np.uint8))
-            frame.pts, frame.time_base = k, Fraction(1, 25)
-            file.mux(stream.encode(frame))
+            image = np.full((48, 64, 3), (255, 32, 0), np.uint8)
+            file.mux(add_frame(stream, image, k, Fraction(1, 25)))
         file.mux(stream.encode(None))
     out = dubbed(source, tmp_path, 0.1, 0.5)
     with av.open(str(out)) as file:
@@ -345,7 +340,7 @@ def test_what_is_encoded_anew_keeps_its_rotation(tmp_path):
         assert (media.probe(out).width, media.probe(out).height) == (48, 64)
 
 
-# ---- copied or encoded, and said ---------------------------------------------------------------
+# ---- copied or encoded, and said ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix, codec", [(".wmv", "wmv2"), (".avi", "utvideo"), (".flv", "flv")])
@@ -409,7 +404,7 @@ def test_a_cut_that_others_are_predicted_across_is_encoded(tmp_path):
     )
 
 
-# ---- other streams -----------------------------------------------------------------------------
+# ---- other streams ------------------------------------------------------------------------------
 
 
 def film(path, subtitles="subrip", tracks=2):
@@ -473,17 +468,15 @@ def test_subtitles_chapters_and_attachments(tmp_path, suffix, words):
     assert ("attachment" in kinds) == (suffix == ".mkv")
     with av.open(str(out)) as file:
         stream = file.streams.subtitles[0]
-        words = [
-            p for p in file.demux(stream) if p.size > 2
-        ]  # mp4 fills the time before with empty ones
+        # mp4 fills the time before with empty ones
+        words = [p for p in file.demux(stream) if p.size > 2]
         assert [float(p.pts * p.time_base) for p in words][0] == pytest.approx(0.5, abs=0.03)
     kept = dubbed(source, tmp_path, keep_tracks=True)
     with av.open(str(kept)) as file:
         assert len(file.streams.audio) == 3
         best = file.streams.best("audio")
-        assert (
-            best.index == file.streams.audio[0].index and best.rate == 16000
-        )  # ours is what plays
+        # ours is what plays
+        assert best.index == file.streams.audio[0].index and best.rate == 16000
         assert all(
             not s.disposition & av.stream.Disposition.default for s in file.streams.audio[1:]
         )
@@ -495,9 +488,8 @@ def test_they_move_with_a_cut(tmp_path):
     out = dubbed(source, tmp_path, 0.7, 2.0)
     with av.open(str(out)) as file:
         text = next(p for p in file.demux(file.streams.subtitles[0]) if p.size)
-        assert float(text.pts * text.time_base) == pytest.approx(
-            0, abs=0.02
-        )  # shown since 0.5, until 1.5
+        # shown since 0.5, until 1.5
+        assert float(text.pts * text.time_base) == pytest.approx(0, abs=0.02)
         assert float(text.duration * text.time_base) == pytest.approx(0.8, abs=0.03)
         ends = [float(c["end"] * c["time_base"]) for c in file.chapters()]
     first = 1.5 - media.probe(source).start - 0.7  # Matroska's clock begins with the sound
@@ -545,11 +537,14 @@ def test_cover_art(tmp_path):
             assert [bytes(p) for p in file.demux(covers) if p.size] == [jpeg]
 
 
-# ---- sound -------------------------------------------------------------------------------------
+# ---- sound --------------------------------------------------------------------------------------
 
 
 def tone(channels, layout, loud, path, codec, sound_format="fltp", rate=48000, bad=None):
-    """A clip whose channel `loud` has a tone of amplitude 0.3; `bad` is put into every channel for a millisecond."""
+    """A clip whose channel `loud` has a tone of amplitude 0.3.
+
+    `bad` is put into every channel for a millisecond.
+    """
     wav = np.zeros((channels, rate), np.float32)
     wav[loud] = 0.3 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
     if bad is not None:
@@ -559,15 +554,10 @@ def tone(channels, layout, loud, path, codec, sound_format="fltp", rate=48000, b
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
         track = file.add_stream(codec, rate=rate, layout=layout)
         for k in range(25):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey(k), np.uint8))
-            frame.pts, frame.time_base = k, Fraction(1, 25)
-            file.mux(video.encode(frame))
+            image = np.full((48, 64, 3), grey(k), np.uint8)
+            file.mux(add_frame(video, image, k, Fraction(1, 25)))
         file.mux(video.encode(None))
-        interleaved = np.ascontiguousarray(wav.T.reshape(1, -1))
-        frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
-        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
-        file.mux(track.encode(frame))
-        file.mux(track.encode(None))
+        add_sound(file, track, wav.T.reshape(-1), "flt")
     return path
 
 
@@ -601,7 +591,7 @@ def test_eight_channels_are_read(tmp_path, suffix, codec, capsys):
 
 
 def test_an_order_of_channels_of_its_own(tmp_path):
-    """QuickTime names each channel; PyAV frees such a layout twice, which once ended the process."""
+    """QuickTime names each channel; PyAV frees such a layout twice, which ended the process."""
     clip = tone(7, "6.1", 2, tmp_path / "a.mov", "pcm_s16le")
     rms = media.read_audio(clip)[4000:12000].square().mean().sqrt().item()
     assert rms == pytest.approx(0.15, abs=2e-3)
@@ -632,7 +622,7 @@ def test_prepare_names_what_it_mends(tmp_path, capsys):
     assert report.left_out == [] and "nan.mov: 96 samples" in capsys.readouterr().err
 
 
-# ---- folders -----------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------
 
 
 @SAID
@@ -721,7 +711,7 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
         "sound.wav",
         "still.png",
     ]
-    jobs = sample.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
+    jobs = media.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
     said = capsys.readouterr().err
     assert len(jobs) == len(names) + 1 and all(
         f"{name}: no video" in said for name in ("notes.nfo", "still.png", "sound.wav")
@@ -736,13 +726,15 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
     ]
 
 
-# ---- a decoder that dies -----------------------------------------------------------------------
+# ---- a decoder that dies ------------------------------------------------------------------------
 
 DEADLY = """
 import os, signal
 import common.ffmpeg as ffmpeg
 probe = ffmpeg.probe
-ffmpeg.probe = lambda path: os.kill(os.getpid(), signal.SIGSEGV) if "deadly" in str(path) else probe(path)
+def deadly_probe(path):
+    return os.kill(os.getpid(), signal.SIGSEGV) if "deadly" in str(path) else probe(path)
+ffmpeg.probe = deadly_probe
 """
 
 
@@ -811,25 +803,20 @@ def test_an_interrupted_call_leaves_no_child_behind(monkeypatch):
 
 
 def test_the_child_starts_without_torch():
-    code = f"{isolation.COMMAND.rsplit('; ', 2)[0]}\nimport sys, common.ffmpeg, common.mux, compat.demo_frames\nprint('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "False"
+    code = (
+        f"{isolation.COMMAND.rsplit('; ', 2)[0]}\n"
+        "import sys, common.ffmpeg, common.mux, compat.demo_frames\n"
+        "print('torch' in sys.modules)"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists a process's children")
 def test_two_signals_end_it_at_once(tmp_path):
-    """`timeout` sends two: one to the process, one to its group. Once the second left a lock held for ever."""
-    command = [
-        sys.executable,
-        ROOT / "sample.py",
-        ROOT / "demo.mp4",
-        "--steps",
-        "900",
-        "--out",
-        tmp_path,
-    ]
+    """`timeout` sends two: to the process and to its group. The second once left a lock held."""
+    flags = ["--steps", "900", "--out", tmp_path]
+    command = [sys.executable, ROOT / "sample.py", ROOT / "demo.mp4", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text():  # then the signals are handled, and there is a child to end

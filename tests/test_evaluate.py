@@ -16,7 +16,7 @@ import data
 import evaluate
 import foley
 import sample
-from common import audio, media
+from common import audio, media, watermark
 from metrics import judge
 from vae import AutoencoderKL
 
@@ -420,10 +420,10 @@ def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch
         tmp_path / "00000.foley.wav"
     )  # marked and tagged; the table is of the sound without the mark
     assert (
-        media.read_tags(written)["comment"].startswith(f"{sample.CLAIM} tiny, seed 5")
+        media.read_tags(written)["comment"].startswith(f"{watermark.CLAIM} tiny, seed 5")
         and used[0]["mark"] is False
     )
-    marked = sample.marked(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
+    marked = sample.add_watermark(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
     assert (media.read_audio(written) - marked).abs().max() < 1e-4
     assert (
         json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9

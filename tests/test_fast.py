@@ -15,6 +15,7 @@ import ldm
 import sample
 from align import PRESETS as ALIGN_PRESETS
 from align import Alignment, AlignmentConfig
+from common.profiling import Profile
 from kernels import fast
 
 PUBLISHED = ldm.UNetConfig(width=32, context_dim=24, groups=8)
@@ -204,7 +205,7 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
 
 @torch.no_grad()
 def test_windows_of_all_clips_share_the_recorded_steps(records):
-    """`sample.draw` of two films: two windows at once and a remainder of one, whatever the film."""
+    """`sample.denoise` of two films: two windows at once and a remainder of one, whatever the film."""
     config = ldm.LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE)
     classifier = AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
     model, align = rule.fill(ldm.LDM(config)), rule.fill(Alignment(classifier))
@@ -213,5 +214,10 @@ def test_windows_of_all_clips_share_the_recorded_steps(records):
     models = sample.Models(None, model, align)
     for k in range(2):
         features = rule.normal(f"film {k}", 300, tiny.TIME["feature_dim"])
-        sample.draw(features, [0, 65536, 131072], models, seed=k, steps=2, batch=2)
+        starts = [0, 65536, 131072]
+        settings = sample.Settings(seed=k, steps=2).resolve(models)
+        film = sample.Clip(f"film {k}", 0.0, None, 16.4, starts, features, Profile())
+        windows = film.windows(settings)
+        sample.denoise(windows[:2], models, settings)
+        sample.denoise(windows[2:], models, settings)
     assert len(records) == 2 and records == [4, 4]

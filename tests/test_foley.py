@@ -218,7 +218,7 @@ def test_things_that_touch_nothing_make_no_sound():
         world = foley.World(0.8, foley.Thing.make(rng, "stone", 0.25), times, 4.096)
         for _ in range(3):
             foley.distract(world, rng)
-        frames, wav = foley.draw(world, rng, 64), foley.sound(world, rng, 65536)
+        frames, wav = foley.render(world, rng, 64), foley.sound(world, rng, 65536)
         assert not world.audible() and np.sqrt(np.mean(wav**2)) < 10 ** (-57 / 20)
         assert len(onsets_of(wav)) == 0
         assert np.abs(np.diff(frames.astype(int), axis=0)).max() > 20  # though it moves
@@ -366,9 +366,9 @@ def test_the_other_set_is_of_other_materials():
 
 
 def test_every_material_pattern_draws_inside_its_shape():
-    for name, material in foley.MATERIALS.items():
+    for name, look in foley.LOOKS.items():
         canvas = np.full((1, 48, 48, 3), 0.5, np.float32)
-        foley.paint(foley.Sprite(material, 0.5, 0.5, (0.1, 0.05), 0.05, 0.7), canvas, 0, 48, 0)
+        foley.paint(foley.Sprite(look, 0.5, 0.5, (0.1, 0.05), 0.05, 0.7), canvas, 0, 48, 0)
         changed = np.abs(canvas[0] - 0.5).max(-1) > 1e-6
         assert changed.any() and not changed[:8].any() and not changed[:, -8:].any(), name
 

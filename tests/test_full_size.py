@@ -1,6 +1,8 @@
-"""The published files' form and size from end to end: 4.3 GB of stand-in weights, made by the rule, deleted afterwards.
+"""The published files' form and size from end to end: 4.3 GB of stand-in weights.
 
-python -m pytest tests/test_full_size.py -rPs        prints every difference and every amount of memory measured
+They are filled by the rule (`golden/rule.py`) and deleted afterwards.
+
+    python -m pytest tests/test_full_size.py -rPs        prints what was measured
 """
 
 import json
@@ -11,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import make, steady
 from golden import rule
-from test_media import make, steady
 
 import cavp
 import ldm
@@ -25,7 +27,8 @@ from kernels import fast
 
 pytestmark = pytest.mark.slow
 ROOT = Path(sample.__file__).resolve().parent
-DISK, MEMORY = 10e9, 8e9
+DISK = 10e9  # bytes that must be free
+MEMORY = 8e9
 
 
 def free_memory():
@@ -108,12 +111,9 @@ def published(tmp_path_factory):
 def converted(published, tmp_path_factory):
     """The same as `python -m common.checkpoints convert` writes them."""
     folder = tmp_path_factory.mktemp("converted") / "bfloat16"
+    command = ("-m", "common.checkpoints", "convert", published, folder, "--dtype", "bfloat16")
     try:
-        print(
-            launch("-m", "common.checkpoints", "convert", published, folder, "--dtype", "bfloat16")[
-                0
-            ]
-        )
+        print(launch(*command)[0])
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,16 +134,14 @@ def size(folder):
 
 
 def dub(clip, weights, out, *flags):
-    """-> sample.py's line, bytes of memory at the peak; all that holds for every run"""
+    """-> sample.py's line, bytes of memory at the peak; checks what holds for every run."""
     fixed = ("--weights", weights, "--out", out, "--steps", 2, "--json", "--profile")
     output, err, peak = launch(ROOT / "sample.py", clip, *fixed, *flags)
     line = json.loads(output)
     print(*err, f"peak {peak / 2**20:.0f} MiB", sep="\n")
     assert line["windows"] == 1 and line["seconds"] == 3.0 and line["score"] < 0
-    assert (
-        abs(media.probe(line["output"]).duration - 3.0) < 0.04
-        and media.probe(line["output"]).has_audio
-    )
+    info = media.probe(line["output"])
+    assert abs(info.duration - 3.0) < 0.04 and info.has_audio
     wav = media.read_audio(line["wav"])
     assert len(wav) == 3 * audio.SAMPLE_RATE and wav.isfinite().all() and wav.abs().max() > 0
     assert line["profile"]["total"]["peak_mib"] == pytest.approx(peak / 2**20, rel=0.02)
@@ -160,16 +158,13 @@ def test_published_files_give_the_official_numbers(published):
     models = sample.load_models(published, "cpu", dtype=torch.float32)
     features = models.cavp.encode_video(rule.uniform("in.cavp.video32", 1, 32, 3, 224, 224))
     rule.close("features", features, rule.recorded("cavp")["video32.norm_nopool"])
-    features, x = (
-        rule.normal("in.sample.feat", 1, 32, 512)[0],
-        rule.normal("in.sample.x_T", 1, 4, 16, 64),
-    )
+    features = rule.normal("in.sample.feat", 1, 32, 512)[0]
+    x = rule.normal("in.sample.x_T", 1, 4, 16, 64)
     for cg, name in ((0.0, "dpm5.cfg4.5"), (50.0, "dpm5.cfg4.5.cg50")):
-        latents = []
-        mels = official.draw(
-            features, models, x, 5, 4.5, cg, progress=lambda i, z: latents.append(z)
-        )
-        rule.close(name, latents[-1], golden[name], 1e-3)
+        settings = sample.Settings(steps=5, cfg=4.5, cg=cg)
+        latents = {}  # by step
+        mels = official.sample_mels(features, models, x, settings, latents.__setitem__)
+        rule.close(name, latents[max(latents)], golden[name], 1e-3)
         if cg:  # the recorded mel is that of the run without classifier
             decoded = models.ldm.vae.decode(golden[name] / ldm.LATENT_SCALE)[:, 0]
         else:
@@ -183,7 +178,8 @@ def test_optimised_networks_of_the_published_size_give_the_plain_ones_numbers():
         unet, align = ldm.UNet(ldm.UNetConfig()), Alignment().model
     rule.fill(unet, "model.diffusion_model.")
     rule.fill(align, "model.")
-    x, context = rule.normal("in.unet.x", 2, 4, 16, 64), rule.normal("in.unet.context", 2, 32, 768)
+    x = rule.normal("in.unet.x", 2, 4, 16, 64)
+    context = rule.normal("in.unet.context", 2, 32, 768)
     features = rule.normal("in.cls.feat", 2, 32, 512)
     t = torch.tensor([10.5, 699.25])
     for name, network, condition in (("U-Net", unet, context), ("classifier", align, features)):
@@ -205,10 +201,8 @@ def test_converted_files_are_half_the_size_and_the_weights_rounded(published, co
     assert 0.49 < size(converted) / size(published) < 0.51
     for name, cls in (("cavp", cavp.CAVP), ("ldm", ldm.LDM), ("align", Alignment)):
         stem = {stem for stem, ours in checkpoints.PUBLISHED.items() if ours == name}.pop()
-        file, loaded = (
-            Checkpoint(published / f"{stem}.ckpt"),
-            cls.load(converted / f"{name}.safetensors").state_dict(),
-        )
+        file = Checkpoint(published / f"{stem}.ckpt")
+        loaded = cls.load(converted / f"{name}.safetensors").state_dict()
         assert file.keys() == loaded.keys()
         for key, own in loaded.items():
             rounded = file[key].bfloat16().float() if file[key].ndim >= 2 else file[key]
@@ -225,8 +219,9 @@ def test_converted_files_need_little_more_memory_than_their_size(converted, clip
 LOAD = """
 import sys
 import ldm
+from common.machine import peak_memory
 def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    return peak_memory("cpu")
 before = peak()
 model = ldm.LDM.load(sys.argv[1])
 own = sum(t.nbytes for t in model.state_dict().values())

@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be(server, tmp_path):
     assert status == 1 and not out and "another folder in DIFF_FOLEY_CACHE" in error
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # without the library
 
 

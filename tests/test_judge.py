@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_sample import make_video
+from clips import make_video
 
 import data
 import foley

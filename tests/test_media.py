@@ -1,7 +1,4 @@
-"""media.py: pictures and sound of every awkward kind of file, and the files that are written.
-
-Every clip is made here with PyAV: frame k is one grey, so that what was read says which frame it was.
-"""
+"""media.py: pictures and sound of every awkward kind of file, and the files that are written."""
 
 import os
 import subprocess
@@ -13,120 +10,15 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import TICK, clicks, grey, make, one_line, onsets, packets, seen, shown, steady
 
 from common import media
+from common.files import FileError
 
 ROOT = Path(__file__).parent.parent
-TICK = Fraction(1, 90000)
 
 
-def grey(k):
-    """The level that says "frame k", far enough from its neighbours to survive coding."""
-    return 20 + k * 37 % 211
-
-
-def clicks(seconds, times, rate=16000):
-    """Silence with a 2 ms burst at each time."""
-    wav = np.zeros(round(seconds * rate), np.float32)
-    for time in times:
-        at = round(time * rate)
-        wav[at : at + rate // 500] = 0.8
-    return wav
-
-
-def onsets(wav):
-    """Seconds at which the level rises above half of the peak."""
-    loud = np.abs(np.asarray(wav)) > 0.5 * np.abs(np.asarray(wav)).max()
-    rise = np.flatnonzero(loud)
-    return rise[np.diff(rise, prepend=-8000) > 4000] / 16000
-
-
-def make(
-    path,
-    times,
-    levels=None,
-    wav=None,
-    rate=16000,
-    size=(64, 48),
-    codec="libx264",
-    sound="aac",
-    late=0.0,
-    draw=None,
-    options=None,
-    layout="mono",
-    tags=None,
-    tick=TICK,
-):
-    """A video whose frame k is shown from times[k]; the last of `times` is the end. Sound (n,) starts `late`."""
-    with av.open(str(path), "w") as file:
-        video = file.add_stream(codec, rate=1000, options={"g": "12", **(options or {})})
-        video.width, video.height, video.codec_context.time_base = *size, tick
-        video.pix_fmt = "yuv420p"
-        track = None if wav is None else file.add_stream(sound, rate=rate, layout=layout)
-        file.metadata.update(tags or {})
-        lengths = {
-            round(a / tick): round(b / tick) - round(a / tick) for a, b in zip(times, times[1:])
-        }
-
-        def mux(packets):
-            for packet in packets:
-                packet.duration = lengths.get(packet.pts, packet.duration)
-                file.mux_one(packet)
-
-        for k, time in enumerate(times[:-1]):
-            image = np.full(
-                (size[1], size[0], 3), grey(k) if levels is None else levels[k], np.uint8
-            )
-            if draw:
-                draw(image, k)
-            frame = av.VideoFrame.from_ndarray(image)
-            frame.pts, frame.time_base = round(time / tick), tick
-            mux(video.encode(frame))
-        mux(video.encode(None))
-        if track is not None:
-            frame = av.AudioFrame.from_ndarray(np.atleast_2d(wav), format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = (
-                rate,
-                Fraction(1, rate),
-                round(late * rate),
-            )
-            file.mux(track.encode(frame))
-            file.mux(track.encode(None))
-    return path
-
-
-def steady(fps, seconds):
-    return [k / fps for k in range(round(fps * seconds) + 1)]
-
-
-def seen(frames):
-    """Mean grey of each frame."""
-    return frames.float().mean((1, 2, 3)).numpy()
-
-
-def shown(times, moments):
-    """Levels a viewer sees at these moments; the time stamps are whole ticks."""
-    stamps = [round(time / TICK) for time in times[:-1]]
-    return [
-        grey(int(np.searchsorted(stamps, float(moment / TICK) + 0.5, "right")) - 1)
-        for moment in moments
-    ]
-
-
-def packets(path):
-    """(bytes, presentation time, key) of the video packets, times from the first."""
-    with av.open(str(path)) as file:
-        stream = file.streams.video[0]
-        found = [
-            (bytes(p), p.pts * p.time_base, p.is_keyframe)
-            for p in file.demux(stream)
-            if p.dts is not None
-        ]
-    zero = min(time for _, time, _ in found)
-    return [(content, float(time - zero), key) for content, time, key in found]
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fps", [1, 12, 25, 30000 / 1001, 120, 240])
@@ -150,18 +42,12 @@ def test_variable_rate_start_and_seek(tmp_path, suffix):
     times = [0.0, *np.cumsum(steps).tolist()]
     clip = make(tmp_path / f"vfr{suffix}", times)
     assert media.probe(clip).duration == pytest.approx(times[-1], abs=0.01)
-    for start, duration in (
-        (0.0, None),
-        (0.333, 2.0),
-        (6.2, 1.0),
-        (times[-1] - 0.01, None),
-    ):  # 6.2: by seeking
+    # 6.2 is reached by seeking
+    for start, duration in ((0.0, None), (0.333, 2.0), (6.2, 1.0), (times[-1] - 0.01, None)):
         frames = media.read_frames(clip, 50, 16, start, duration)
         moments = start + np.arange(len(frames)) / 50
-        late = np.array(
-            [min(abs(moment - time) for time in times) < 1e-3 for moment in moments]
-        )  # on a boundary
-        assert np.abs(seen(frames) - shown(times, moments))[~late].max(initial=0) < 6
+        near = np.array([min(abs(moment - time) for time in times) < 1e-3 for moment in moments])
+        assert np.abs(seen(frames) - shown(times, moments))[~near].max(initial=0) < 6
         assert len(frames) == np.ceil(min(duration or 99, times[-1] - start) * 50 - 1e-2)
 
 
@@ -175,9 +61,8 @@ def test_the_clock_starts_at_the_first_shown_picture(tmp_path):
 
 def test_rotation_is_applied(tmp_path):
     def corner(image, k):
-        image[: image.shape[0] // 2, : image.shape[1] // 2] = (
-            230  # bright: upper left, before turning
-        )
+        # bright: upper left, before turning
+        image[: image.shape[0] // 2, : image.shape[1] // 2] = 230
 
     plain = make(tmp_path / "plain.mp4", steady(10, 0.5), levels=[30] * 5, draw=corner)
     places = {}
@@ -202,13 +87,10 @@ def test_rotation_is_applied(tmp_path):
         )
         cut = tmp_path / f"turned{degrees}.cut.mp4"
         media.write_video(turned, torch.zeros(1), cut, start=0.2)
-        assert (
-            media.read_frames(cut, 10, 32)[0].float() - media.read_frames(turned, 10, 32)[2].float()
-        ).abs().mean() < 8
+        first = media.read_frames(cut, 10, 32)[0].float()
+        assert (first - media.read_frames(turned, 10, 32)[2].float()).abs().mean() < 8
     assert places[0] == 0 and places[180] == 3  # upper left, lower right
-    assert {places[90], places[-90]} == {1, 2} and places[
-        90
-    ] == 2  # 90 turns counter-clockwise: lower left
+    assert places[90] == 2 and places[-90] == 1  # 90 turns counter-clockwise: lower left
 
 
 def test_shrinking_is_antialiased(tmp_path):
@@ -223,7 +105,7 @@ def test_shrinking_is_antialiased(tmp_path):
     assert frame.std() < 6 and abs(frame.mean() - 125) < 8
 
 
-# ---- sound ---------------------------------------------------------------------------------------------------------
+# ---- sound --------------------------------------------------------------------------------------
 
 
 def test_late_sound_starts_late(tmp_path):
@@ -259,7 +141,7 @@ def test_sound_of_any_kind(tmp_path, suffix, codec, rate, layout):
     assert onsets(media.read_audio(clip, 6.0, 1.0)) == pytest.approx([0.5], abs=2e-3)
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,13 +235,7 @@ def test_wav_round_trip(tmp_path):
     assert media.read_tags(tmp_path / "a.wav")["comment"] == "made here"
 
 
-# ---- bad files -----------------------------------------------------------------------------------------------------
-
-
-def one_line(caught, *words):
-    message = str(caught.value)
-    assert "\n" not in message and ";" in message  # the reason; the remedy
-    assert all(word in message for word in words), message
+# ---- bad files ----------------------------------------------------------------------------------
 
 
 def bad_files(folder):
@@ -436,41 +312,50 @@ def test_a_truncated_file_gives_what_decodes(tmp_path, suffix):
 def test_nothing_half_written(tmp_path):
     source = make(tmp_path / "a.mp4", steady(25, 1))
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "missing" / "b.mp4", tmp_path / "file" / "b.mp4"):
-        with pytest.raises(media.MediaError) as caught:
-            media.write_video(source, torch.zeros(10), out)
-        one_line(caught, str(out), "cannot be written")
-        with pytest.raises(media.MediaError) as caught:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.wav").mkdir()
+    for name, words in (
+        ("folder", ("folder", "cannot be written")),
+        ("file/b", ("file: cannot be made",)),
+    ):
+        out = tmp_path / name
+        with pytest.raises(FileError) as caught:
+            media.write_video(source, torch.zeros(10), out.with_suffix(".mp4"))
+        one_line(caught, *words)
+        with pytest.raises(FileError) as caught:
             media.write_wav(out.with_suffix(".wav"), torch.zeros(10))
-        one_line(caught, str(out.with_suffix(".wav")), "cannot be written")
+        one_line(caught, *words)
+    media.write_wav(tmp_path / "missing" / "b.wav", torch.zeros(10))  # the folder is made
     with pytest.raises(media.MediaError) as caught:
         media.write_video(source, torch.zeros(10), tmp_path / "b.avi")
     one_line(caught, "b.avi", ".mp4")
     with pytest.raises(ZeroDivisionError), media.atomic_write(tmp_path / "c.txt") as part:
         part.write_text("half")
-        1 / 0
-    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "file"]
+        raise ZeroDivisionError
+    kept = ["a.mp4", "file", "folder.mp4", "folder.wav", "missing"]
+    assert sorted(os.listdir(tmp_path)) == kept and os.listdir(tmp_path / "missing") == ["b.wav"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes there")
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """A limit on file size stands for the full disk: the same error arrives by the same way, from a write."""
-    make(
-        tmp_path / "a.mp4",
-        steady(25, 2),
-        draw=lambda image, k: np.copyto(
-            image, np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
-        ),
-    )
+    """A limit on file size stands for the full disk: the same error comes from the same write."""
+
+    def noise(image, k):
+        image[:] = np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
+
+    make(tmp_path / "a.mp4", steady(25, 2), draw=noise)
     code = """
 import resource, sys, torch
 from common import media
+from common.files import UserError
+from common.files import FileError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 video = lambda out, wav: media.write_video("a.mp4", wav, out)
-for name, write in (("b.mp4", video), ("b.mkv", video), ("b.webm", video), ("b.wav", media.write_wav)):
+for name in ("b.mp4", "b.mkv", "b.webm", "b.wav"):
+    write = media.write_wav if name == "b.wav" else video
     try:
         write(name, torch.randn(32000))
-    except media.MediaError as error:
+    except UserError as error:
         print(error)
 """
     done = subprocess.run(

@@ -1,7 +1,8 @@
-"""--as-official repeats the published demo: the effect of every difference, theirs as published and ours as meant.
+"""--as-official repeats the published demo: the effect of every difference, theirs as published and
+ours as meant.
 
-Networks are tiny and random, in the published proportions: 4 frames a second, 32 of them to a window, a classifier as
-wide as the features.
+Networks are tiny and random, in the published proportions: 4 frames a second, 32 of them to a
+window, a classifier as wide as the features.
 """
 
 import json
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import VideoReformatter
+from clips import grey, make, seen, steady
 from golden import rule
-from test_media import grey, make, seen, steady
-from test_sample import run, shuffled
+from main_job import run, shuffled
 
 import align
 import diffusion
@@ -32,6 +33,7 @@ from common.audio import HOP, SAMPLE_RATE
 from common.checkpoints import save_model
 from common.media import MediaError
 from compat import demo_frames, official
+from sample import Settings
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
@@ -39,7 +41,10 @@ WINDOW = 511 * HOP  # samples of one window there, 8.176 s
 UNET = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (2,), "heads": 2, "groups": 4}
 
 
-CUT = r"sample\.py: .*film\.mp4: the cut does not begin and end on key frames; its picture is encoded anew \(H\.264\)"
+CUT = (
+    r"sample\.py: .*film\.mp4: the cut does not begin and end on key frames; "
+    r"its picture is encoded anew \(H\.264\)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def recorded(monkeypatch, network):
     return shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # pitch: the inverse's filterbank
 
 
@@ -118,13 +123,14 @@ def test_magnitudes_are_librosas():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # time: windows end to end
 
 
 class Seer:
-    """Stands for CAVP and LDM: a feature is its frame's brightness, two latent columns hold it, and a click sounds
-    where the picture turns white, at the very column that is that moment of a window."""
+    """Stands for CAVP and LDM: a feature is its frame's brightness, two latent columns hold it, and
+    a click sounds where the picture turns white, at the very column that is that moment of a
+    window."""
 
     config = SimpleNamespace(
         fps=4.0, size=8, frames=32, feature_dim=16, guidance=1.0, unet=SimpleNamespace(aligned=0)
@@ -161,7 +167,8 @@ class Seer:
 
 
 def clicks(wav):
-    """Seconds at which the level rises above a fifth of the peak; a click at a window's end has lost half of it."""
+    """Seconds at which the level rises above a fifth of the peak; a click at a window's end has
+    lost half of it."""
     loud = np.flatnonzero(wav.abs() > 0.2 * wav.abs().max())
     return loud[np.diff(loud, prepend=-8000) > 4000] / SAMPLE_RATE
 
@@ -175,16 +182,19 @@ def test_sound_slips_by_176_ms_a_window_there_and_stays_in_time_here(tmp_path):
         config=SimpleNamespace(guidance=0.0, unet=SimpleNamespace(context_dim=16))
     )
     theirs = sample.generate(
-        clip, sample.Models(seer, seer, align), duration=20, as_official=True, **off
+        clip,
+        sample.Models(seer, seer, align),
+        settings=Settings(as_official=True, **off),
+        duration=20,
     )
-    ours = sample.generate(clip, sample.Models(seer, seer, None), **off)
+    ours = sample.generate(clip, sample.Models(seer, seer, None), settings=Settings(**off))
     assert len(theirs.wav) == 2 * WINDOW == 2 * 130816 and len(ours.wav) == 20 * SAMPLE_RATE
     slipped = [2, 8.176, 10.176, 14.176]  # and the tail is not there
     assert clicks(theirs.wav) == pytest.approx(slipped, abs=0.03)
     assert clicks(ours.wav) == pytest.approx(flashes, abs=0.03)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # what the networks are shown
 
 
@@ -195,20 +205,20 @@ def test_classifier_sees_raw_features_of_the_whole_clip_there_and_its_own_of_the
     frames = official.read_frames(film, 4, 32, 0, 16.6)
     raw = official.encode(models.cavp, frames)
     assert len(raw) == 66
-    sample.generate(film, models, steps=1, duration=16.6, as_official=True)
+    sample.generate(film, models, settings=Settings(steps=1, as_official=True), duration=16.6)
     assert len(shown) == 2 and all(
         torch.equal(context, raw[None]) for context in shown
     )  # two windows
     shown.clear()
-    sample.generate(film, models, steps=1, as_official=True)
+    sample.generate(film, models, settings=Settings(steps=1, as_official=True))
     assert [context.shape[1] for context in shown] == [33]  # the window's 32 and one more
     shown.clear()
-    result = sample.generate(film, models, steps=1)
+    result = sample.generate(film, models, settings=Settings(steps=1))
     features = sample.video_features(film, models.cavp, result.starts[-1] // 4000 + 32, 16.6)
     own = [models.align.cond_model(features[None, s // 4000 :][:, :32]) for s in result.starts]
     guided = shown[::2]  # every other one is for the score
     assert len(guided) == len(own) == 3 and all(
-        torch.allclose(a, b, atol=1e-5) for a, b in zip(guided, own)
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(guided, own, strict=True)
     )
 
 
@@ -216,8 +226,10 @@ def test_no_condition_is_a_zero_embedding_there_and_that_of_zero_features_here(
     models, film, monkeypatch
 ):
     shown = recorded(monkeypatch, models.ldm.unet)
-    sample.generate(film, models, steps=1, candidates=2, keep_all=True, as_official=True)
-    sample.generate(film, models, steps=1, duration=8)
+    sample.generate(
+        film, models, settings=Settings(steps=1, candidates=2, keep_all=True, as_official=True)
+    )
+    sample.generate(film, models, settings=Settings(steps=1), duration=8)
     theirs, ours = shown
     assert (
         theirs.shape == (4, 32, 24)
@@ -252,7 +264,7 @@ def test_each_of_these_changes_what_the_networks_say(models):
         eps(torch.zeros_like(context), whole, False),
     ]
     for name, before, after in zip(
-        ("zero embedding", "raw features", "whole clip"), steps, steps[1:]
+        ("zero embedding", "raw features", "whole clip"), steps, steps[1:], strict=False
     ):
         print(f"{name}: {rule.relative(after, before):.3f}")
         assert rule.relative(after, before) > 0.003
@@ -261,15 +273,16 @@ def test_each_of_these_changes_what_the_networks_say(models):
 @torch.no_grad()
 def test_windows_have_noise_of_their_own_and_a_tail_has_no_window_there(models):
     features, noise = rule.normal("features", 32, 16), rule.normal("noise", 2, 4, 16, 128)
-    mels = official.draw(features.repeat(3, 1)[:95], models, noise, steps=2, cg=0.0)
+    settings = Settings(steps=2, cfg=4.5, cg=0.0)
+    mels = official.sample_mels(features.repeat(3, 1)[:95], models, noise, settings)
     alone = [
-        official.draw(features, models, part, steps=2, cg=0.0)[:, 0] for part in noise.split(64, 3)
+        official.sample_mels(features, models, part, settings)[:, 0] for part in noise.split(64, 3)
     ]
     assert mels.shape == (2, 2, 128, 512) and torch.allclose(mels, torch.stack(alone, 1), atol=1e-4)
     assert rule.relative(mels[:, 0], mels[:, 1]) > 0.01 and rule.relative(mels[0], mels[1]) > 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # frames
 
 
@@ -318,14 +331,16 @@ def test_frames_are_those_of_ffmpegs_filter_there(tmp_path, fps, start):
         == len(official.read_frames(clip, 4, 32, start, official.SECONDS))
         == 33
     )
-    assert all(np.array_equal(a, b) for a, b in zip(frames, filtered))
+    assert all(np.array_equal(a, b) for a, b in zip(frames, filtered, strict=False))
 
 
 def test_unevenly_shown_frames_are_those_of_ffmpegs_filter_too(tmp_path):
     clip = make(tmp_path / "clip.mp4", [0, 0.1, 0.5, 0.55, 1.3, 1.31, 1.35, 4, 4.2, 7.7, 7.8, 9])
     frames = [frame.to_ndarray() for frame in demo_frames.at_ticks(clip, 4, 0, 33)]
     filtered = through_ffmpeg(clip, 0, official.SECONDS)
-    assert len(filtered) >= 32 and all(np.array_equal(a, b) for a, b in zip(frames, filtered))
+    assert len(filtered) >= 32 and all(
+        np.array_equal(a, b) for a, b in zip(frames, filtered, strict=False)
+    )
 
 
 def test_frames_come_up_to_half_a_tick_late_there_and_when_seen_here(film):
@@ -341,7 +356,7 @@ def test_frames_come_up_to_half_a_tick_late_there_and_when_seen_here(film):
     assert seen(ours) == pytest.approx(seen_then, abs=6) and seen(theirs) == pytest.approx(
         late, abs=6
     )
-    assert sum(abs(a - b) > 12 for a, b in zip(seen(theirs), seen(ours))) > 28
+    assert sum(abs(a - b) > 12 for a, b in zip(seen(theirs), seen(ours), strict=True)) > 28
 
 
 def test_frames_are_coded_anew_there_and_the_sources_own_here(tmp_path):
@@ -394,7 +409,12 @@ def test_odd_and_turned_pictures_are_read_there_too(tmp_path):
 
 def test_reading_stops_with_the_window_and_says_where_nothing_begins(tmp_path, film, monkeypatch):
     frames_from, read = ffmpeg.frames_from, []
-    counted = lambda path, start: (read.append(pair) or pair for pair in frames_from(path, start))
+
+    def counted(path, start):
+        for pair in frames_from(path, start):
+            read.append(pair)
+            yield pair
+
     monkeypatch.setattr(demo_frames, "frames_from", counted)
     demo_frames.read_frames(film, 4, 32, 2.0, 8.2)
     assert 8.2 * 25 < len(read) < (2.0 + 8.2) * 25 + 2 < 16.6 * 25
@@ -416,7 +436,7 @@ def test_features_feel_the_ends_of_40_frames_there_and_only_the_clips_here(model
     assert (ours - whole).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # samplers and the decoder
 
 
@@ -430,9 +450,12 @@ def test_30_ddim_steps_are_31_calls_there_and_30_here(models, film):
     calls = {}
     for there in (True, False):
         calls[there] = []
-        note = lambda *done_and_all: calls[there].append(done_and_all)
         sample.generate(
-            film, models, steps=30, sampler="ddim", duration=8, progress=note, as_official=there
+            film,
+            models,
+            settings=Settings(steps=30, sampler="ddim", as_official=there),
+            duration=8,
+            on_step=lambda *numbers, said=calls[there]: said.append(numbers),
         )
     assert calls[True] == [(k, 31) for k in range(1, 32)] and calls[False] == [
         (k, 30) for k in range(1, 31)
@@ -441,8 +464,11 @@ def test_30_ddim_steps_are_31_calls_there_and_30_here(models, film):
 
 def test_without_cfg_the_classifier_is_dropped_by_dpm_there_and_kept_here(models, film):
     def mels(sampler, there):
-        drawn = {"steps": 4, "cfg": 1.0, "sampler": sampler, "duration": 8, "as_official": there}
-        return [sample.generate(film, models, cg=cg, **drawn).mel for cg in (0.0, 5000.0)]
+        drawn = {"steps": 4, "cfg": 1.0, "sampler": sampler, "as_official": there}
+        return [
+            sample.generate(film, models, settings=Settings(cg=cg, **drawn), duration=8).mel
+            for cg in (0.0, 5000.0)
+        ]
 
     without, guided = mels("dpm", True)
     assert torch.equal(without, guided)
@@ -452,12 +478,15 @@ def test_without_cfg_the_classifier_is_dropped_by_dpm_there_and_kept_here(models
 
 
 def test_decoded_mels_go_on_as_they_are_there_and_clamped_here(models, film, monkeypatch, tmp_path):
-    """A mel above 1 is louder than any it was trained on; too loud a sound is cut off there and scaled here."""
+    """A mel above 1 is louder than any it was trained on; too loud a sound is cut off there and
+    scaled here."""
     ramp = torch.linspace(-0.5, 1.5, 512).expand(128, -1)
     channels = torch.stack([ramp, torch.zeros(128, 512), torch.ones(128, 512)])
     monkeypatch.setattr(models.ldm.vae, "decode", lambda z: channels.expand(len(z), -1, -1, -1))
     theirs, ours = (
-        sample.generate(film, models, steps=1, duration=8, as_official=there, mark=False)
+        sample.generate(
+            film, models, settings=Settings(steps=1, as_official=there), duration=8, mark=False
+        )
         for there in (True, False)
     )
     assert torch.equal(theirs.mel, channels[0]) and torch.equal(
@@ -471,7 +500,7 @@ def test_decoded_mels_go_on_as_they_are_there_and_clamped_here(models, film, mon
     assert full[0] > 1000 and full[1] < 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -528,7 +557,7 @@ def test_command_says_and_writes_what_the_demo_makes(film, weights, tmp_path):
             "AI-generated sound: diff-foley published, seed 0"
         )
     drawn = sample.generate(
-        film, sample.load_models(str(weights), "cpu"), steps=2, as_official=True
+        film, sample.load_models(str(weights), "cpu"), settings=Settings(steps=2, as_official=True)
     ).wav.clamp(-1, 1)
     assert (
         media.read_audio(line["wav"]) - drawn
@@ -585,14 +614,12 @@ def refused(capsys, clip, weights, out, *flags):
 
 def test_what_the_demo_cannot_do_is_refused_in_one_line(capsys, film, weights, tmp_path):
     out = tmp_path / "out"
-    short = f"{film}: the official demo crashes under 8 s; leave out --as-official"
+    short = f"{film}: the official demo crashes under 8 s; leave as_official out"
     assert short in refused(capsys, film, weights, out, "--duration", 7.8)
     assert short in refused(capsys, film, weights, out, "--start", 9)
     assert "give dpm or ddim" in refused(capsys, film, weights, out, "--sampler", "plms")
-    assert "give another --steps" in refused(
-        capsys, film, weights, out, "--sampler", "ddim", "--steps", 27
-    )
-    assert "--weights official" in refused(capsys, film, "mini", out)
+    assert "give others" in refused(capsys, film, weights, out, "--sampler", "ddim", "--steps", 27)
+    assert "the weights `official`" in refused(capsys, film, "mini", out)
     plms, ddim = (
         ["--sampler", "plms", "--duration", 8],
         ["--sampler", "ddim", "--steps", 27, "--duration", 8],

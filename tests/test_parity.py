@@ -1,4 +1,5 @@
-"""The networks against the official code's recorded outputs, float32, under the same stand-in weights; and checkpoints in and out.
+"""The networks against the official code's recorded outputs, float32, under the same stand-in
+weights; and checkpoints in and out.
 
 python -m pytest tests/test_parity.py -rP        prints every difference measured
 """
@@ -25,14 +26,14 @@ from kernels import fast
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """The full networks take 5 GB; what they free is reused at once instead of being faulted in anew."""
+    """The full networks take 5 GB; what they free is reused instead of being faulted in anew."""
     machine.keep_freed_memory()
     yield
     gc.collect()
 
 
 def network(cls, config, prefix):
-    """The paper preset's network of weights alone, without the seconds its random initialization would take."""
+    """The paper preset's network, without the seconds that its random initialization would take."""
     with torch.device("meta"):
         model = cls(config)
     return rule.fill(model, prefix).to(
@@ -40,7 +41,7 @@ def network(cls, config, prefix):
     )  # as `load` leaves it; convolutions are faster so
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # keys and shapes
 
 
@@ -65,7 +66,7 @@ def test_evaluation_classifier_is_the_classifier_and_the_autoencoder():
     assert both == rule.official_keys("eval_classifier")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CAVP
 
 
@@ -196,7 +197,7 @@ def test_folded_convolution_is_the_3d_one(kernel, stride):
     rule.close(f"ConvUnit {kernel} stride {stride}", got, expected, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # autoencoder, conditioners, schedule
 
 
@@ -251,7 +252,7 @@ def test_schedule():
     assert set(ours) <= set(rule.official_keys("ldm"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # U-Net, classifier, and a whole sampling run
 
 
@@ -343,7 +344,8 @@ def test_log_probability_does_not_underflow(classifier):
     [(50, False, "dpm5.cfg4.5.cg50"), (5000, True, "dpm5.cfg4.5.cg5000.with_cond_model")],
 )
 def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
-    """The official demo's guidance as it is; and the classifier used as it was trained, at a scale where nothing else matters."""
+    """The official demo's guidance as it is; and the classifier used as it was trained, at a scale
+    where nothing else matters."""
     golden = rule.recorded("sample")
     x, features = (
         rule.normal("in.sample.x_T", 1, 4, 16, 64),
@@ -357,7 +359,7 @@ def test_sampling_with_the_full_networks(unet, classifier, cg, project, name):
     rule.close(name, diffusion.dpm_solver(eps_fn, x, 5), golden[name])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bfloat16: what `sample.py` uses on a GPU, and on a CPU that computes in it
 
 
@@ -371,7 +373,7 @@ def rounded(model):
 
 @torch.no_grad()
 def test_bfloat16_stages(towers, autoencoder, unet, classifier):
-    """Stated rather than gated: the bound only tells rounding, of 8 bits over as many layers, from a mistake."""
+    """Stated rather than gated: the bound only tells rounding from a mistake."""
 
     def close(name, ours, official, bound=0.05):
         rule.close(f"bfloat16 {name}", ours.float(), official, bound)
@@ -431,7 +433,7 @@ def test_bfloat16_stages(towers, autoencoder, unet, classifier):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the same numbers with less work
 
 NARROW = ldm.UNetConfig(width=32, context_dim=16, groups=8)
@@ -492,7 +494,7 @@ def test_a_clip_prepares_its_condition_once():
     assert len(watched) > 20 and all(calls[m] == 1 for m in watched)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # in and out of the latents
 
 MINI_UNET = ldm.PRESETS["mini"]

@@ -1,4 +1,4 @@
-"""Whatever ends a run, it goes on as if nothing had happened, or says in one line what to do; and what is fixed stays fixed."""
+"""A run that ended resumes as if nothing had happened, or says in one line what to do."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from common import training
 
 HERE = Path(__file__).resolve().parent
 STEPS = 6  # a checkpoint after 2, 4 and 6
-# where the kill comes: code that runs in the process of the run, before it
+# where the kill comes: code that runs before the training, in its process
 KILL = "def die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-MOMENTS = {
+KILL_POINTS = {
     "in a step": """
 update = training.update
 def spy(args, step, *rest):
@@ -42,9 +42,9 @@ def half(run, step, **row):
 training.TrainingRun.log = half
 """,
     "with the weights half written": """
-def half(tensors, path, about):
-    save(tensors, path, about)
-    if json.loads(about["step"]) == 4:
+def half(tensors, path, metadata):
+    save(tensors, path, metadata)
+    if json.loads(metadata["step"]) == 4:
         os.truncate(path, os.path.getsize(path) // 2)
         die()
 save, checkpoints.save_file = checkpoints.save_file, half
@@ -98,14 +98,14 @@ def equal(a, b):
 
 
 def started_from(out):
-    """What the weights' header says of it: file names and sums, the flag, the note."""
+    """Of the weights' header: names and sums of the initial weights, --init, --note."""
     with safe_open(out / "last.safetensors", "pt") as file:
-        about = {k: json.loads(file.metadata()[k]) for k in ("started_from", "args")}
-    return about["started_from"], about["args"]["init"], about["args"]["note"]
+        metadata = {k: json.loads(file.metadata()[k]) for k in ("started_from", "args")}
+    return metadata["started_from"], metadata["args"]["init"], metadata["args"]["note"]
 
 
 def same_run(a, b):
-    """Weights, moving average, optimizer, log, what the run began with."""
+    """Weights, moving average, optimizer, log, initial weights."""
     one, other = state(a), state(b)
     assert rows(a) == rows(b)
     assert all(
@@ -118,30 +118,30 @@ def same_run(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """whole(stage) -> OUT of a run that nothing interrupted."""
-    home, done = tmp_path_factory.mktemp("whole"), {}
+def uninterrupted(tmp_path_factory):
+    """uninterrupted(stage) -> OUT of a run that nothing interrupted."""
+    home, done = tmp_path_factory.mktemp("uninterrupted"), {}
     first_stage = tiny.autoencoder(home)
 
-    def whole(stage):
+    def uninterrupted(stage):
         if stage not in done:
             with pytest.MonkeyPatch.context() as patch:
                 tiny.install(patch.setattr)
-                patch.setattr(training, "draw", lambda out, pictures: None)
+                patch.setattr(training, "plot", lambda out, pairs: None)
                 tiny.MAINS[stage](
                     tiny.arguments(stage, home / stage, STEPS, 2, first_stage, save_every=2)
                 )
             done[stage] = home / stage
         return done[stage]
 
-    return whole
+    return uninterrupted
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(stage, name, **flags) -> OUT, a tiny training in this process."""
     tiny.install(monkeypatch.setattr)
-    monkeypatch.setattr(training, "draw", lambda out, pictures: None)
+    monkeypatch.setattr(training, "plot", lambda out, pairs: None)
 
     def run(stage, name, steps=STEPS, **flags):
         tiny.MAINS[stage](
@@ -166,7 +166,8 @@ def failing(run, *args, **flags):
 def in_a_process(stage, args, before):
     """A run in a process of its own, in which the code `before` ran first."""
     code = (
-        f"import json, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, checkpoints, data, tiny, training\ntiny.install()\n"
+        f"import json, os, signal, sys\nsys.path[:0] = {[str(HERE), str(HERE.parent)]}\n"
+        "import torch, tiny\nfrom common import checkpoints, media, training\ntiny.install()\n"
         f"training.plot = lambda *_: None\n{before}\ntiny.MAINS[{stage!r}](sys.argv[1:])"
     )
     return subprocess.run(
@@ -177,29 +178,29 @@ def in_a_process(stage, args, before):
     )
 
 
-def killed(stage, out, moment):
+def killed(stage, out, point):
     """A run that a real SIGKILL ends, in a process of its own."""
     args = tiny.arguments(
         stage, out, STEPS, 2, out.parent / "first_stage.safetensors", save_every=2
     )
-    done = in_a_process(stage, args, KILL + MOMENTS[moment])
+    done = in_a_process(stage, args, KILL + KILL_POINTS[point])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
-    "stage, moment",
-    [("vae", m) for m in MOMENTS]
+    "stage, point",
+    [("vae", m) for m in KILL_POINTS]
     + [(s, "with the state half written") for s in ("cavp", "ldm", "align")],
 )
-def test_a_killed_run_goes_on_bit_for_bit(whole, run, tmp_path, stage, moment):
+def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, run, tmp_path, stage, point):
     tiny.autoencoder(tmp_path)
-    killed(stage, tmp_path / "killed", moment)
+    killed(stage, tmp_path / "killed", point)
     run(stage, "killed", resume=True)
-    same_run(whole(stage), tmp_path / "killed")
+    same_run(uninterrupted(stage), tmp_path / "killed")
 
 
 @pytest.mark.parametrize("stage", tiny.MAINS)
-def test_ctrl_c_leaves_no_trace(whole, run, monkeypatch, stage):
+def test_ctrl_c_leaves_no_trace(uninterrupted, run, monkeypatch, stage):
     """Stopped after three steps, between two checkpoints, then resumed: the same log too."""
     report = training.TrainingRun.report
 
@@ -211,13 +212,13 @@ def test_ctrl_c_leaves_no_trace(whole, run, monkeypatch, stage):
     monkeypatch.setattr(training.TrainingRun, "report", interrupt)
     assert state(run(stage, "stopped"))["step"] == 3
     monkeypatch.setattr(training.TrainingRun, "report", report)
-    same_run(whole(stage), run(stage, "stopped", resume=True))
+    same_run(uninterrupted(stage), run(stage, "stopped", resume=True))
 
 
 @pytest.mark.parametrize("stage", tiny.MAINS)
 def test_validation_disturbs_nothing(run, monkeypatch, stage):
     seen = run(stage, "seen", steps=4)
-    monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
+    monkeypatch.setattr(training, "train_val_split", lambda reader: (reader(split="train"), None))
     unseen = run(stage, "unseen", steps=4)
     assert equal(state(seen)["model"], state(unseen)["model"]) and equal(
         load_file(seen / "last.safetensors"), load_file(unseen / "last.safetensors")
@@ -232,7 +233,7 @@ def test_a_different_number_of_readers_changes_nothing(run):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, run, capsys, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, run, capsys, damage):
     out = run("vae", "damaged", steps=4)
     path = out / "last.state.pt"
     content = bytearray(path.read_bytes())
@@ -251,27 +252,27 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, run, capsys, d
         if "damaged/last.state.pt: damaged" in line
     ]
     assert len(said) == 1
-    assert equal(state(whole("vae"))["model"], state(out)["model"])
+    assert equal(state(uninterrupted("vae"))["model"], state(out)["model"])
 
 
 def test_with_both_damaged_it_says_so(run):
     out = run("vae", "damaged", steps=4)
     for name in training.STATES:
         (out / name).write_bytes(b"PK\3\4 nothing")
-    assert "no whole last.state.pt" in failing(run, "vae", "damaged", resume=True)
+    assert "no complete last.state.pt" in failing(run, "vae", "damaged", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(run, monkeypatch):
-    sound = tiny.Drawn.sound
+    sound = tiny.RandomClips.sound
     good = run("vae", "good", steps=4)
     seen = []
 
-    def broken(self, draw, samples):
+    def broken(self, rng, samples):
         seen.append(0)
-        return sound(self, draw, samples) * (float("nan") if len(seen) > bad else 1)
+        return sound(self, rng, samples) * (float("nan") if len(seen) > bad else 1)
 
-    monkeypatch.setattr(tiny.Drawn, "sound", broken)
-    monkeypatch.setattr(training, "divided", lambda reader, empty: (reader(split="train"), None))
+    monkeypatch.setattr(tiny.RandomClips, "sound", broken)
+    monkeypatch.setattr(training, "train_val_split", lambda reader: (reader(split="train"), None))
     monkeypatch.setattr(tiny.vae, "calibrated", lambda model, *_: model)
     bad = 8  # two clips a step: the fifth step
     line = failing(run, "vae", "broken")
@@ -309,7 +310,7 @@ tiny.Sounds.__getitem__ = gone
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_that_vanished_is_one_line(tmp_path, workers):
-    """In a process of its own, which must end too: a reader that is still there then must not keep it."""
+    """In a process of its own, which a running data worker must not keep from ending."""
     done = in_a_process(
         "vae", tiny.arguments("vae", tmp_path / "run", STEPS, 2, workers=workers), VANISH
     )
@@ -333,11 +334,11 @@ def test_a_reader_that_dies_is_one_line(run, monkeypatch):
     assert "died" in line and "--workers" in line and "--resume" in line
 
 
-def test_changed_flags_are_told(run, capsys):
+def test_changed_flags_are_printed(run, capsys):
     run("vae", "run", steps=2)
     run("vae", "run", steps=4, lr=1e-5, resume=True)
-    told = re.findall(r"going on with (\w+) (\S+), until now (\S+)", capsys.readouterr().err)
-    assert told == [("steps", "4", "2"), ("lr", "1e-05", "0.001")]
+    printed = re.findall(r"going on with (\w+) (\S+), until now (\S+)", capsys.readouterr().err)
+    assert printed == [("steps", "4", "2"), ("lr", "1e-05", "0.001")]
 
 
 def test_another_networks_state_is_one_line(run, monkeypatch):
@@ -383,7 +384,7 @@ def test_frozen_parts_stay_and_the_rest_moves(run, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["ldm", "align"])
 def test_adapters_change_matrices_by_a_low_rank_and_nothing_else(run, stage):
-    """What is saved has the plain network's keys and shapes; a run that stopped goes on with its adapters, bit for bit."""
+    """Saved files have the plain network's keys and shapes; resuming is bit for bit."""
     begun = run(stage, "begun", steps=2) / "last.safetensors"
     straight = run(stage, "straight", steps=4, init=begun, lora=2, lr=0.01, warmup=1)
     again = shutil.copytree(straight, straight.parent / "again")
@@ -434,16 +435,55 @@ def test_the_average_shares_what_is_frozen():
     assert torch.allclose(ema.model[1].weight, first + 1 - 2 / 11)
 
 
-def test_what_a_loss_is_made_of_is_what_the_flags_say(run):
-    """--temporal 0 leaves the contrast within a video out of the whole run; --v-loss 0 is the published loss of stage 2, whose terms
-    are the other's times alpha-bar, at most 1; --by-energy weighs them; --shift draws other noise levels."""
-    with_it, without = (rows(run("cavp", f"temporal {k}", steps=2, temporal=k))[0] for k in (1, 0))
-    assert with_it["intra"] > 0 and without["intra"] == 0
-    even, published = (
-        rows(run("ldm", f"v-loss {k}", steps=2, v_loss=k))[0]["loss"] for k in (1, 0)
-    )
+def test_without_temporal_contrast_there_is_no_l_intra(run):
+    plain = rows(run("cavp", "plain", steps=2, temporal_contrast=True))[0]
+    semantic = rows(run("cavp", "semantic", steps=2, no_temporal_contrast=True))[0]
+    assert plain["intra"] > 0 and semantic["intra"] == 0
+
+
+def test_the_flags_of_stage_2s_loss(run):
+    """--no-v-loss is the published loss, whose terms are the other's times alpha-bar, at most 1;
+    --energy-weighting weights them; --timestep-shift changes the distribution of times."""
+    even = rows(run("ldm", "v-loss", steps=2, v_loss=True))[0]["loss"]
+    published = rows(run("ldm", "eps loss", steps=2, no_v_loss=True))[0]["loss"]
     assert even > 1.2 * published
-    assert rows(run("ldm", "by energy 0", steps=2, by_energy=0))[0]["loss"] != even
-    assert rows(run("ldm", "shift 30", steps=2, shift=30))[0]["loss"] != even
-    with pytest.raises(SystemExit, match="--shift must be at least 1"):
-        run("ldm", "shift 0", shift=0)
+    flat = rows(run("ldm", "flat", steps=2, no_energy_weighting=True))[0]["loss"]
+    shifted = rows(run("ldm", "shifted", steps=2, timestep_shift=30))[0]["loss"]
+    assert flat != even and shifted != even
+    with pytest.raises(SystemExit, match="--timestep-shift must be at least 1"):
+        run("ldm", "shift 0", timestep_shift=0)
+
+
+def test_old_spellings_of_flags_still_work(run, capsys):
+    """For one release, with a line each that says the new one."""
+    old = {"clip": 0.5, "by_loudness": 0, "whole": 0.25, "temporal": 0}
+    out = run("cavp", "old", steps=2, half=True, **old)
+    printed = re.findall(r"(--[\w-]+) is now called (--[\w-]+);", capsys.readouterr().err)
+    assert set(printed) == {
+        ("--clip", "--grad-clip"),
+        ("--half", "--save-dtype"),
+        ("--by-loudness", "--loudness-weighting"),
+        ("--whole", "--window-contrast"),
+        ("--temporal", "--temporal-contrast"),
+    }
+    new = {"grad_clip": 0.5, "window_contrast": 0.25, "save_dtype": "float16"}
+    flags = {"no_loudness_weighting": True, "no_temporal_contrast": True}
+    same_run(out, run("cavp", "new", steps=2, **new, **flags))
+    tensors = load_file(out / "last.safetensors")
+    assert tensors["spec_encoder.fc1.weight"].dtype == torch.float16
+    with pytest.raises(SystemExit):
+        tiny.cavp.main(["--help"])
+    shown = capsys.readouterr().out.split()
+    assert "--grad-clip" in shown
+    assert not {"--clip", "--half", "--by-loudness", "--whole", "--temporal", "--note"} & {*shown}
+
+
+def test_a_run_of_the_release_before_can_be_resumed(run):
+    """Its state has the old names of flags, which say nothing of the new ones."""
+    out = run("vae", "run", steps=2)
+    before = state(out)
+    before["flags"]["clip"] = before["flags"].pop("grad_clip")
+    before["flags"]["clips"] = before["flags"].pop("dataset_size")
+    torch.save(before, out / "last.state.pt")
+    run("vae", "run", steps=4, resume=True)
+    assert state(out)["step"] == 4

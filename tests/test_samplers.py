@@ -1,4 +1,5 @@
-"""Samplers and guidance against the official code's recorded runs on two analytic networks, and against formulas by hand."""
+"""Samplers and guidance against the official code's recorded runs on two analytic networks, and
+against formulas by hand."""
 
 import copy
 
@@ -17,7 +18,7 @@ OFFICIAL_30 = list(range(1, 1000, 33))  # "30 steps" of the official DDIM and PL
 
 
 def gather(tokens):
-    """(b, 32, d) -> (b, 4, 16, 64): each latent column reads the token of its own moment, so a swapped order shows."""
+    """(b, 32, d) -> (b, 4, 16, 64): each latent column reads the token of its own time."""
     b, n = tokens.shape[:2]
     return tokens[:, :, :64].reshape(b, n, 4, 16).repeat_interleave(2, dim=1).permute(0, 2, 3, 1)
 
@@ -91,15 +92,8 @@ def test_analytic_networks_are_the_recorded_ones(inputs):
     "network, sampler, steps, calls, cfg, cg, name",
     [
         (eps_a, "dpm", 5, 5, 4.5, 0, "dpm5.cfg4.5"),
-        (
-            eps_a,
-            "dpm",
-            14,
-            14,
-            4.5,
-            0,
-            "dpm14.cfg4.5",
-        ),  # the last step count whose final step is of first order
+        # the last step count whose final step is of first order
+        (eps_a, "dpm", 14, 14, 4.5, 0, "dpm14.cfg4.5"),
         (eps_a, "dpm", 15, 15, 4.5, 0, "dpm15.cfg4.5"),
         (eps_a, "dpm", 25, 25, 4.5, 0, "dpm25.cfg4.5"),
         (eps_a, "dpm", 25, 25, 1.0, 0, "dpm25.cfg1"),
@@ -137,7 +131,7 @@ def test_sampler_equals_the_official_one(inputs, network, sampler, steps, calls,
 
 
 def test_classifier_guidance_stays_at_cfg_1(inputs):
-    """The official DPM-Solver drops the classifier there (its cg 0 and cg 50 runs are equal); ours must not."""
+    """The official DPM-Solver drops the classifier there (its cg 0 and cg 50 runs are equal)."""
     assert torch.equal(GOLDEN["dpm25.cfg1"], GOLDEN["dpm25.cfg1.cg50"])
     x, _ = run("dpm", 25, inputs, cfg=1.0, cg=50.0)
     assert rule.relative(x, GOLDEN["dpm25.cfg1"]) > 1e-3
@@ -150,8 +144,8 @@ def test_dpm_schedule(steps):
     times = SCHEDULE[f"dpm.model_input_time_{steps}"]
     # fractional times enter the time embedding; processors round linspace differently, by a unit in
     # the last place of the first, 999
-    told = torch.tensor([t for t, _ in calls])
-    torch.testing.assert_close(told, times[:-1], rtol=0, atol=999 * torch.finfo(torch.float32).eps)
+    asked = torch.tensor([t for t, _ in calls])
+    torch.testing.assert_close(asked, times[:-1], rtol=0, atol=999 * torch.finfo(torch.float32).eps)
     log_a, s = diffusion.log_alpha(times), diffusion.sigma(times)
     rule.close(f"dpm.log_alpha_{steps}", log_a, SCHEDULE[f"dpm.log_alpha_{steps}"], 1e-5)
     rule.close(f"dpm.sigma_{steps}", s, SCHEDULE[f"dpm.sigma_{steps}"], 1e-5)
@@ -182,7 +176,8 @@ def test_s_steps_are_s_network_calls(sampler, extra, steps):
 
 
 def test_guided_eps_by_hand(inputs):
-    """eps_u + w (eps_c - eps_u) - s sigma grad log p, at a fractional time, with a null context of its own."""
+    """eps_u + w (eps_c - eps_u) - s sigma grad log p, at a fractional time, with its own null
+    context."""
     x, context, features = inputs
     t, w, s = torch.tensor([321.5, 321.5]), 3.0, 20.0
     null = rule.normal("null", 1, 32, 768)
@@ -253,7 +248,7 @@ def test_log_alpha_at_the_knots():
     assert torch.allclose(half, diffusion.log_alpha(torch.tensor([10, 11])).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # networks that are asked for what they cannot give
 
 SMALL = ldm.UNetConfig(
@@ -295,13 +290,13 @@ def test_an_eps_asked_for_a_time_it_was_not_prepared_for_raises(small, sampler):
     """On the CPU, where the samplers' times are: on a GPU no step waits to be looked at."""
     unet, x, _, context = small
     fused = fast.optimise(copy.deepcopy(unet))
-    draw = diffusion.SAMPLERS[sampler]
+    solve = diffusion.SAMPLERS[sampler]
     for steps in (1, 3):
         eps = fast.guided(fused, context, None, 1.0, times=diffusion.TIMES[sampler](steps))
-        plain = draw(diffusion.guided_eps(unet, context, None, 1.0), x, steps)
-        rule.close(f"{sampler}, {steps} steps", draw(eps, x, steps), plain, 1e-5)
+        plain = solve(diffusion.guided_eps(unet, context, None, 1.0), x, steps)
+        rule.close(f"{sampler}, {steps} steps", solve(eps, x, steps), plain, 1e-5)
         with pytest.raises(ValueError, match="not among the .* that this condition was prepared"):
-            draw(eps, x, 7)
+            solve(eps, x, 7)
 
 
 def test_a_time_may_be_a_number(small):

@@ -1,6 +1,9 @@
-"""Public Stable Diffusion v1 files in our networks: names, what is refused, and the numbers of diffusers' own networks.
+"""Public Stable Diffusion v1 files in our networks: names, what is refused, and the numbers of
+diffusers' own networks.
 
-    pip install diffusers && python -m pytest tests/test_stable_diffusion.py -rP       prints every difference measured
+    pip install diffusers && python -m pytest tests/test_stable_diffusion.py -rP
+
+prints every difference measured.
 
 Without diffusers the comparisons with it are skipped; the rest needs nothing but this repository.
 """
@@ -15,7 +18,7 @@ from golden import rule
 
 import ldm
 import vae
-from common import checkpoints
+from common import checkpoints, training
 from compat import stable_diffusion
 
 # the published layout, narrow; and another one, so that no index is right by coincidence
@@ -51,23 +54,25 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # names alone
 
 
 def test_unet_names():
+    block = "transformer_blocks.0"
     pairs = {
         "conv_in.weight": "input_blocks.0.0.weight",
         "time_embedding.linear_2.bias": "time_embed.2.bias",
         "down_blocks.0.resnets.1.norm1.weight": "input_blocks.2.0.in_layers.0.weight",
         "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
         "down_blocks.1.resnets.0.conv_shortcut.bias": "input_blocks.4.0.skip_connection.bias",
-        "down_blocks.2.attentions.1.transformer_blocks.0.norm1.bias": "input_blocks.8.1.transformer_blocks.0.norm1.bias",
+        f"down_blocks.2.attentions.1.{block}.norm1.bias": f"input_blocks.8.1.{block}.norm1.bias",
         "down_blocks.3.resnets.1.time_emb_proj.weight": "input_blocks.11.0.emb_layers.1.weight",
         "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
         "mid_block.resnets.1.conv2.weight": "middle_block.2.out_layers.3.weight",
         "up_blocks.0.resnets.2.norm2.weight": "output_blocks.2.0.out_layers.0.weight",
-        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",  # no transformers at this level
+        # no transformers at this resolution
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
         "up_blocks.1.attentions.2.proj_out.bias": "output_blocks.5.1.proj_out.bias",
         "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
         "up_blocks.3.resnets.2.conv1.weight": "output_blocks.11.0.in_layers.2.weight",
@@ -81,9 +86,11 @@ def test_unet_names():
 
 
 def test_autoencoder_names():
+    theirs = "encoder.down_blocks.1"
+    ours = "encoder.down.1"
     pairs = {
         "encoder.conv_in.weight": "encoder.conv_in.weight",
-        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": "encoder.down.1.block.0.nin_shortcut.weight",
+        f"{theirs}.resnets.0.conv_shortcut.weight": f"{ours}.block.0.nin_shortcut.weight",
         "encoder.down_blocks.2.downsamplers.0.conv.bias": "encoder.down.2.downsample.conv.bias",
         "encoder.mid_block.resnets.1.norm2.bias": "encoder.mid.block_2.norm2.bias",
         "encoder.mid_block.attentions.0.group_norm.weight": "encoder.mid.attn_1.norm.weight",
@@ -134,7 +141,7 @@ def test_two_tensors_for_one_place_are_both_kept(keys):
     assert list(mapped.values()) == keys and mapped["input_blocks.0.0.bias"] == keys[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CompVis files
 
 
@@ -216,7 +223,7 @@ def test_other_files_are_not_recognised():
         assert stable_diffusion.parts(state) == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # diffusers' own networks
 
 
@@ -277,10 +284,9 @@ def compare_autoencoders(cfg, columns):
         rule.normal("z", 1, cfg.z_channels, 16, columns),
     )
     posterior = theirs.encode(mel).latent_dist
-    for name, our, their in zip(
-        ("mean", "log-variance"), ours.encode(mel), (posterior.mean, posterior.logvar)
-    ):
-        rule.close(f"autoencoder of width {cfg.width}, {name}", our, their)
+    mean, logvar = ours.encode(mel)
+    rule.close(f"autoencoder of width {cfg.width}, mean", mean, posterior.mean)
+    rule.close(f"autoencoder of width {cfg.width}, log-variance", logvar, posterior.logvar)
     rule.close(
         f"autoencoder of width {cfg.width}, decoded", ours.decode(z), theirs.decode(z).sample
     )
@@ -343,7 +349,7 @@ def test_a_key_too_few_or_too_many_is_refused(part, missing, additional):
         loaded(*NETWORKS[part], stable_diffusion.parts(state)[part])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stage 2 starts from them
 
 
@@ -367,7 +373,7 @@ def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, fo
         args.init = write(tmp_path / "sd-v1-4.ckpt", whole(states))
     elif form == "two files":
         args.init = write(tmp_path / "unet.safetensors", states["unet"])
-        with pytest.raises(checkpoints.CheckpointError, match="add --vae"):
+        with pytest.raises(training.TrainingError, match="add --vae"):
             ldm.initial(args)
         args.vae = write(tmp_path / "vae.ckpt", states["vae"])
     else:

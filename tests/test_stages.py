@@ -1,4 +1,4 @@
-"""What the training loops feed their networks: clips cut together, moments weighed, right and wrong pairings."""
+"""What the training loops feed their networks: cut clips, weights, matched and wrong pairs."""
 
 import dataclasses
 
@@ -24,11 +24,12 @@ def test_clips_are_cut_where_their_first_frame_starts(preset):
     starts = cavp.clip_starts(2, config, torch.Generator().manual_seed(3))
     videos, mel = cavp.cut_clips(video, wav, config, starts)
     assert len(videos) == len(mel) == 2 * config.clips and videos.shape[1] == config.frames
-    for clip, level in zip(videos[:, :, 0, 0, 0].long(), mel):
+    for clip, clip_mel in zip(videos[:, :, 0, 0, 0].long(), mel, strict=True):
         inside = (clip == 24).nonzero().flatten()
         if len(inside):
-            heard = level.mean(0).argmax().item() * audio.HOP / per_frame  # in frames of this clip
-            assert inside[0] <= heard < inside[0] + 1
+            # of the click, in frames of this clip
+            time = clip_mel.mean(0).argmax().item() * audio.HOP / per_frame
+            assert inside[0] <= time < inside[0] + 1
     if preset == "paper":
         starts = videos[:, 0, 0, 0, 0].long().view(2, 3)
         assert (
@@ -68,31 +69,28 @@ def test_loud_moments_weigh_and_silent_ones_are_still_negatives():
 def test_pairings_are_what_their_labels_say():
     b, f = 400, 128
     clip = torch.arange(b)[:, None].expand(b, f)
-    moment = torch.arange(f).expand(b, f)
-    features, label = align.pairings(
-        torch.stack([clip, moment], 2).float(), torch.Generator().manual_seed(0)
-    )
+    frame = torch.arange(f).expand(b, f)
+    rng = torch.Generator().manual_seed(0)
+    features, label = align.pairings(torch.stack([clip, frame], 2).float(), rng)
     same_clip = (features[:, :, 0] == clip).all(1)
-    on_time = (features[:, :, 1] == moment).all(1)
+    on_time = (features[:, :, 1] == frame).all(1)
     assert torch.equal(label[:, 0] == 1, same_clip & on_time)
-    moved = same_clip & ~on_time
-    assert (
-        0.4 < label.mean() < 0.6
-        and 0.15 < moved.float().mean() < 0.35
-        and 0.15 < (~same_clip).float().mean() < 0.35
-    )
-    shift = (features[moved][:, 0, 1]).minimum(
-        f - features[moved][:, 0, 1]
-    )  # frames, the short way round
+    shifted = same_clip & ~on_time
+    assert 0.4 < label.mean() < 0.6
+    assert 0.15 < shifted.float().mean() < 0.35
+    assert 0.15 < (~same_clip).float().mean() < 0.35
+    first = features[shifted][:, 0, 1]
+    shift = first.minimum(f - first)  # frames, the short way round
     assert shift.min() >= f // 40 and shift.max() > f // 3
 
 
 @pytest.mark.parametrize(
     "network, config",
-    list([(ldm.UNet, ldm.PRESETS["mini"]), (align.Classifier, align.PRESETS["mini"])]),
+    [(ldm.UNet, ldm.PRESETS["mini"]), (align.Classifier, align.PRESETS["mini"])],
 )
 def test_aligned_condition_reaches_its_own_columns(network, config):
-    """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k and to no other."""
+    """The mini preset's second path for the condition: tokens 2k and 2k+1 add to latent column k
+    and to no other."""
     model, context = network(config.unet), torch.zeros(1, 128, 128)
     seen = []
     hook = model.input_blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -107,49 +105,44 @@ def test_aligned_condition_reaches_its_own_columns(network, config):
 
 
 def test_the_v_loss_is_the_error_of_v():
-    draw = torch.Generator().manual_seed(0)
-    z, noise, wrong = torch.randn(3, 3, 4, 16, 64, generator=draw)
+    rng = torch.Generator().manual_seed(0)
+    z, noise, wrong = torch.randn(3, 3, 4, 16, 64, generator=rng)
     t = torch.tensor([5, 400, 990])
 
     class Network:
-        unet, conditioner = (
-            staticmethod(lambda *_: noise + 0.1 * wrong),
-            staticmethod(lambda features: None),
-        )
+        unet = staticmethod(lambda *_: noise + 0.1 * wrong)
+        conditioner = staticmethod(lambda features: None)
 
     plain, v = (
         ldm.denoising_loss(Network, z, t, noise, None, v_loss).item() for v_loss in (False, True)
     )
     a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
-    found = (
-        ldm.q_sample(z, t, noise) - (1 - a).sqrt() * (noise + 0.1 * wrong)
-    ) / a.sqrt()  # the clean latents that it implies
-    error = (a.sqrt() * (0.1 * wrong) - (1 - a).sqrt() * (found - z)).square().mean()
-    assert plain == pytest.approx(
-        (0.1 * wrong).square().mean().item(), rel=1e-5
-    ) and v == pytest.approx(error.item(), rel=1e-3)
+    # the clean latents that it implies
+    clean = (ldm.q_sample(z, t, noise) - (1 - a).sqrt() * (noise + 0.1 * wrong)) / a.sqrt()
+    error = (a.sqrt() * (0.1 * wrong) - (1 - a).sqrt() * (clean - z)).square().mean()
+    assert plain == pytest.approx((0.1 * wrong).square().mean().item(), rel=1e-5)
+    assert v == pytest.approx(error.item(), rel=1e-3)
 
 
-def test_by_energy_counts_a_column_by_what_is_expected_there_not_by_what_is():
-    """The same error in a loud column and in a quiet one costs by how loud the network thinks they are, within limits; and nothing flows
-    back through the weight."""
-    draw = torch.Generator().manual_seed(0)
-    noise, t = torch.randn(1, 4, 16, 4, generator=draw), torch.tensor([500])
+def test_energy_weighting_counts_a_column_by_what_is_expected_there_not_by_what_is():
+    """The same error costs more in a column that the network expects to be loud, within limits;
+    and nothing flows back through the weight."""
+    noise = torch.randn(1, 4, 16, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([500])
     a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
-    expected = torch.tensor([0.01, 0.7, 2.0, 9.0]).expand(
-        1, 4, 16, 4
-    )  # squares: 0.0001, 0.49, 4, 81
+    # squares: 0.0001, 0.49, 4, 81
+    expected = torch.tensor([0.01, 0.7, 2.0, 9.0]).expand(1, 4, 16, 4)
 
-    def loss(truth):
-        noisy = ldm.q_sample(truth, t, noise)
-        eps = (
-            (noisy - a.sqrt() * expected) / (1 - a).sqrt()
-        ).requires_grad_()  # what says that the clean latents are `expected`
+    def loss(z):
+        noisy = ldm.q_sample(z, t, noise)
+        # implies that the clean latents are `expected`
+        eps = ((noisy - a.sqrt() * expected) / (1 - a).sqrt()).requires_grad_()
 
         class Network:
-            unet, conditioner = staticmethod(lambda *_: eps), staticmethod(lambda features: None)
+            unet = staticmethod(lambda *_: eps)
+            conditioner = staticmethod(lambda features: None)
 
-        value = ldm.denoising_loss(Network, truth, t, noise, None, by_energy=True)
+        value = ldm.denoising_loss(Network, z, t, noise, None, energy_weighting=True)
         return value.item(), torch.autograd.grad(value, eps)[0], eps.detach()
 
     for column, weight in enumerate((0.1, 0.49, 4.0, 8.0)):
@@ -162,11 +155,13 @@ def test_by_energy_counts_a_column_by_what_is_expected_there_not_by_what_is():
         )
 
 
-def test_a_shift_moves_the_noise_levels_up_without_leaving_any_out():
-    draws = lambda shift: ldm.noise_levels(100_000, shift, torch.Generator().manual_seed(0))
-    assert torch.equal(
-        draws(1), torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0))
-    )
+def test_a_timestep_shift_moves_the_times_up_without_leaving_any_out():
+
+    def draws(shift):
+        return ldm.sample_timesteps(100_000, shift, torch.Generator().manual_seed(0))
+
+    uniform = torch.randint(0, 1000, (100_000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draws(1), uniform)
     for shift in (1, 3):
         t = draws(shift)
         assert t.unique().tolist() == list(range(1000))
@@ -179,23 +174,59 @@ def test_a_shift_moves_the_noise_levels_up_without_leaving_any_out():
 
 
 @pytest.mark.parametrize(
-    "made, error, change",
+    "decoded, error, delta",
     [(lambda x: x + 0.1, 0.1, 0.0), (lambda x: 0 * x, 0.5, 1.0), (lambda x: x, 0.0, 0.0)],
 )
-def test_the_autoencoders_errors(made, error, change):
-    """Columns that go up and down by 1: an even error is no wrong change, a blur to nothing is one at every column."""
+def test_the_autoencoders_errors(decoded, error, delta):
+    """Columns that go up and down by 1: an even error leaves the time difference right, a blur to
+    nothing makes it wrong at every column."""
     mel = torch.tensor([0.0, 1.0] * 8).expand(2, 1, 128, 16)
 
     class Network:
         encode = staticmethod(lambda x: (x.new_zeros(2, 4, 16, 2), x.new_zeros(2, 4, 16, 2)))
-        decode = staticmethod(lambda z: made(mel))
+        decode = staticmethod(lambda z: decoded(mel))
 
-    found = vae.losses(Network, mel, torch.zeros(2, 4, 16, 2))
-    torch.testing.assert_close(torch.stack(found), torch.tensor([error, change, 0.0]))
+    terms = vae.losses(Network, mel, torch.zeros(2, 4, 16, 2))
+    torch.testing.assert_close(torch.stack(terms), torch.tensor([error, delta, 0.0]))
 
 
-def test_whole_windows_are_told_apart_by_what_sounds_not_when():
-    """Two windows with the same kinds of moments at other times: the third term is blind to it, the others are not."""
+SMALL_VAE = vae.VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
+
+
+@pytest.mark.parametrize(
+    "script, flags, new, values",
+    [
+        (vae, ["--change", "2"], "--delta-weight", {"delta_weight": 2.0}),
+        (ldm, ["--by-energy", "0"], "--energy-weighting", {"energy_weighting": False}),
+        (ldm, ["--by-energy", "1"], "--energy-weighting", {"energy_weighting": True}),
+        (ldm, ["--shift", "3"], "--timestep-shift", {"timestep_shift": 3.0}),
+        (
+            ldm,
+            ["--no-v-loss", "--energy-weighting"],
+            "",
+            {"v_loss": False, "energy_weighting": True},
+        ),
+        (ldm, [], "", {"v_loss": None, "energy_weighting": None, "timestep_shift": None}),
+    ],
+)
+def test_flags_and_their_old_spellings(monkeypatch, capsys, script, flags, new, values):
+    parsed = []
+    monkeypatch.setattr(script, "train", parsed.append)
+    script.main(["--data", "x", *flags])
+    assert values.items() <= vars(parsed[0]).items()
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(new) and new in said
+
+
+def test_a_network_prints_as_one_line():
+    model = vae.AutoencoderKL(SMALL_VAE)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert repr(model) == f"AutoencoderKL({millions:.1f} M parameters, float32, cpu)"
+    assert repr(model.bfloat16()).endswith(" M parameters, bfloat16, cpu)")
+
+
+def test_windows_are_contrasted_by_what_sounds_not_when():
+    """Two windows with the same moments at other times: the third term is blind to it alone."""
     kinds = torch.eye(16)
     video = torch.stack([kinds[[0, 1, 2, 3]], kinds[[4, 5, 6, 7]]])
     shuffled, swapped = video[:, [1, 0, 3, 2]], video[[1, 0]]
@@ -204,18 +235,18 @@ def test_whole_windows_are_told_apart_by_what_sounds_not_when():
         cavp.contrast(video, sound, scale, None, 1.0)[1] for sound in (video, shuffled, swapped)
     )
     assert (
-        right["whole"] == when["whole"] < 1e-3
-        and what["whole"] > 5
+        right["window"] == when["window"] < 1e-3
+        and what["window"] > 5
         and when["inter"] > right["inter"] + 5
     )
-    assert "whole" not in cavp.contrast(video, video, scale, None, 0.0)[1]
+    assert "window" not in cavp.contrast(video, video, scale, None, 0.0)[1]
 
 
 def test_without_the_temporal_contrast_no_moment_is_held_against_its_own_video():
-    """Sounds at the wrong moments of the right video cost nothing then but the likeness to their own moment, other videos' as before."""
-    draw = torch.Generator().manual_seed(0)
+    """Other moments of the right video cost nothing then, other videos as before."""
+    rng = torch.Generator().manual_seed(0)
     video, sound = (
-        torch.nn.functional.normalize(torch.randn(6, 8, generator=draw), dim=-1).requires_grad_()
+        torch.nn.functional.normalize(torch.randn(6, 8, generator=rng), dim=-1).requires_grad_()
         for _ in range(2)
     )
     inter, intra = cavp.contrastive_loss(video, sound, 3.0, 3, temporal=False)
@@ -254,7 +285,7 @@ def test_the_peak_of_a_map_is_seen_beside_its_mean():
     assert (both[..., mean.shape[2] :] >= mean).all() and (both[..., mean.shape[2] :] > mean).any()
 
 
-def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
+def test_hit_labels_are_of_segments_with_one_material():
     config = cavp.PRESETS["mini"]  # moments of 4 frames: 0.256 s
     hits = [
         (0.9, "wood"),
@@ -265,18 +296,17 @@ def test_labels_fall_into_the_moments_in_which_one_material_is_struck():
         (4.9, "glass"),
         (5.2, "wood"),
     ]
-    named = cavp.struck(
+    labels = cavp.hit_labels(
         [{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config
     )
     wanted = torch.full((16,), -1)
-    wanted[[0, 1, 15]] = torch.tensor(
-        [1, 0, 0]
-    )  # 0.9 and 5.2 are outside, the moment of 1.6 has both
-    assert torch.equal(named, wanted)
+    # 0.9 and 5.2 are outside, the segment of 1.6 has both materials
+    wanted[[0, 1, 15]] = torch.tensor([1, 0, 0])
+    assert torch.equal(labels, wanted)
 
 
-def test_naming_learns_from_labelled_moments_alone():
-    """Both towers through one head; moments without a label neither count nor pull."""
+def test_the_label_loss_counts_labeled_segments_alone():
+    """Both towers through one head; segments without a label have no gradient."""
     model = cavp.CAVP(
         cavp.CAVPConfig(
             fps=15.625,
@@ -292,24 +322,22 @@ def test_naming_learns_from_labelled_moments_alone():
             audio_pool=1,
         )
     )
-    model.namer = torch.nn.Linear(32, 3)
-    draw = torch.Generator().manual_seed(0)
-    video, mel = (
-        torch.randint(0, 256, (2, 16, 3, 16, 16), generator=draw, dtype=torch.uint8),
-        torch.rand(2, 128, 64, generator=draw),
-    )
-    named = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
-    v, a, _, errors = cavp.embed(
-        model.eval(), video, mel, torch.zeros(2, dtype=torch.bool), torch.ones(2), named
-    )
-    logits = [model.namer(32**0.5 * x[[0, 1], [0, 2]]) for x in (v, a)]
-    assert errors.item() == pytest.approx(
-        sum(
-            torch.nn.functional.cross_entropy(x, torch.tensor([0, 2]), reduction="sum").item()
-            for x in logits
-        ),
-        rel=1e-5,
-    )
-    v.retain_grad(), a.retain_grad(), errors.backward()
-    for x in (v, a):
-        assert torch.equal(x.grad.abs().sum(2) > 0, named >= 0)
+    model.label_head = torch.nn.Linear(32, 3)
+    rng = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (2, 16, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    mel = torch.rand(2, 128, 64, generator=rng)
+    label = torch.tensor([[0, -1, -1, -1], [-1, -1, 2, -1]])
+    mirrored = torch.zeros(2, dtype=torch.bool)
+    features = cavp.embed(model.eval(), video, mel, mirrored, torch.ones(2), label)
+    towers = (features.video, features.audio)
+    wanted = 0.0
+    for x in towers:
+        logits = model.label_head(32**0.5 * x[[0, 1], [0, 2]])
+        error = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2]), reduction="sum")
+        wanted += error.item()
+    assert features.label_loss.item() == pytest.approx(wanted, rel=1e-5)
+    for x in towers:
+        x.retain_grad()
+    features.label_loss.backward()
+    for x in towers:
+        assert torch.equal(x.grad.abs().sum(2) > 0, label >= 0)

@@ -1,4 +1,5 @@
-"""How the code is put together: imports go down the ranks, checkpoints are opened safely, README's tree names every file."""
+"""How the code is put together: imports go down the ranks, checkpoints are opened safely, README's
+tree names every file."""
 
 import ast
 import json
@@ -92,7 +93,7 @@ def test_imports_go_down_the_layers(path):
             assert same or layer(name) < layer(own), f"{own} imports {name}"
         elif name == "matplotlib.figure":
             assert inside and own == "common.plots", (
-                f"{own}: matplotlib takes a second to import; import it in common/plots.py, in a function"
+                f"{own}: matplotlib takes a second; import it in a function of common/plots.py"
             )
         elif package == "huggingface_hub":
             assert inside and own == "compat.hub", (
@@ -113,7 +114,7 @@ def test_requirements_are_exact_and_complete():
     ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
     for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
-        assert re.match(r"(ruff|huggingface_hub)==[\d.]+$", line), line
+        assert re.match(r"(ruff|huggingface_hub|diffusers)==[\d.]+$", line), line
 
 
 @each_source
@@ -152,14 +153,18 @@ def test_readmes_tree_names_every_file_once():
     """Files that hold nothing but a docstring, as a package's __init__.py may, need no line."""
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("\n## Files\n")[1].split("\n## ")[0]
-    named = re.findall(r"^    ([\w/]+\.py) {2,}\S", tree, re.M)
+    named = []
+    for line in re.findall(r"^    ([\w/]+\.py|\w+/\{[\w,]+\}\.py) {2,}\S", tree, re.M):
+        folder, names = re.fullmatch(r"([\w/]*?)\{?([\w,]+)\}?\.py", line).groups()
+        named += [f"{folder}{name}.py" for name in names.split(",")]
     assert sorted(named) == sorted(
         str(path.relative_to(ROOT)) for path in SOURCES if len(TREES[path].body) > 1
     )
 
 
 def test_the_shipped_weights_are_what_their_folder_says():
-    """Every file has its sum there, and says what it was made by: commit, arguments, the set and its seed, steps, what it began with, its last validation."""
+    """Every file has its sum there, and says what it was made by: commit, arguments, the set and
+    its seed, steps, what it began with, its last validation."""
     folder = ROOT / "weights" / "mini"
     files = sorted(folder.glob("*.safetensors"))
     sums = dict(

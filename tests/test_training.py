@@ -1,7 +1,7 @@
-"""Every training command as a user types it, on four clips and a few steps; then the main job with what they wrote.
+"""Every training command as a user types it, on four clips; then the main job with their weights.
 
-The three steps of each stage run in a process of their own. What must then hold (a seed gives one result, an interruption changes
-nothing) is checked in this process against what those wrote.
+The three steps of each stage run in a process of their own. What must then hold (a seed gives one
+result, an interruption changes nothing) is checked in this process against what those wrote.
 """
 
 import argparse
@@ -122,8 +122,10 @@ def test_a_run_leaves_what_it_promises(home, stage):
     assert sorted(p.name for p in out.iterdir()) == sorted(
         ["last.safetensors", "last.state.pt", "log.jsonl", *pictures]
     )
-    about = header(out / "last.safetensors")
-    assert about["step"] == 3 and about["args"]["seed"] == 5 and about["args"]["batch"] == 2
+    metadata = header(out / "last.safetensors")
+    assert (
+        metadata["step"] == 3 and metadata["args"]["seed"] == 5 and metadata["args"]["batch"] == 2
+    )
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [
         3,
@@ -146,15 +148,15 @@ def test_a_run_leaves_what_it_promises(home, stage):
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     if stage == "vae":
         assert rows[0]["loss"] == pytest.approx(
-            rows[0]["error"] + rows[0]["change"] + 1e-4 * rows[0]["kl"], rel=1e-5
+            rows[0]["error"] + rows[0]["delta"] + 1e-4 * rows[0]["kl"], rel=1e-5
         )
-    assert about["metrics"] == rows[1] and about["commit"] == training.commit()
+    assert metadata["metrics"] == rows[1] and metadata["commit"] == training.commit()
     began_with = (
         {"vae": files.sha256(home / "vae" / "last.safetensors")}
         if stage in ("ldm", "align")
         else {}
     )
-    assert about["started_from"] == began_with
+    assert metadata["started_from"] == began_with
     model = LOADS[stage](out / "last.safetensors")
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -245,7 +247,7 @@ def test_extracted_features_are_the_towers(home):
 
 @pytest.mark.parametrize("stage", MAINS)
 def test_interrupting_and_resuming_changes_nothing(home, stage, tmp_path, monkeypatch):
-    """Two steps, Ctrl-C, one more step after --resume: bit for bit what three steps of the same seed gave in another process."""
+    """Two steps, Ctrl-C, one step after --resume: bit for bit three steps of another process."""
     report = training.TrainingRun.report
 
     def interrupting(run, **values):
@@ -303,12 +305,12 @@ def test_labels_beside_the_clips_are_learned_and_leave_no_head_behind(home, tmp_
     assert load_file(tmp_path / "run" / "last.safetensors").keys() == load_file(plain).keys()
     cavp.CAVP.load(tmp_path / "run" / "last.safetensors")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum("named" in row for row in rows) == 1 and any(
-        {"val_named_by_sight", "val_named_by_ear"} <= row.keys() for row in rows
+    assert sum("label" in row for row in rows) == 1 and any(
+        {"val_label_accuracy_video", "val_label_accuracy_sound"} <= row.keys() for row in rows
     )
 
 
-# what the user did: (stage, arguments, words that the one line must hold); CLIPS and the like are put in below
+# what the user did: (stage, arguments, words of the one line); capitals stand for paths, see below
 MISTAKES = {
     "no such folder": ("vae", "--data NOWHERE", ["nowhere: no such folder"]),
     "folder without videos": ("cavp", "--data EMPTY", ["empty"]),
@@ -413,7 +415,7 @@ def test_a_classifier_that_is_to_judge_sees_no_noise(tmp_path, monkeypatch):
         seen.append(not t.any() and not noise.any())
         return plain(model, z, t, noise, features)
 
-    monkeypatch.setattr(ldm, "classify", classify)
+    monkeypatch.setattr(align, "classify", classify)
     first_stage = tiny.autoencoder(tmp_path)
     for name, flags in (("judging", {"clean": True}), ("guiding", {})):
         seen.clear()

@@ -149,7 +149,7 @@ def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     ours, bare, tagged, foreign = (
         tmp_path / f"{name}.wav" for name in ("ours", "bare", "tagged", "foreign")
     )
-    tags = {"comment": f"{sample.CLAIM} tiny, seed 0, version {sample.VERSION}"}
+    tags = {"comment": f"{watermark.CLAIM} tiny, seed 0, version {sample.VERSION}"}
     media.write_wav(ours, watermark.mark(wav), tags)
     soundfile.write(bare, watermark.mark(wav).numpy(), SAMPLE_RATE)
     media.write_wav(tagged, wav, tags)

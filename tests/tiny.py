@@ -1,30 +1,24 @@
-"""All four trainings at a size where a step takes a fraction of a second: the scripts' own code, narrow networks, clips drawn by number.
+"""All four trainings at a size where a step takes a fraction of a second: the scripts' own code,
+narrow networks, clips of random numbers.
 
-install()                       in this process from now on; install(monkeypatch.setattr) for one test
-python tests/tiny.py STAGE ...  a training command under these sizes, in a process of its own
+install()                           in this process from now on
+install(monkeypatch.setattr)        for one test
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the stages lie a folder up
+import align
+import cavp
+import data
+import ldm
+import vae
+from common import audio, checkpoints, training
 
-import align  # noqa: E402
-import cavp  # noqa: E402
-import data  # noqa: E402
-import ldm  # noqa: E402
-import vae  # noqa: E402
-from common import (
-    audio,  # noqa: E402
-    checkpoints,
-    training,  # noqa: E402
-)
-
-MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": ldm.main}
+MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": align.main}
 VAE = vae.VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
 UNET = ldm.UNetConfig(
     width=16,
@@ -47,35 +41,41 @@ TOWERS = replace(
 )
 
 
-class Drawn(torch.utils.data.Dataset):
-    """Six clips to train on and two others, each a pure function of (seed, index), as the real sets' are."""
+class RandomClips(torch.utils.data.Dataset):
+    """Six training and two validation clips, each a pure function of (seed, index)."""
 
     left_out = ()
 
     def __init__(self, seed, split):
-        self.key, self.length = (seed, int(split != "train")), 6 if split == "train" else 2
+        self.key = (seed, int(split != "train"))
+        self.length = 6 if split == "train" else 2
 
     def __len__(self):
         return self.length
 
-    def sound(self, draw, samples):
-        wav = draw.standard_normal(samples).astype(np.float32) * 0.01
-        for at in draw.integers(0, samples - 400, 5):
-            wav[at : at + 400] += 0.5 * draw.standard_normal(400).astype(np.float32)
+    def rng(self, index):
+        return np.random.default_rng([*self.key, index])
+
+    def sound(self, rng, samples):
+        wav = rng.standard_normal(samples).astype(np.float32) * 0.01
+        for at in rng.integers(0, samples - 400, 5):
+            wav[at : at + 400] += 0.5 * rng.standard_normal(400).astype(np.float32)
         return torch.from_numpy(wav.clip(-1, 1))
 
 
-class Clips(Drawn):
+class Clips(RandomClips):
     def __init__(self, root, fps, size, frames=None, seed=0, random_start=True, split=None):
         super().__init__(seed, split)
-        self.size, self.frames, self.samples = size, frames, round(frames / fps * audio.SAMPLE_RATE)
+        self.size = size
+        self.frames = frames
+        self.samples = round(frames / fps * audio.SAMPLE_RATE)
 
     def __getitem__(self, index):
-        draw = np.random.default_rng([*self.key, index])
-        video = draw.integers(0, 256, (self.frames, 3, self.size, self.size), np.uint8)
+        rng = self.rng(index)
+        video = rng.integers(0, 256, (self.frames, 3, self.size, self.size), np.uint8)
         return {
             "video": torch.from_numpy(video),
-            "wav": self.sound(draw, self.samples),
+            "wav": self.sound(rng, self.samples),
             "name": f"{index % self.length}.mp4",
             "start": 0.5,
         }
@@ -84,34 +84,35 @@ class Clips(Drawn):
         return f"{index % self.length}.mp4", "", "train"
 
 
-class Sounds(Drawn):
+class Sounds(RandomClips):
     def __init__(self, root, samples, seed=0, split=None):
         super().__init__(seed, split)
         self.samples = samples
 
     def __getitem__(self, index):
-        return {"wav": self.sound(np.random.default_rng([*self.key, index]), self.samples)}
+        return {"wav": self.sound(self.rng(index), self.samples)}
 
 
-class Pairs(Drawn):
+class Pairs(RandomClips):
     def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None):
         super().__init__(seed, split)
 
     def __getitem__(self, index):
-        draw = np.random.default_rng([*self.key, index])
-        features = torch.from_numpy(draw.standard_normal((128, 32)).astype(np.float32))
+        rng = self.rng(index)
+        features = torch.from_numpy(rng.standard_normal((128, 32)).astype(np.float32))
         return {
             "features": torch.nn.functional.normalize(features, dim=1),
-            "wav": self.sound(draw, audio.WINDOW),
+            "wav": self.sound(rng, audio.WINDOW),
         }
 
 
 def onsets(video):
-    """A clip's labels: one to five materials struck, the clips with a higher number by more of them."""
+    """A clip's labels: hits of one to three materials, more hits in clips of a higher number."""
     return [{"time": 0.6 + 0.7 * k, "material": "ABC"[k % 3]} for k in range(1 + int(video.stem))]
 
 
 def install(setattr=setattr):
+    """Replace the data sets and the mini presets, with a `setattr` of choice."""
     setattr(data, "prepared", lambda root, *_, **__: root)
     setattr(data, "read_onsets", onsets)
     for kind in (Clips, Sounds, Pairs):
@@ -132,25 +133,11 @@ def install_no_extras(setattr=setattr):
 
 def arguments(stage, out, steps=3, batch=4, first_stage=None, **flags):
     """The command line of a stage; flags by name, True for one without a value."""
-    args = [
-        "--data",
-        "drawn",
-        "--out",
-        out,
-        "--steps",
-        steps,
-        "--batch",
-        batch,
-        "--seed",
-        5,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
+    args = ["--data", "random", "--out", out, "--steps", steps, "--batch", batch, "--seed", 5]
+    args += ["--dtype", "float32", "--device", "cpu"]
     if stage in ("ldm", "align"):
         args += ["--repeats", 2]
-        if stage == "align" or "resume" not in flags:  # stage 2 goes on with the one that it holds
+        if stage == "align" or "resume" not in flags:  # a resumed stage 2 has one
             args += ["--vae", first_stage]
     if stage == "cavp":
         args += ["--labels", "."]
@@ -165,8 +152,3 @@ def autoencoder(folder):
     path = Path(folder) / "first_stage.safetensors"
     checkpoints.save_model(path, vae.AutoencoderKL(VAE), vars(VAE))
     return path
-
-
-if __name__ == "__main__":
-    install()
-    MAINS[sys.argv[1]](sys.argv[2:])

@@ -1,16 +1,17 @@
-"""Damaged copies of small files through the commands that read files: no traceback, no death, no hang, nothing left behind.
+"""Damaged copies of small files through the commands that read files: none may hang or crash.
 
 in   how many copies, a seed
-out  a line of figures a command; exit status 1 if anything went wrong, with the copies that did kept in --keep
+out  a line of figures a command; exit status 1 if anything failed, with the copies in --keep
 
-    python tools/fuzz.py --copies 2000                 half an hour on two cores; not part of the tests
+    python tools/fuzz.py --copies 2000            half an hour on two cores; not part of the tests
 
-Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped, zeroed, swapped, left
-out or repeated, or its end cut off. Copies go through `sample.py --steps 1`, `sample.py --verify` and `data.py prepare`
-in batches, as a user would give a folder; a batch that stands still for 30 s hangs.
+Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped,
+zeroed, swapped, left out or repeated, or its end cut off. Copies go through `sample.py --steps 1`,
+`sample.py --verify` and `data.py prepare` in batches, as a user would give a folder. A run fails by
+a traceback, another exit status than these commands have, a silence of 30 s, more than 2 GB, a
+temporary file left behind, or an input that is gone.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -29,9 +30,19 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-STILL = 30.0  # seconds without a line
-MEMORY = 2e9  # bytes that a process may hold
+sys.path.insert(0, str(ROOT))
+
+from common import cli  # noqa: E402
+
+SILENCE = 30.0  # seconds without a line, after which a run is taken to hang
+MEMORY = 2e9  # bytes that a run may hold
 BATCH = 50
+# name, command line (FILES: the names of all copies), the exit statuses it may have
+COMMANDS = (
+    ("sample.py --steps 1", "sample.py FILES --out out --steps 1 --cg 0 --json", (0, 1)),
+    ("sample.py --verify", "sample.py --verify FILES", (0, 1, 3)),
+    ("data.py prepare", "data.py prepare . ../set", (0, 1)),
+)
 # name: muxer, picture codec, sound codec, layout
 SEEDS = {
     "a.mp4": ("mp4", "libx264", "aac", "stereo"),
@@ -57,44 +68,50 @@ SEEDS = {
 }
 
 
-def make_seed(path, muxer, codec, sound, layout):
-    """A clip of a second and a half with a moving square and a click."""
-    size = (176, 144) if codec == "h263" else (96, 64)
+def make_seed(path: Path, muxer, codec, sound, layout):
+    """Write a clip of a second and a half with a moving square and a click."""
+    width, height = (176, 144) if codec == "h263" else (96, 64)
     rate = 44100 if codec in ("flv", "wmv2") else 48000
     pixels = {"prores_ks": "yuv422p10le", "gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {"g": "8"}
     with av.open(str(path), "w", format=muxer) as file:
         video = file.add_stream(codec, rate=25, options=options)
-        video.width, video.height, video.pix_fmt = *size, pixels
-        track = file.add_stream(sound, rate=rate, layout=layout) if sound else None
-        if track:
-            channels = track.layout.nb_channels
-            wav = np.zeros((channels, 3 * rate // 2), np.float32)
-            wav[:, rate // 2 : rate // 2 + 200] = 0.5
-            frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(wav.T).reshape(1, -1), format="flt", layout=layout
-            )
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+        video.width = width
+        video.height = height
+        video.pix_fmt = pixels
+        # sound: silence with a click
+        if sound:
+            track = file.add_stream(sound, rate=rate, layout=layout)
+            wav = np.zeros((3 * rate // 2, track.layout.nb_channels), np.float32)
+            wav[rate // 2 : rate // 2 + 200] = 0.5
+            frame = av.AudioFrame.from_ndarray(wav.reshape(1, -1), format="flt", layout=layout)
+            frame.sample_rate = rate
+            frame.time_base = Fraction(1, rate)
+            frame.pts = 0
             file.mux(track.encode(frame))
             file.mux(track.encode(None))
+        # picture: a square that moves by a pixel a frame
         for k in range(37):
-            image = np.full((size[1], size[0], 3), 40, np.uint8)
+            image = np.full((height, width, 3), 40, np.uint8)
             image[20:40, k : k + 20] = 200
             frame = av.VideoFrame.from_ndarray(image)
-            frame.pts, frame.time_base = k, Fraction(1, 25)
+            frame.pts = k
+            frame.time_base = Fraction(1, 25)
             file.mux(video.encode(frame))
         file.mux(video.encode(None))
 
 
-def damaged(content, rng):
-    """A copy of bytes with one to eight wounds, most of them where headers are."""
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A copy with one to eight changes, most of them where headers are."""
     content = bytearray(content)
     for _ in range(int(rng.integers(1, 9))):
+        # where, how much and what
         size = len(content)
         end = size if rng.random() < 0.6 else min(size, 2048)
         at = int(rng.integers(0, max(1, end - 1)))
         length = int(min(size - at, 2 ** rng.integers(0, 10)))
         kind = rng.integers(7)
+        # a flipped bit; noise, zeros or ones; bytes left out or repeated; the end cut off
         if kind == 0:
             content[at] ^= 1 << int(rng.integers(8))
         elif kind == 1:
@@ -112,144 +129,124 @@ def damaged(content, rng):
     return bytes(content)
 
 
-def peak_memory(pid):
+def peak_memory(pid) -> int:
     """Bytes that a process and its children have held at most so far."""
+    # VmHWM, "high water mark", is the peak of a process's resident memory
     total = 0
     for status in [Path(f"/proc/{pid}/status"), *Path(f"/proc/{pid}/task").glob("*/children")]:
         try:
             text = status.read_text()
-        except OSError:
+        except OSError:  # it has ended
             continue
         if status.name == "children":
             total += sum(peak_memory(child) for child in text.split())
-        elif found := re.search(r"VmHWM:\s*(\d+)", text):
-            total += 1024 * int(found[1])
+        elif peak := re.search(r"VmHWM:\s*(\d+)", text):
+            total += 1024 * int(peak[1])
     return total
 
 
-def run(command, folder):
-    """-> (exit status or "hang", lines, the most bytes held). Lines are read as they come, so that a hang is noticed."""
+def run(command: list[str], folder: Path):
+    """-> exit status or "hang", lines of output, the most bytes held."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
     )
-    text, peak, last = b"", 0, time.monotonic()
-    while True:
+    status = None
+    text = b""
+    peak = 0
+    last = time.monotonic()
+    while status is None:
+        # read as it comes, so that a hang is noticed
         ready, _, _ = select.select([process.stdout], [], [], 1.0)
         peak = max(peak, peak_memory(process.pid))
         if ready:
             piece = os.read(process.stdout.fileno(), 1 << 16)
-            if not piece:
-                break
             text += piece
             last = time.monotonic()
-        elif time.monotonic() - last > STILL:
+            if not piece:
+                status = process.wait()
+        elif time.monotonic() - last > SILENCE:
             process.kill()
             process.wait()
-            return "hang", text.decode(errors="replace").splitlines(), peak
-    return process.wait(), text.decode(errors="replace").splitlines(), peak
+            status = "hang"
+    return status, text.decode(errors="replace").splitlines(), peak
 
 
-def check(name, command, folder, allowed, before, found):
-    """Run a command over the folder of a batch and note what went wrong in `found`."""
-    status, lines, peak = run(command, folder)
-    wrong = []
-    if status not in allowed:
-        wrong.append(f"exit status {status}")
+def check(command: str, folder: Path, statuses, figures: dict) -> bool:
+    """Run a command over a batch; whether all was well. Adds to the command's `figures`."""
+    # the command line, with the names of the copies
+    inputs = sorted(p.name for p in folder.iterdir() if p.is_file())
+    script, *words = command.split()
+    arguments = [sys.executable, str(ROOT / script)]
+    for word in words:
+        arguments += inputs if word == "FILES" else [word]
+    status, lines, peak = run(arguments, folder)
+
+    # what went wrong
+    failures = []
+    if status not in statuses:
+        failures.append(f"exit status {status}")
     if any("Traceback" in line for line in lines):
-        wrong.append("traceback")
+        failures.append("traceback")
     if peak > MEMORY:
-        wrong.append(f"{peak / 1e9:.1f} GB")
-    left = sorted(p.name for p in folder.rglob(".*") if p.is_file() and p.name != ".lock")
-    if left:
-        wrong.append(f"left behind: {left[:3]}")
-    if sorted(p.name for p in folder.iterdir() if p.name in before) != before:
-        wrong.append("an input is gone")
-    found[name]["crashes of FFmpeg, each one line"] += sum(
-        "FFmpeg crashed" in line for line in lines
-    )
-    found[name]["peak GB"] = max(found[name]["peak GB"], round(peak / 1e9, 2))
-    if wrong:
-        found[name]["wrong"] += 1
-        print(
-            f"\n{folder.name} {name}: {'; '.join(wrong)}", *lines[-12:], sep="\n  ", file=sys.stderr
-        )
-    return not wrong
+        failures.append(f"{peak / 1e9:.1f} GB")
+    # temporary files have hidden names
+    hidden = sorted(p.name for p in folder.rglob(".*") if p.is_file() and p.name != ".lock")
+    if hidden:
+        failures.append(f"left behind: {hidden[:3]}")
+    if not all((folder / name).exists() for name in inputs):
+        failures.append("an input is gone")
+
+    figures["copies"] += len(inputs)
+    figures["crashes of FFmpeg, each one line"] += sum("FFmpeg crashed" in line for line in lines)
+    figures["peak GB"] = max(figures["peak GB"], round(peak / 1e9, 2))
+    figures["failed runs"] += bool(failures)
+    if failures:
+        print(f"\n{folder.parent.name} {command}: {'; '.join(failures)}", file=sys.stderr)
+        print(*lines[-12:], sep="\n  ", file=sys.stderr)
+    return not failures
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--copies", type=int, default=2000, metavar="N", help="damaged copies (2000)"
-    )
+def main(argv=None):
+    parser = cli.Parser("fuzz.py", __doc__)
+    parser.add_argument("--copies", type=int, default=2000, metavar="N", help="damaged copies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--keep",
         type=Path,
         default=Path("fuzz-failed"),
         metavar="DIR",
-        help="where batches that failed go",
+        help="folder for batches that failed",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rng = np.random.default_rng(args.seed)
-    sample, data = str(ROOT / "sample.py"), str(ROOT / "data.py")
-    found = collections.defaultdict(lambda: collections.Counter({"wrong": 0}))
-    failed = 0
+    figures = {name: collections.Counter() for name, _, _ in COMMANDS}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        seeds = []
+        contents = {}
+        # the files that are damaged
         for name, seed in SEEDS.items():
             make_seed(scratch / name, *seed)
-            seeds.append((scratch / name).read_bytes())
+            contents[name] = (scratch / name).read_bytes()
+        names = list(SEEDS)
         for first in tqdm(range(0, args.copies, BATCH), unit="batch"):
-            folder = scratch / f"batch{first:05d}"
-            folder.mkdir()
+            folder = scratch / f"batch{first:05d}" / "files"
+            folder.mkdir(parents=True)
+            # copies of all seeds in turn
             for k in range(first, min(first + BATCH, args.copies)):
-                name = list(SEEDS)[k % len(SEEDS)]
-                (folder / f"{k:05d}{Path(name).suffix}").write_bytes(
-                    damaged(seeds[k % len(SEEDS)], rng)
-                )
-            before = sorted(p.name for p in folder.iterdir())
-            outputs = ["--out", str(folder / "out")]
-            python = sys.executable
-            fine = [
-                check(
-                    "sample.py --steps 1",
-                    [python, sample, *before, *outputs, "--steps", "1", "--cg", "0", "--json"],
-                    folder,
-                    (0, 1),
-                    before,
-                    found,
-                ),
-                check(
-                    "sample.py --verify",
-                    [python, sample, "--verify", *before],
-                    folder,
-                    (0, 1, 3),
-                    before,
-                    found,
-                ),
-                check(
-                    "data.py prepare",
-                    [python, data, "prepare", ".", str(scratch / f"set{first}")],
-                    folder,
-                    (0, 1),
-                    before,
-                    found,
-                ),
+                name = names[k % len(names)]
+                copy = folder / f"{k:05d}{Path(name).suffix}"
+                copy.write_bytes(damaged(contents[name], rng))
+            results = [
+                check(command, folder, statuses, figures[name])
+                for name, command, statuses in COMMANDS
             ]
-            for name in found:
-                found[name]["copies"] += len(before)
-            if not all(fine):
-                failed += 1
-                args.keep.mkdir(exist_ok=True)
-                shutil.copytree(folder, args.keep / folder.name, dirs_exist_ok=True)
-            shutil.rmtree(folder)
-            shutil.rmtree(scratch / f"set{first}", ignore_errors=True)
-    for name, figures in found.items():
-        print(f"{name}: {json.dumps(dict(figures))}")
-    return 1 if failed else 0
+            # what failed is kept, so that it can be run again
+            if not all(results):
+                shutil.copytree(folder, args.keep / folder.parent.name, dirs_exist_ok=True)
+            shutil.rmtree(folder.parent)
+    for name, counts in figures.items():
+        print(f"{name}: {json.dumps(counts)}")
+    return int(any(counts["failed runs"] for counts in figures.values()))
 
 
 if __name__ == "__main__":

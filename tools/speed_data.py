@@ -1,13 +1,18 @@
-"""What preparing and reading training clips costs: measured on one core, and by arithmetic for a large set.
+"""What preparing and reading training clips costs: measured on one core, and for a large set.
 
-    python tools/speed_data.py [FOLDER]       FOLDER of videos with sound; without one, four procedural clips are made. A minute
+    python tools/speed_data.py [FOLDER]
 
-Preparing: the first ten seconds of every video, both presets; hours and bytes for VGGSound's 200,000 clips, were all like these.
-Reading: windows of each preset a second, from a set of those clips in the page cache, sound included. Opening a set and drawing a
-window from it: at 200 and at 200,000 clips, of which the index says so.
+FOLDER holds videos with sound; without one, four procedural clips are made. A minute.
+
+Preparing: the first ten seconds of every video, both presets; hours and bytes for VGGSound's
+200,000 clips, by arithmetic, were all like these. Reading: windows of each preset a second, from a
+set of those clips in the page cache, sound included. Opening a set and drawing a window from it: at
+one shard (256 clips) and at 782 shards (200,192 clips), which are links to that one.
 """
 
-import argparse
+import itertools
+import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -17,28 +22,25 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the sources lie a folder up
 
-from test_data import of_many  # noqa: E402
-
 import data  # noqa: E402
 import foley  # noqa: E402
-from common import (
-    ffmpeg,  # noqa: E402
-    media,  # noqa: E402
-)
+from common import cli, ffmpeg  # noqa: E402
 
-PRESETS = {
-    "paper": (4.0, 224, 16),
-    "mini": (15.625, 64, 128),
-}  # frames a second, pixels, frames of a window
-VGGSOUND, CORES = 200_000, (2, 16, 64)
+# frames a second, pixels, frames of a window
+PRESETS = {"paper": (4.0, 224, 16), "mini": (15.625, 64, 128)}
+VGGSOUND = 200_000
+CORES = (2, 16, 64)
+SHARDS = (1, -(-VGGSOUND // data.SHARD_CLIPS))
 
 
 def seconds(call, rounds):
-    """The median of `rounds` calls, in this process's own time, so that others on the machine do not count."""
+    """The median of `rounds` calls, in this process's own time, so that others do not count."""
     times = []
     for k in range(rounds):
         start = time.process_time()
@@ -47,116 +49,137 @@ def seconds(call, rounds):
     return statistics.median(times)
 
 
-def table(titles, rows):
+def print_table(titles, rows):
     print("\n| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
-def preparing(jobs, name):
+def prepare(jobs, name):
     """A row a file and the means; -> {file: columns}."""
     fps, size, _ = PRESETS[name]
-    made, cost, rows = {}, [], []
+    encoded = {}
+    costs = []
+    rows = []
 
     def encode(job):
         ffmpeg._probe.cache_clear()  # what is known of the file from the round before
-        made[job.name] = data.encode_clip(job, fps, size)
+        encoded[job.name] = data.encode_clip(job, fps, size)
 
     for job in jobs:
-        took = seconds(lambda _: encode(job), 3)
-        columns = made[job.name]
-        if not isinstance(columns, dict):
-            print(f"{job.name}: {columns[0]}, {columns[1]}")
-            del made[job.name]
+        core = seconds(lambda _, job=job: encode(job), 3)
+        result = encoded.pop(job.name)
+        if isinstance(result, data.LeftOut):
+            print(f"{job.name}: {result.reason}, {result.detail}")
             continue
-        info, n = media.probe(job.path), len(columns["bounds"]) // 4 - 1
-        scale = 10 / (n / fps)  # clips shorter than ten seconds count by their length
-        cost.append((took * scale, scale * sum(map(len, columns.values()))))
+        columns, _ = result
+        encoded[job.name] = columns
+        info = ffmpeg.probe(job.path)
+        frames = len(columns["bounds"]) - 1
+        # clips shorter than ten seconds count by their length
+        scale = 10 / (frames / fps)
+        megabytes = scale * sum(column.nbytes for column in columns.values()) / 1e6
+        costs.append((core * scale, megabytes))
+        video = f"{info.codec} {info.width}x{info.height} at {info.fps:.3g}"
+        kilobytes = len(columns["frames"]) / frames / 1000
         rows.append(
-            [
-                job.name,
-                f"{info.codec} {info.width}x{info.height} at {info.fps:.3g}",
-                f"{took * scale:.3f}",
-                f"{len(columns['frames']) / n / 1000:.1f}",
-                f"{cost[-1][1] / 1e6:.2f}",
-            ]
+            [job.name, video, f"{core * scale:.3f}", f"{kilobytes:.1f}", f"{megabytes:.2f}"]
         )
-    core, size_of = (sum(column) / len(cost) for column in zip(*cost))
-    rows.append(["mean", "", f"{core:.3f}", "", f"{size_of / 1e6:.2f}"])
-    table(
-        [f"{name} preset, ten seconds of", "", "seconds of a core", "kB a frame", "MB a clip"], rows
-    )
+    core, megabytes = np.mean(costs, 0)
+    rows.append(["mean", "", f"{core:.3f}", "", f"{megabytes:.2f}"])
+    titles = [f"{name} preset, ten seconds of", "", "seconds of a core", "kB a frame", "MB a clip"]
+    print_table(titles, rows)
     hours = ", ".join(f"{VGGSOUND * core / cores / 3600:.1f} h on {cores} cores" for cores in CORES)
-    print(f"\n{VGGSOUND:,} clips of ten seconds: {hours}; {VGGSOUND * size_of / 1e9:.0f} GB")
-    return made
+    print(f"\n{VGGSOUND:,} clips of ten seconds: {hours}; {VGGSOUND * megabytes / 1000:.0f} GB")
+    return encoded
 
 
-def write(folder, name, made):
-    """A set of every clip 40 times, and how fast it was written: the one thing that all cores wait for."""
+def write(root, name, encoded):
+    """A set of one full shard, and how fast it was written: what all cores wait for."""
     fps, size, _ = PRESETS[name]
-    about = {"columns": ["bounds", "frames", "sound"], "fps": fps, "size": size, "labels": False}
+    names = ["bounds", "frames", "sound"]
+    metadata = {"columns": names, "fps": fps, "size": size, "labels": False}
+    clips = itertools.cycle(encoded.values())
     start = time.perf_counter()
-    with data.Writer(folder, about) as writer:
-        for k in range(40):
-            for clip, columns in made.items():
-                writer.add(f"{k}/{clip}", "", "train", columns)
+    with data.Writer(root, metadata) as writer:
+        for k, clip in zip(range(data.SHARD_CLIPS), clips, strict=False):
+            columns = {column: array.copy() for column, array in clip.items()}
+            writer.add(str(k), "", "train", columns)
         writer.finish(needed=())
-    rate = 40 * len(made) / (time.perf_counter() - start)
+    rate = data.SHARD_CLIPS / (time.perf_counter() - start)
     print(f"the one process that writes, disk included: {rate:.0f} clips a second")
 
 
-def drawing(sets):
-    """Windows a second; opening and drawing at both numbers of clips."""
-    rows, costs = [], []
+def of_shards(source, root, count):
+    """A set of `count` shards, which are links to the only one of `source`. -> root"""
+    root.mkdir()
+    metadata = json.loads((source / "set.json").read_text())
+    metadata["clips"] *= count
+    metadata["shards"] *= count
+    (root / "set.json").write_text(json.dumps(metadata, indent=1))
+    for number in range(count):
+        os.symlink(data.shard_path(source, 0), data.shard_path(root, number))
+    index = load_file(source / "index.safetensors")
+    index = {name: np.tile(column, count) for name, column in index.items()}
+    save_file(index, root / "index.safetensors")
+    return root
+
+
+def worker_memory(dataset):
+    """Peak MB that a process of a DataLoader has to itself after 1,000 windows."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def draw():
+        torch.set_num_threads(1)
+        for k in torch.randint(len(dataset), (1000,)).tolist():
+            dataset[k]
+        rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        private = [line.split()[1] for line in rollup if line.startswith("Private_")]
+        theirs.send(sum(map(int, private)) / 1024)
+
+    process = context.Process(target=draw)
+    process.start()
+    megabytes = ours.recv()
+    process.join()
+    return megabytes
+
+
+def read(sets):
+    """Windows a second; opening and drawing, and a reader's memory, at both numbers of clips."""
+    rows = []
+    costs = []
     for name, root in sets.items():
         fps, size, frames = PRESETS[name]
         clips = data.Clips(root, fps, size, frames)
-        took = seconds(clips.__getitem__, 100)
-        rows.append(
-            [name, f"{frames} frames of {size}x{size}", f"{1000 * took:.1f}", f"{1 / took:.0f}"]
-        )
-        for count in (200, VGGSOUND):
-            many = of_many(root, root.with_name(f"{name}-{count}"), count)
-            opening, choosing = (
-                seconds(call, 5)
-                for call in (
-                    lambda _: data.Set(many),
-                    lambda _: data.Clips(many, fps, size, frames),
-                )
-            )
-            clips = data.Clips(many, fps, size, frames)
-            where = torch.randint(
-                len(clips), (100,), generator=torch.Generator().manual_seed(0)
-            ).tolist()
-            draw = seconds(lambda k: clips[where[k]], 100)
-            costs.append(
-                [
-                    name,
-                    f"{count:,}",
-                    f"{1000 * opening:.2f}",
-                    f"{1000 * choosing:.2f}",
-                    f"{1000 * draw:.1f}",
-                ]
-            )
-    table(["windows, sound included", "", "ms", "a second and core"], rows)
-    table(
-        ["", "clips in the set", "opening, ms", "and choosing clips, ms", "drawing a window, ms"],
-        costs,
-    )
+        core = seconds(clips.__getitem__, 100)
+        window = f"{frames} frames of {size}x{size}"
+        rows.append([name, window, f"{1000 * core:.1f}", f"{1 / core:.0f}"])
+        for count in SHARDS:
+            large = of_shards(root, root.with_name(f"{name}-{count}"), count)
+            opening = seconds(lambda _, large=large: data.Set(large), 5)
+            choosing = seconds(lambda _, a=(large, fps, size, frames): data.Clips(*a), 5)
+            clips = data.Clips(large, fps, size, frames)
+            rng = torch.Generator().manual_seed(0)
+            places = torch.randint(len(clips), (100,), generator=rng).tolist()
+            drawing = seconds(lambda k, clips=clips, at=places: clips[at[k]], 100)
+            times = [f"{1000 * value:.2f}" for value in (opening, choosing, drawing)]
+            costs.append([name, f"{len(clips):,}", *times, f"{worker_memory(clips):.0f}"])
+    print_table(["windows, sound included", "", "ms", "a second and core"], rows)
+    titles = ["", "clips", "opening, ms", "and choosing clips, ms", "drawing a window, ms"]
+    print_table([*titles, "a reader's own memory, MB"], costs)
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser("tools/speed_data.py", __doc__)
     p.add_argument("folder", type=Path, nargs="?", help="videos with sound")
     args = p.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of clips that are too short for a window
-    known = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next(
-        (line.split(":")[1].strip() for line in known if "model name" in line), platform.processor()
-    )
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
     print(f"{cpu}, {os.cpu_count()} cores, one of them used")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -164,11 +187,10 @@ def main():
             args.folder = scratch / "foley"
             foley.make_set(args.folder, 4, seed=0, size=256, fps=25, duration=10.0)
         jobs = [job._replace(seconds=10.0) for job in data.find_jobs(args.folder)[0]]
-        sets = {}
-        for name in PRESETS:
-            sets[name] = scratch / name
-            write(sets[name], name, preparing(jobs, name))
-        drawing(sets)
+        sets = {name: scratch / name for name in PRESETS}
+        for name, root in sets.items():
+            write(root, name, prepare(jobs, name))
+        read(sets)
 
 
 if __name__ == "__main__":

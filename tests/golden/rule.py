@@ -1,10 +1,12 @@
 """Stand-in weights, inputs and recorded outputs for parity tests.
 
-in   a name and a shape: every weight and input is a function of those alone, drawn from PCG64(crc32(name))
-out  arrays as the official code saw them when the *.safetensors files beside this one were recorded from it
+in   a name and a shape: every weight and input is a function of those alone, drawn from
+     PCG64(crc32(name))
+out  arrays as the official code saw them when the *.safetensors files beside this one were
+     recorded from it
 
-The official networks are too large to keep; a rule that fills them equally on both sides replaces them. `*.keys.json` beside
-this file hold each official checkpoint's keys and shapes.
+The official networks are too large to keep; a rule that fills them equally on both sides replaces
+them. `*.keys.json` beside this file hold each official checkpoint's keys and shapes.
 
     python -m pytest tests/test_parity.py -rP        prints every difference measured
 """
@@ -36,9 +38,9 @@ def weight(key, shape):
     """The value of a checkpoint's tensor of one or more dimensions."""
     w = normal(key, *shape)
     if len(shape) > 1:
-        return w.mul_(
-            float(np.float32(1 / np.sqrt(np.prod(shape[1:]))))
-        )  # fan-in, also for embeddings
+        # by fan-in, also for embeddings
+        scale = np.float32(1 / np.sqrt(np.prod(shape[1:])))
+        return w.mul_(float(scale))
     if key.endswith(".running_var"):
         return 1 + 0.1 * w.abs()
     if key.endswith(".weight"):  # every norm's scale
@@ -49,8 +51,11 @@ def weight(key, shape):
 
 
 def fill(model, prefix=""):
-    """Give every weight of `model`, whose keys have `prefix` in the official checkpoint, the rule's value; scalars, counters and
-    the noise schedule (keys without a dot) stay as constructed. A model of weights alone may be on the meta device before."""
+    """Give every weight of `model` the rule's value; `prefix` is that of the official keys.
+
+    Scalars, counters and the noise schedule (keys without a dot) stay as constructed. A model of
+    weights alone may be on the meta device before.
+    """
     state = {}
     for key, old in model.state_dict().items():
         keep = "." not in prefix + key or not old.is_floating_point()
@@ -79,9 +84,8 @@ def relative(ours, official):
 def close(name, ours, official, bound=1e-4):
     """Assert parity, and print what was measured."""
     difference = relative(ours, official)
-    print(
-        f"{name:44s} relative {difference:.1e}   largest {(ours.double() - official.double()).abs().max().item():.1e}"
-    )
+    largest = (ours.double() - official.double()).abs().max().item()
+    print(f"{name:44s} relative {difference:.1e}   largest {largest:.1e}")
     assert difference <= bound, (
         f"{name}: relative L2 difference {difference:.2e}, allowed {bound:g}"
     )

@@ -296,9 +296,10 @@ def test_every_network_is_shipped():
     assert set(file.SITES) == set.union(*(sites(config.unet, config.frames) for config in configs))
 
 
-def test_shipped_launches_are_whole_and_different():
-    launches = file.shipped()
-    assert len({launch["name"] for launch in launches}) == len(launches)
-    for launch in launches:
-        assert set(launch["args"]) | set(launch["constexprs"]) == set(launch["fn"].arg_names)
-        assert launch["constexprs"]["UNIT"] == 8
+def test_shipped_launches_are_complete_and_different():
+    shipped = list(file.shipped())
+    names = {(x.launch.kernel.__name__, x.name) for x in shipped}
+    assert len(names) == len(shipped)
+    for x in shipped:
+        assert list(x.launch.args) == x.launch.kernel.arg_names
+        assert x.launch.args["UNIT"] == 8
