@@ -943,6 +943,46 @@ class Pairs(Windows):
         return {"features": features, "wav": wav}
 
 
+# ---- annotations of hits -------------------------------------------------------------------------
+
+
+def hit_labels(
+    onsets: list, classes: list, start: float, fps: float, frames: int, segments: int
+) -> torch.Tensor:
+    """(segments,) index in `classes` of the material that is hit in each segment of a window.
+
+    onsets [{"time", "material"}] of a clip; start of the window in seconds; frames of a segment;
+    -1: no hit, or several materials.
+    """
+    hits = [set() for _ in range(segments)]
+    for onset in onsets:
+        segment = math.floor((onset["time"] - start) * fps / frames)
+        if 0 <= segment < segments:
+            hits[segment].add(classes.index(onset["material"]))
+    return torch.tensor([hit.pop() if len(hit) == 1 else -1 for hit in hits])
+
+
+class HitLabels:
+    """Materials of hits for all clips of some data sets, from a folder of .json files."""
+
+    def __init__(self, folder: Path, datasets: list, fps: float, frames: int, segments: int):
+        self.window = (fps, frames, segments)
+        self.onsets = {}
+        for clips in datasets:
+            for i in range(len(clips)):
+                name = clips.describe(i)[0]
+                self.onsets[name] = read_onsets(folder / name)
+        materials = {onset["material"] for clip in self.onsets.values() for onset in clip}
+        self.classes = sorted(materials)
+
+    def of(self, batch: dict):
+        """(n, segments) `hit_labels` of a batch's windows."""
+        labels = []
+        for name, start in zip(batch["name"], batch["start"].tolist(), strict=True):
+            labels.append(hit_labels(self.onsets[name], self.classes, start, *self.window))
+        return torch.stack(labels)
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 

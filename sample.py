@@ -295,9 +295,9 @@ class Clip:
     start: float  # seconds into the picture
     duration: float | None  # seconds asked for; None: to the end
     seconds: float  # of picture from `start` on
-    starts: list  # samples at which its windows start
-    features: Tensor  # (f, d)
     profile: Profile
+    starts: list = ()  # samples at which its windows start
+    features: Tensor = None  # (f, d)
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
 
@@ -311,15 +311,6 @@ class Clip:
 
     def is_done(self, settings):
         return len(self.mels) == len(self.starts) * settings.candidates
-
-
-def read_clip(source, models, start, duration, seconds, profile):
-    """The first stage of a video: its windows and the features of its frames."""
-    config = models.ldm.config
-    starts = plan_windows(max(1, round(seconds * SAMPLE_RATE)), config.fps)
-    count = round(starts[-1] * config.fps / SAMPLE_RATE) + config.frames
-    features = video_features(source, models.cavp, count, seconds, start, profile)
-    return Clip(source, start, duration, seconds, starts, features, profile)
 
 
 @torch.no_grad()
@@ -604,7 +595,12 @@ def open_clip(source, models, settings, start, duration, progress):
             if duration is None:
                 seconds = min(seconds, official.SECONDS)
             return generate_as_official(source, models, settings, start, seconds, profile, progress)
-        return read_clip(source, models, start, duration, seconds, profile)
+        config = models.ldm.config
+        clip = Clip(source, start, duration, seconds, profile)
+        clip.starts = plan_windows(clip.samples, config.fps)
+        count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
+        clip.features = video_features(source, models.cavp, count, seconds, start, profile)
+        return clip
     except UserError as error:
         return error
 
@@ -613,19 +609,13 @@ def generate_as_official(source, models, settings, start, seconds, profile, prog
     """What the official demo makes of a video: unmarked, since it is for its numbers."""
     from compat import official
 
-    candidates = settings.candidates if settings.keep_all else 1  # the demo does not rank them
-    features = official.read_features(source, models, settings, start, seconds, profile)
-    windows = len(features) // models.ldm.config.frames
-    progress.add(windows, official.calls(settings))
-    columns = windows * LATENT_SHAPE[2]
-    noise = [noise_field(settings.seed, k, columns) for k in range(candidates)]
-    mels, wavs = official.generate(
-        features, torch.stack(noise), models, settings, progress.callback(1), profile
+    features, mels, wavs = official.generate(
+        source, models, settings, start, seconds, noise_field, profile, progress
     )
-    starts = [k * WINDOW for k in range(windows)]
-    clip = Clip(source, start, seconds, seconds, starts, features, profile)
-    scores = [None] * candidates
-    return make_result(clip, models, settings, False, wavs, scores, 0, torch.cat(list(mels[0]), 1))
+    starts = [k * WINDOW for k in range(len(mels[0]))]
+    clip = Clip(source, start, seconds, seconds, profile, starts, features)
+    mel = torch.cat(list(mels[0]), 1)
+    return make_result(clip, models, settings, False, wavs, [None] * len(mels), 0, mel)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -853,21 +843,6 @@ def report(line, args):
             print(f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}", file=out)
 
 
-def show_warnings(jobs, verbose):
-    """Print each warning about these files and the kernels once; libraries' too if verbose."""
-    ours = ("kernels: ", *(str(video) for video, _, _ in jobs))
-    said = set()
-
-    def show(message, *_):
-        text = str(message)
-        if (verbose or text.startswith(ours)) and text not in said:
-            said.add(text)
-            print(f"sample.py: {text}", file=sys.stderr)
-
-    warnings.simplefilter("always")
-    warnings.showwarning = show
-
-
 def load(args):
     """The models that the arguments ask for."""
     kernels.choose(args.kernels)
@@ -904,7 +879,8 @@ def main(argv=None):
     videos = [video for video, _, error in jobs if error is None]
     any_failed = False
     with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
-        show_warnings(jobs, args.verbose)
+        files = [str(video) for video, _, _ in jobs]
+        cli.show_warnings("sample.py", ("kernels: ", *files), args.verbose)
 
         def on_step(done, total):
             bar.total = total

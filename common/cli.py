@@ -11,6 +11,7 @@ import math
 import numbers
 import signal
 import sys
+import warnings
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +93,20 @@ def renamed(parser, old, new, **options):
     """Take `old` for `new` (both with their dashes): add this after the new flag."""
     dest = new.removeprefix("--").replace("-", "_")
     parser.add_argument(old, dest=dest, action=OldSpelling, new=new, **options)
+
+
+def show_warnings(script, beginnings: tuple, verbose=False):
+    """From now on print each warning that begins so once; libraries' too if verbose."""
+    said = set()
+
+    def show(message, *_):
+        text = str(message)
+        if (verbose or text.startswith(beginnings)) and text not in said:
+            said.add(text)
+            print(f"{script}: {text}", file=sys.stderr)
+
+    warnings.simplefilter("always")
+    warnings.showwarning = show
 
 
 def exit_on_signals(script, message):

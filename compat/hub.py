@@ -2,7 +2,8 @@
 
 in   "mini", "official" or a folder; SimianLuo/Diff-Foley (MIT) on the hub, or on the server that
      HF_ENDPOINT names
-out  paths; the published files in DIFF_FOLEY_CACHE (default: ~/.cache/diff-foley), size and SHA-256 in NAME.json
+out  paths; the published files in DIFF_FOLEY_CACHE (default: ~/.cache/diff-foley), size and SHA-256
+     in NAME.json
 
     python -m compat.hub                     ahead of time, for a machine that will be offline
     python -m compat.hub | sha256sum -c      reads the files through and compares
