@@ -28,7 +28,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """--help shows the docstring as written, and every default that is a value."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+        default = action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
 
