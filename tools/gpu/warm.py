@@ -21,16 +21,16 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-import diffusion
 import kernels
-from align import PRESETS as ALIGN_PRESETS
-from align import Alignment, AlignmentConfig
 from common import cli
 
 kernels.load()  # before the kernels' own files, which look for it
 
+import diffusion  # noqa: E402
 import ldm  # noqa: E402
 import vae  # noqa: E402
+from align import PRESETS as ALIGN_PRESETS  # noqa: E402
+from align import Alignment, AlignmentConfig  # noqa: E402
 from kernels import attention, fast, group_norm, launch, transformer  # noqa: E402
 
 
