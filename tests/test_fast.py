@@ -246,7 +246,7 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
 
 @torch.no_grad()
 def test_windows_of_all_clips_share_the_recorded_steps(records):
-    """`sample.denoise` of two films: two windows at once and a remainder of one, whatever the film."""
+    """`sample.denoise` of two films: two windows at once and a remainder of one, of either film."""
     config = ldm.LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE)
     classifier = AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
     model, align = rule.fill(ldm.LDM(config)), rule.fill(Alignment(classifier))
