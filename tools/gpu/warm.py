@@ -50,6 +50,9 @@ class Fake:
         return GPUTarget("cuda", self.arch, 32)
 
 
+jobs = {}  # forked processes find the launches here by their keys: tensors cannot be sent
+
+
 def key(job):
     """What Triton compiles once: kernel, constants and what is known of each argument."""
     known = [job.kernel.__name__, job.warps, job.stages]
@@ -168,8 +171,9 @@ def sweep():
 SETS = {"paper": paper, "tests": tests, "mini": mini, "sweep": sweep}
 
 
-def compile_one(job):
+def compile_one(name):
     """-> name, seconds, what went wrong"""
+    job = jobs[name]
     start = time.time()
     error = None
     try:
@@ -191,7 +195,6 @@ def main():
     driver.set_active(Fake())
     kernels.active = active
     kernels.mode = "triton"
-    jobs = {}
     for name in args.sets:
         before = len(jobs)
         with launch.recording() as launches:
@@ -199,9 +202,8 @@ def main():
         for job in launches:
             jobs.setdefault(key(job), job)
         print(f"warm.py: {name}: {len(jobs) - before} kernels", flush=True)
-    # forked: the recorded launches need no copying
     with multiprocessing.get_context("fork").Pool(args.j) as pool:
-        done = list(pool.imap_unordered(compile_one, list(jobs.values())[: args.only]))
+        done = list(pool.imap_unordered(compile_one, list(jobs)[: args.only]))
     failed = [(name, error) for name, _, error in done if error]
     for name, error in failed:
         print(f"warm.py: {name}: {error}")
