@@ -80,7 +80,7 @@ class Clips(RandomClips):
             "start": 0.5,
         }
 
-    def about(self, index):
+    def describe(self, index):
         return f"{index % self.length}.mp4", "", "train"
 
 
