@@ -523,42 +523,6 @@ def inner_segments(model):
 # label supervision
 
 
-def hit_labels(onsets: list, classes: list, start: float, config: CAVPConfig):
-    """(segments,) index in `classes` of the material hit in each segment of a window.
-
-    onsets [{"time", "material"}] of a clip, start of the window in seconds; -1: no hit, or several
-    materials.
-    """
-    # materials of each segment
-    hits = [set() for _ in range(config.frames // config.video_pool)]
-    for onset in onsets:
-        segment = math.floor((onset["time"] - start) * config.fps / config.video_pool)
-        if 0 <= segment < len(hits):
-            hits[segment].add(classes.index(onset["material"]))
-    return torch.tensor([hit.pop() if len(hit) == 1 else -1 for hit in hits])
-
-
-class HitLabels:
-    """Materials of hits for all clips of some data sets, from a folder of .json files."""
-
-    def __init__(self, folder: Path, datasets: list, config: CAVPConfig):
-        self.config = config
-        self.onsets = {}
-        for clips in datasets:
-            for i in range(len(clips)):
-                name = clips.describe(i)[0]
-                self.onsets[name] = data.read_onsets(folder / name)
-        materials = {onset["material"] for clip in self.onsets.values() for onset in clip}
-        self.classes = sorted(materials)
-
-    def of(self, batch: dict):
-        """(n, segments) `hit_labels` of a batch's windows."""
-        labels = []
-        for name, start in zip(batch["name"], batch["start"].tolist(), strict=True):
-            labels.append(hit_labels(self.onsets[name], self.classes, start, self.config))
-        return torch.stack(labels)
-
-
 def label_logits(model, features):
     """Unit features (..., 512) of either tower -> (..., classes): one head, so that they agree."""
     return model.label_head(math.sqrt(features.shape[-1]) * features).float()
@@ -639,7 +603,7 @@ def retrieval(similarity):
     return scores
 
 
-def validate(model, clips, device, labels: HitLabels | None = None, most=128, batch_size=8):
+def validate(model, clips, device, labels: data.HitLabels | None = None, most=128, batch_size=8):
     """Retrieval among at most `most` windows, whose similarity is the mean over their segments.
 
     With labels, also the accuracy of both towers on segments with a hit.
@@ -703,9 +667,12 @@ def train(args):
     )
     clips, held_out = training.train_val_split(reader)
     # the label head is part of the network in training only
+    segments = config.frames // config.video_pool  # of a clip
     labels = None
     if args.labels:
-        labels = HitLabels(args.labels, [clips, held_out or []], config)
+        labels = data.HitLabels(
+            args.labels, [clips, held_out or []], config.fps, config.video_pool, segments
+        )
         model.label_head = nn.Linear(config.embed_dim, len(labels.classes))
     model = model.train().to(device)
     model.spec_encoder.to(memory_format=torch.channels_last)
@@ -730,7 +697,6 @@ def train(args):
     )
     network = distributed.wrap_ddp(model, embed)
     encode_chunk = functools.partial(encode, args, network, device)
-    segments = config.frames // config.video_pool  # of a clip
     inner = inner_segments(model)
 
     for step in run:

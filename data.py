@@ -100,6 +100,7 @@ def encode_jpegs(images, size):
         # what is shown for longer than one frame is encoded once
         if image is not previous:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+            # JPEG's own matrix and full range
             frame = scaler.reformat(
                 frame, format="yuvj444p", dst_colorspace="ITU601", dst_color_range="JPEG", threads=1
             )
@@ -127,6 +128,7 @@ def decode_jpegs(jpegs, size):
             raise ValueError("an empty frame")
         (image,) = context.decode(av.Packet(jpeg))
         planes = scaler.reformat(image, format="gbrp", threads=1).planes
+        # planes are green, blue, red, and their rows are padded
         for channel, plane in zip((1, 2, 0), planes, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(size, plane.line_size)
             frame[channel] = rows[:, :size]
@@ -210,13 +212,14 @@ class Writer:
     def __init__(self, root: Path, metadata: dict):
         self.root = Path(root)
         self.names = {}
-        self.lengths = {column: [] for column in metadata["columns"]}
         self.pending = []
         make_folder(self.root)
+        # from here on no other process can write the set, until this one ends in whatever way
         self.acquire_lock()
         # what a kill left of files that were being written
         for part in self.root.glob(".*.part*"):
             part.unlink()
+        # what was begun must have been begun as the same kind of set
         if not (self.root / "set.json").exists():
             self.metadata = {"format": FORMAT, **metadata, "clips": None, "moved": {}, "shards": []}
             self.write_metadata()
@@ -245,21 +248,19 @@ class Writer:
     def resume(self):
         """Go on after the last shard, or in it if a run ended before the set was finished."""
         shards = self.metadata["shards"]
-        interrupted = sum(shard["clips"] for shard in shards) > (self.metadata["clips"] or 0)
         for number in range(len(shards)):
-            path = shard_path(self.root, number)
+            # headers alone: 0.6 ms a shard
+            _, clips = open_shard(shard_path(self.root, number))
+            self.names.update({name: split for name, _, split in clips})
+        if len(self.names) > (self.metadata["clips"] or 0):
+            # the last shard may be short: fill it up and write it anew, as no reader knows it yet
+            shards.pop()
+            path = shard_path(self.root, len(shards))
             file, clips = open_shard(path)
             with reading(path):
-                if interrupted and number == len(shards) - 1:
-                    shards.pop()
-                    for row, clip in enumerate(clips):
-                        keys = {column: f"{row}.{column}" for column in self.lengths}
-                        self.add(*clip, {c: file.get_tensor(key) for c, key in keys.items()})
-                    continue
-                for row, (name, _, split) in enumerate(clips):
-                    self.names[name] = split
-                    for column, lengths in self.lengths.items():
-                        lengths.append(file.get_slice(f"{row}.{column}").get_shape()[0])
+                for row, clip in enumerate(clips):
+                    columns = self.metadata["columns"]
+                    self.add(*clip, {name: file.get_tensor(f"{row}.{name}") for name in columns})
         self.names.update(self.metadata["moved"])
 
     def __enter__(self):
@@ -279,12 +280,11 @@ class Writer:
         """One clip. columns {name: array}, which must not change afterwards."""
         size = sum(array.nbytes for _, arrays in self.pending for array in arrays.values())
         size += sum(array.nbytes for array in columns.values())
+        # before it grows too large, as a shard is written from memory
         if len(self.pending) == SHARD_CLIPS or size > SHARD_BYTES:
             self.write_shard()
         self.pending.append(((name, label, split), columns))
         self.names[name] = split
-        for column, lengths in self.lengths.items():
-            lengths.append(len(columns[column]))
 
     def write_shard(self):
         """The clips added since the last one. Until set.json lists it, a shard does not count."""
@@ -294,11 +294,12 @@ class Writer:
         tensors = {
             f"{row}.{column}": torch.as_tensor(columns[column])
             for row, (_, columns) in enumerate(self.pending)
-            for column in self.lengths
+            for column in self.metadata["columns"]
         }
         clips = [clip for clip, _ in self.pending]
         # one entry of metadata: safetensors writes several in random order
         save_tensors(path, tensors, clips=clips)
+        # a kill before this is listed costs the shard: the next run writes it again
         self.metadata["shards"].append({"clips": len(clips), "sha256": sha256(path)})
         self.write_metadata()
         self.pending = []
@@ -314,6 +315,7 @@ class Writer:
         """
         self.write_shard()
         for split in needed:
+            # by the hash of names, a small set easily has none in "val" or "test"
             counts = Counter(self.names.values())
             if len(self.names) >= 3 and not counts[split]:
                 largest = max(SPLITS, key=lambda other: counts[other])
@@ -321,11 +323,21 @@ class Writer:
                 first = min(donors, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
                 self.names[first] = split
                 self.metadata["moved"][first] = split
-        index = {column: torch.tensor(lengths) for column, lengths in self.lengths.items()}
-        index["split"] = torch.tensor([SPLITS.index(split) for split in self.names.values()])
-        save_tensors(self.root / "index.safetensors", index)
+        # the index first: whoever reads set.json must find a row for each of its clips
+        self.write_index()
         self.metadata["clips"] = len(self.names)
         self.write_metadata()
+
+    def write_index(self):
+        lengths = {column: [] for column in self.metadata["columns"]}
+        for number in range(len(self.metadata["shards"])):
+            file, clips = open_shard(shard_path(self.root, number))
+            for row in range(len(clips)):
+                for column in lengths:
+                    lengths[column].append(file.get_slice(f"{row}.{column}").get_shape()[0])
+        index = {column: torch.tensor(lengths[column]) for column in lengths}
+        index["split"] = torch.tensor([SPLITS.index(split) for split in self.names.values()])
+        save_tensors(self.root / "index.safetensors", index)
 
 
 # ---- preparing ---------------------------------------------------------------------------------
@@ -386,6 +398,7 @@ def find_jobs(raw, table=None):
     root = raw if raw.is_dir() else raw.parent
     names = {path: path.relative_to(root).as_posix() for path in find_videos([raw])}
     left_out = []
+    # a file that is no video was perhaps meant to be one; lists and labels were not
     for path in search(raw)[1] if raw.is_dir() else ():
         if path.suffix.lower() not in TEXT_SUFFIXES:
             name = path.relative_to(root).as_posix()
@@ -403,14 +416,14 @@ def find_jobs(raw, table=None):
 
 def jobs_of_rows(rows, names):
     """Rows of the CSV, {path: name} of the files -> jobs, and how often a row has no file."""
-    # of two files or two rows for one clip the first counts
+    # of two files of one name, as of two rows for one clip, the first counts
     files = {path.stem: path for path in reversed(names)}
     jobs = {}
     missing = 0
     for youtube, start, label, given in rows:
         stem = f"{youtube}_{start:06d}"
         split = split_of(stem, given)
-        if stem in files:
+        if stem in files:  # cut already
             path = files[stem]
             job = Job(names[path], path, 0.0, None, label, split)
         elif youtube in files:
@@ -456,10 +469,11 @@ def encode_columns(job, fps, size):
     if not peak > SILENCE:
         decibels = 20 * math.log10(max(peak, 1e-9))
         return LeftOut("silent", f"its sound never rises above {decibels:.0f} dBFS")
-    # in place, as of a film all this is large
+    # in place, as a film's sound is large
     wav *= 32767
     sound = wav.round(out=wav).astype("<i2")
     del wav
+    # one by one, as nothing could hold a film's frames decoded
     bounds = [0]
     frames = bytearray()
     for jpeg in encode_jpegs(ffmpeg.pictures(job.path, fps, size, job.start, seconds), size):
@@ -477,6 +491,7 @@ def set_up_worker():
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # FFmpeg's decoders go by it, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # inherited from `cli.exit_on_signals`
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow():
@@ -501,6 +516,7 @@ def encode_all(jobs, fps, size, workers):
     try:
         while jobs or ahead:
             try:
+                # anew after a file has killed it
                 pool = pool or ProcessPoolExecutor(workers, initializer=set_up_worker)
                 while jobs and len(ahead) <= 2 * workers:
                     ahead.append((jobs[0], pool.submit(encode_clip, jobs[0], fps, size)))
@@ -553,6 +569,7 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
                 writer.add(job.name, job.label, job.split, columns)
                 for line in mended:
                     bar.write(f"data.py: {line}", file=sys.stderr)
+        # also where there is no clip at all: then it says why
         with (
             atomic_write(writer.root / "left_out.csv") as part,
             open(part, "w", newline="", **NAMES) as file,
@@ -583,6 +600,7 @@ def prepared(root, fps=15.625, size=64, cache=Path("runs") / "prepared") -> Path
         return root
     if not root.is_dir():
         raise MediaError(f"{root}: no such folder; give a prepared set or a folder of videos")
+    # by the path, as folders may have the same name
     path = root.resolve()
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     out = Path(cache) / f"{path.name}-{mark}-{fps:g}fps-{size}px"
@@ -609,6 +627,7 @@ class Set:
     def __init__(self, root: Path):
         self.root = Path(root)
         self.metadata = read_metadata(self.root)
+        # of a set's shards, however many they are, only these take memory
         self.shard = functools.lru_cache(OPEN_SHARDS)(self.open_shard)
         count = self.metadata["clips"]
         if count is None:
@@ -631,33 +650,34 @@ class Set:
     def open_shard(self, number):
         return open_shard(shard_path(self.root, number))
 
-    def locate(self, clip):
-        """-> (shard, place in it) of a clip."""
+    @contextmanager
+    def reading(self, clip):
+        """-> (its shard, its place in it, [name, label, split]); errors within name the clip."""
         number = int(np.searchsorted(self.starts, clip, "right")) - 1
-        return number, int(clip - self.starts[number])
+        row = int(clip - self.starts[number])
+        file, clips = self.shard(number)
+        with reading(shard_path(self.root, number), clips[row][0]):
+            yield file, row, clips[row]
 
     def describe(self, clip):
         """-> name, label and split of a clip."""
-        number, row = self.locate(clip)
-        name, label, _ = self.shard(number)[1][row]
-        return name, label, SPLITS[self.index["split"][clip]]
+        with self.reading(clip) as (_, _, (name, label, _)):
+            return name, label, SPLITS[self.index["split"][clip]]
 
-    def column(self, clip, name, start=0, stop=None):
-        """Entries of a clip's array from `start` to `stop`, as many of them as it has."""
-        number, row = self.locate(clip)
-        file, clips = self.shard(number)
-        with reading(shard_path(self.root, number), clips[row][0]):
+    def column(self, clip, name, start=0, stop=sys.maxsize):
+        """Entries of a clip's array from `start` to `stop`, as far as it goes."""
+        with self.reading(clip) as (file, row, _):
+            # reads those bytes alone
             part = file.get_slice(f"{row}.{name}")
-            stop = min(part.get_shape()[0], sys.maxsize if stop is None else stop)
+            stop = min(stop, part.get_shape()[0])
             if start >= stop:  # safetensors has no empty slices
                 return file.get_tensor(f"{row}.{name}")[:0]
             return part[start:stop]
 
-    def frames(self, clip, start=0, stop=None):
-        """Frames of a clip from `start` to `stop`, as many as it has: uint8 (f, 3, size, size)."""
-        path = shard_path(self.root, self.locate(clip)[0])
-        bounds = self.column(clip, "bounds", start, None if stop is None else stop + 1)
-        with reading(path, self.describe(clip)[0]):
+    def frames(self, clip, start=0, stop=sys.maxsize):
+        """Frames of a clip from `start` to `stop`, as far as it goes: uint8 (f, 3, size, size)."""
+        with self.reading(clip):
+            bounds = self.column(clip, "bounds", start, stop + 1)
             first = int(bounds[0])
             jpegs = self.column(clip, "frames", first, int(bounds[-1])).tobytes()
             pairs = itertools.pairwise(bounds - first)
@@ -688,6 +708,7 @@ def check(root: Path):
             yield str(error)
             continue
         for clip, (name, _, split) in enumerate(descriptions, clips.starts[number]):
+            # what the index must say of this clip
             split = clips.metadata["moved"].get(name, split)
             row = {"split": SPLITS.index(split)}
             try:
@@ -699,7 +720,7 @@ def check(root: Path):
                 yield str(error)
                 continue
             if any(clips.index[key][clip] != value for key, value in row.items()):
-                yield f"{clips.root / 'index.safetensors'}: wrong about {name}; {AGAIN}"
+                yield f"{clips.root / 'index.safetensors'}: {name} is another in its shard; {AGAIN}"
 
 
 def read_onsets(video):
@@ -738,6 +759,7 @@ class Windows(torch.utils.data.Dataset):
                 give = "what python cavp.py --extract wrote"
             raise MediaError(f"{root}: holds {columns}, not {column}; give {give}")
         index = self.set.index
+        # two passes over numbers of the index: no shard is opened for it
         chosen = np.ones(len(index["split"]), bool)
         if split is not None:
             chosen = index["split"] == SPLITS.index(split)
@@ -769,7 +791,7 @@ class Windows(torch.utils.data.Dataset):
         return self.set.describe(self.clips[index % len(self.clips)])
 
     def sound(self, clip, start, count):
-        """`count` samples of a clip from `start` on, or as many as it has: float32 in [-1, 1]."""
+        """`count` samples of a clip from `start` on, as far as it goes: float32 in [-1, 1]."""
         return self.set.column(clip, "sound", start, start + count).astype(np.float32) / 32767
 
     def __len__(self):
@@ -829,6 +851,7 @@ class Clips(Windows):
         start = first / self.fps
         samples = round(frames / self.fps * SAMPLE_RATE)
         name, label, _ = self.set.describe(clip)
+        # frame k is what shows at k / fps, so its sound starts at that moment
         item = {
             "video": padded(self.set.frames(clip, first, first + frames), frames, repeat=True),
             "wav": padded(self.sound(clip, round(start * SAMPLE_RATE), samples), samples),
@@ -912,11 +935,52 @@ class Pairs(Windows):
             features, wav = (torch.cat(parts) for parts in zip(first, second, strict=True))
         else:
             features, wav = self.cut(clip, rng, self.frames, WINDOW)
+        # also without the augmentation a number is drawn, so that it changes no other
         if rng.random() < self.roll:
             n = int(rng.integers(self.frames))
             features = features.roll(n, 0)
             wav = wav.roll(round(n / self.fps * SAMPLE_RATE))
         return {"features": features, "wav": wav}
+
+
+# ---- annotations of hits -------------------------------------------------------------------------
+
+
+def hit_labels(
+    onsets: list, classes: list, start: float, fps: float, frames: int, segments: int
+) -> torch.Tensor:
+    """(segments,) index in `classes` of the material that is hit in each segment of a window.
+
+    onsets [{"time", "material"}] of a clip; start of the window in seconds; frames of a segment;
+    -1: no hit, or several materials.
+    """
+    hits = [set() for _ in range(segments)]
+    for onset in onsets:
+        segment = math.floor((onset["time"] - start) * fps / frames)
+        if 0 <= segment < segments:
+            hits[segment].add(classes.index(onset["material"]))
+    return torch.tensor([hit.pop() if len(hit) == 1 else -1 for hit in hits])
+
+
+class HitLabels:
+    """Materials of hits for all clips of some data sets, from a folder of .json files."""
+
+    def __init__(self, folder: Path, datasets: list, fps: float, frames: int, segments: int):
+        self.window = (fps, frames, segments)
+        self.onsets = {}
+        for clips in datasets:
+            for i in range(len(clips)):
+                name = clips.describe(i)[0]
+                self.onsets[name] = read_onsets(folder / name)
+        materials = {onset["material"] for clip in self.onsets.values() for onset in clip}
+        self.classes = sorted(materials)
+
+    def of(self, batch: dict):
+        """(n, segments) `hit_labels` of a batch's windows."""
+        labels = []
+        for name, start in zip(batch["name"], batch["start"].tolist(), strict=True):
+            labels.append(hit_labels(self.onsets[name], self.classes, start, *self.window))
+        return torch.stack(labels)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -984,6 +1048,7 @@ def run_check(args):
 
 def main():
     args = parse_arguments()
+    # like an exception, so that `Writer` can write what it has
     cli.exit_on_signals("data.py", f"{args.set}: interrupted; run the same command again")
     try:
         faults = args.run(args)

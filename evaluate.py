@@ -47,7 +47,7 @@ import math
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # read when torch loads: waiting threads sleep, so that a busy machine is not slowed down
@@ -404,13 +404,19 @@ def find_sample(folder: Path, video: Path):
     )
 
 
+def settings_of(args):
+    """The command line's settings; ValueError for what cannot be."""
+    names = ("seed", "steps", "cfg", "cg", "sampler")
+    return Settings(**{name: getattr(args, name) for name in names})
+
+
 def generate_sound(video, models, settings):
     """-> the unmarked sound (n,), and the seconds that it took."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         # about the file, which was read before
         warnings.simplefilter("ignore")
-        result = generate(video, models, settings=Settings(**settings), mark=False)
+        result = generate(video, models, settings=settings, mark=False)
     return result.wav, time.perf_counter() - start
 
 
@@ -419,16 +425,16 @@ def make_sounds(videos, args, changes, name):
     if args.samples:
         paths = [find_sample(args.samples, video) for video in videos]
         return share_out(lambda k: (read_audio(paths[k]), math.nan), len(videos), name)
-    settings = {key: getattr(args, key) for key in ("steps", "cfg", "cg", "sampler")} | changes
-    models = load_models(settings.pop("weights", args.weights[0]), args.device)
+    changes = dict(changes)
+    models = load_models(changes.pop("weights", args.weights[0]), args.device)
 
     def make(k):
-        seed = args.seed + k
-        wav, seconds = generate_sound(videos[k], models, {**settings, "seed": seed})
+        settings = replace(settings_of(args), seed=args.seed + k, **changes)
+        wav, seconds = generate_sound(videos[k], models, settings)
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
             path = args.out / f"{videos[k].stem}.foley.wav"
-            write_wav(path, add_watermark(wav), tags_of(models.name, seed))
+            write_wav(path, add_watermark(wav), tags_of(models.name, settings.seed))
         return wav, seconds
 
     return share_out(make, len(videos), name)
@@ -592,7 +598,7 @@ def arguments(argv):
 
     # settings of the generation
     p.add_argument("--seed", type=int, default=0, help="clip k is generated with seed + k")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=25, help="of the sampler")
+    p.add_argument("--steps", type=int, default=25, help="of the sampler")
     p.add_argument(
         "--cfg", type=float, help="classifier-free guidance; default: what suits the weights"
     )
@@ -603,6 +609,7 @@ def arguments(argv):
     if args.samples and (args.ablate or len(args.weights) > 1):
         p.error("--samples: is one row; leave out --ablate and further --weights")
     try:
+        settings_of(args)
         args.device = str(find_device(args.device))
     except ValueError as error:
         p.error(str(error))

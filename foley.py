@@ -114,12 +114,14 @@ def read_table(table: str, make) -> dict:
 
 
 def make_look(*words) -> Look:
+    """A row of LOOK_TABLE."""
     *colors, kind, shine = words
     colors = np.array(colors, float)
     return Look(colors[:3], colors[3:], kind, float(shine))
 
 
 def make_material(*words) -> Material:
+    """A row of MATERIAL_TABLE."""
     numbers = [float(word) for word in words]
     return Material(*numbers[:7], numbers[7:])
 
@@ -256,17 +258,14 @@ def body_sprite(look, ball: bool, size: float, x, y, angle=0.0, alpha=1.0) -> Sp
     return Sprite(look, x, y, (straight, straight), size - straight, angle, alpha)
 
 
-def shadow(world, x, y, size: float) -> Sprite:
-    """Darkens the floor's edge under a body, the more the nearer it is: a cue to contact."""
-    near = np.clip(1 - (world.floor - y - size) / 0.3, 0, 1)
-    alpha = 0.55 * near * (y < world.floor)
-    return Sprite(plain(0.0), x, world.floor + 0.008, (0.8 * size, 0.0), 0.008, alpha=alpha)
-
-
 def add_with_shadow(world, look, ball: bool, size: float, x, y):
     """Adds a body on the track x, y (f,) and its shadow. A ball turns as it rolls."""
+    # darkens the floor's edge under the body, the more the nearer it is: a cue to contact
+    near = np.clip(1 - (world.floor - y - size) / 0.3, 0, 1)
+    alpha = 0.55 * near * (y < world.floor)
+    edge = world.floor + 0.008
+    world.sprites.append(Sprite(plain(0.0), x, edge, (0.8 * size, 0.0), 0.008, alpha=alpha))
     angle = (x - x[0]) / size if ball else 0.0
-    world.sprites.append(shadow(world, x, y, size))
     world.sprites.append(body_sprite(look, ball, size, x, y, angle))
 
 
@@ -507,10 +506,10 @@ def act_bodies(world, rng, left, right):
     unfit = ("cardboard",) if ball else ("rubber", "glass")
     fit = [name for name in world.solids if name not in unfit]
     bodies = []
-    for place in rng.permutation(count):
+    for slot in rng.permutation(count):
         # bodies share the lane evenly; 0.42 of a share keeps neighbors apart, or nearly so
         size = min(rng.uniform(0.05, 0.11), 0.42 * width / count)
-        x = left + 0.02 + (width - 0.04) * (place + rng.uniform(0.4, 0.6)) / count
+        x = left + 0.02 + (width - 0.04) * (slot + rng.uniform(0.4, 0.6)) / count
         thing = Thing.make(rng, rng.choice(fit), size)
         release = rng.uniform(0.2, 0.62 * world.duration)
         look = jitter(rng, thing.material)
@@ -1110,8 +1109,8 @@ def render(world, rng, size: int):
         canvas = np.empty((len(times), side, side, 3), np.float32)
         for picture, time in zip(canvas, times, strict=True):
             # to and fro within the backdrop
-            place = origin + way / world.duration * time
-            x, y = np.abs((place + roam) % (2 * roam) - roam).astype(int)
+            corner = origin + way / world.duration * time
+            x, y = np.abs((corner + roam) % (2 * roam) - roam).astype(int)
             picture[:] = back[y : y + side, x : x + side]
             if changes:
                 mix = np.float32(progress(time, start, 1.5))
@@ -1387,6 +1386,7 @@ def make_set(out, clips: int, workers: int = 1, start: int = 0, **settings) -> i
 
 
 def main(argv=None) -> int:
+    """Exit status: 1 for an error in one line, 130 if interrupted."""
     parser = cli.Parser("foley.py", __doc__)
     add = parser.add_argument
     add("out", metavar="OUT", help="folder for 00000.mp4, 00000.json, ...; clips there are kept")

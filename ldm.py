@@ -57,8 +57,7 @@ from vae import (
 )
 from vae import PRESETS as VAE_PRESETS
 
-# channels, mel rows, columns of 8 mel columns (2048 samples); this file and `align.py` multiply
-# latents by LATENT_SCALE, no other does
+# channels, mel rows, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
 
@@ -630,6 +629,7 @@ def begin_run(args, model, network, validate):
             "--lora RANK: adapts trained weights; "
             "give a rank of 1 or more, and the weights with --init"
         )
+    # adapters, before anything counts what is trained
     if args.lora:
         training.add_lora(network, args.lora, SpatialTransformer)
     training.freeze(args, model)
@@ -769,6 +769,10 @@ def main(argv=None):
     cli.renamed(p, "--shift", "--timestep-shift", type=float)
     args = p.parse_args(argv)
     with distributed.report_errors("ldm.py"):
+        # diffusers' folder stands for its two files, whose sums the run records
+        if args.init and args.init.is_dir():
+            args.init, own = stable_diffusion.weights_in(args.init)
+            args.vae = args.vae or own
         train(args)
 
 

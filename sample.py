@@ -205,19 +205,6 @@ class Models:
         return f"Models({self.name}, on {self.device})"
 
 
-def find_checkpoint(folder, *patterns):
-    """The one file of a folder that fits the first pattern that any fits, or None."""
-    for pattern in patterns:
-        paths = sorted(folder.glob(pattern))
-        if len(paths) > 1:
-            raise CheckpointError(
-                f"{folder}: {paths[0].name} and {paths[1].name} both fit {pattern}; leave only one"
-            )
-        if paths:
-            return paths[0]
-    return None
-
-
 def default_dtype(ldm_path, device):
     """bfloat16 for networks of the published size, on a GPU and on a CPU that computes in it.
 
@@ -241,27 +228,7 @@ def load_models(
     device = find_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {cli.quoted(dtype)}: not one of torch.float32, torch.bfloat16")
-    if weights == "official":
-        folder = hub.official()
-    elif weights == "mini":
-        folder = Path(__file__).parent / "weights" / "mini"
-    else:
-        folder = Path(weights)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder of weights; give mini, official, or a folder that has them"
-        )
-    paths = {
-        "cavp": find_checkpoint(folder, "cavp.safetensors", "cavp*.ckpt"),
-        "ldm": find_checkpoint(folder, "ldm.safetensors", "ldm*.ckpt"),
-        "align": find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt"),
-    }
-    for name in ("cavp", "ldm"):
-        if paths[name] is None:
-            raise CheckpointError(
-                f"{folder}: no {name}.safetensors and no {name}*.ckpt; "
-                "add it, or give another folder"
-            )
+    paths = hub.find_weights(weights)
     if dtype is None:
         dtype = default_dtype(paths["ldm"], device)
 
@@ -270,13 +237,13 @@ def load_models(
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
     if cavp.config.fps != ldm.config.fps:
         raise CheckpointError(
-            f"{folder}: cavp has {cavp.config.fps:g} frames a second, ldm {ldm.config.fps:g}; "
-            "take both from one training"
+            f"{paths['ldm'].parent}: cavp has {cavp.config.fps:g} frames a second, "
+            f"ldm {ldm.config.fps:g}; take both from one training"
         )
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    return Models(cavp, ldm, align, str(device), folder.resolve().name)
+    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -328,9 +295,9 @@ class Clip:
     start: float  # seconds into the picture
     duration: float | None  # seconds asked for; None: to the end
     seconds: float  # of picture from `start` on
-    starts: list  # samples at which its windows start
-    features: Tensor  # (f, d)
     profile: Profile
+    starts: list = ()  # samples at which its windows start
+    features: Tensor = None  # (f, d)
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
 
@@ -344,15 +311,6 @@ class Clip:
 
     def is_done(self, settings):
         return len(self.mels) == len(self.starts) * settings.candidates
-
-
-def read_clip(source, models, start, duration, seconds, profile):
-    """The first stage of a video: its windows and the features of its frames."""
-    config = models.ldm.config
-    starts = plan_windows(max(1, round(seconds * SAMPLE_RATE)), config.fps)
-    count = round(starts[-1] * config.fps / SAMPLE_RATE) + config.frames
-    features = video_features(source, models.cavp, count, seconds, start, profile)
-    return Clip(source, start, duration, seconds, starts, features, profile)
 
 
 @torch.no_grad()
@@ -637,7 +595,12 @@ def open_clip(source, models, settings, start, duration, progress):
             if duration is None:
                 seconds = min(seconds, official.SECONDS)
             return generate_as_official(source, models, settings, start, seconds, profile, progress)
-        return read_clip(source, models, start, duration, seconds, profile)
+        config = models.ldm.config
+        clip = Clip(source, start, duration, seconds, profile)
+        clip.starts = plan_windows(clip.samples, config.fps)
+        count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
+        clip.features = video_features(source, models.cavp, count, seconds, start, profile)
+        return clip
     except UserError as error:
         return error
 
@@ -646,19 +609,13 @@ def generate_as_official(source, models, settings, start, seconds, profile, prog
     """What the official demo makes of a video: unmarked, since it is for its numbers."""
     from compat import official
 
-    candidates = settings.candidates if settings.keep_all else 1  # the demo does not rank them
-    features = official.read_features(source, models, settings, start, seconds, profile)
-    windows = len(features) // models.ldm.config.frames
-    progress.add(windows, official.calls(settings))
-    columns = windows * LATENT_SHAPE[2]
-    noise = [noise_field(settings.seed, k, columns) for k in range(candidates)]
-    mels, wavs = official.generate(
-        features, torch.stack(noise), models, settings, progress.callback(1), profile
+    features, mels, wavs = official.generate(
+        source, models, settings, start, seconds, noise_field, profile, progress
     )
-    starts = [k * WINDOW for k in range(windows)]
-    clip = Clip(source, start, seconds, seconds, starts, features, profile)
-    scores = [None] * candidates
-    return make_result(clip, models, settings, False, wavs, scores, 0, torch.cat(list(mels[0]), 1))
+    starts = [k * WINDOW for k in range(len(mels[0]))]
+    clip = Clip(source, start, seconds, seconds, profile, starts, features)
+    mel = torch.cat(list(mels[0]), 1)
+    return make_result(clip, models, settings, False, wavs, [None] * len(mels), 0, mel)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -886,21 +843,6 @@ def report(line, args):
             print(f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}", file=out)
 
 
-def show_warnings(jobs, verbose):
-    """Print each warning about these files and the kernels once; libraries' too if verbose."""
-    ours = ("kernels: ", *(str(video) for video, _, _ in jobs))
-    said = set()
-
-    def show(message, *_):
-        text = str(message)
-        if (verbose or text.startswith(ours)) and text not in said:
-            said.add(text)
-            print(f"sample.py: {text}", file=sys.stderr)
-
-    warnings.simplefilter("always")
-    warnings.showwarning = show
-
-
 def load(args):
     """The models that the arguments ask for."""
     kernels.choose(args.kernels)
@@ -937,7 +879,8 @@ def main(argv=None):
     videos = [video for video, _, error in jobs if error is None]
     any_failed = False
     with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
-        show_warnings(jobs, args.verbose)
+        files = [str(video) for video, _, _ in jobs]
+        cli.show_warnings("sample.py", ("kernels: ", *files), args.verbose)
 
         def on_step(done, total):
             bar.total = total

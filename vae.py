@@ -71,7 +71,7 @@ RECIPES = {
         "delta_weight": 0.0,
     },
 }
-# what ldm.py, and only ldm.py, multiplies latents by: Stable Diffusion's factor
+# Stable Diffusion's factor, which `ldm.latents` multiplies by: diffusion wants a deviation of 1
 LATENT_SCALE = 0.18215
 # mel columns of a training sample
 CROP = 128

@@ -397,7 +397,8 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
 def config_from_json(cls, values: dict):
     """A configuration dataclass of its JSON form: lists become tuples, dicts nested dataclasses.
 
-    TypeError where a name is not one of its fields."""
+    Raises TypeError where a name is not one of its fields.
+    """
     values = dict(values)
     for field in dataclasses.fields(cls):
         value = values.get(field.name)
@@ -409,8 +410,10 @@ def config_from_json(cls, values: dict):
 
 
 def empty_network(cls, path, values: dict | None, default):
-    """A network of class `cls` on the meta device: of the configuration `values` that the file at
-    `path` holds, or of `default`, the published one, if that is None."""
+    """A network of class `cls` on the meta device. Raises CheckpointError.
+
+    values: the configuration in the file at `path`; None: the network is of `default`.
+    """
     with checkpoint_errors(path, cls), torch.device("meta"):
         return cls(default if values is None else config_from_json(type(default), values))
 
@@ -419,9 +422,11 @@ def load_network(cls, path, default, device="cpu", dtype=torch.float32, without:
     """A network of class `cls` with the weights of a file, strictly; in eval mode.
 
     default: the configuration of a file that has none (a published one); without: dotted names of
-    parts that the caller does not need, neither built nor read. CheckpointError if it does not fit."""
+    parts that the caller does not need. Raises CheckpointError if the weights do not fit.
+    """
     file = Checkpoint(path)
     model = empty_network(cls, path, file.config, default)
+    # what is not needed is neither built nor read
     for name in without:
         parent, _, part = name.rpartition(".")
         if hasattr(model.get_submodule(parent), part):

@@ -11,6 +11,7 @@ import math
 import numbers
 import signal
 import sys
+import warnings
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +28,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """--help shows the docstring as written, and every default that is a value."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+        default = action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
 
@@ -92,6 +94,20 @@ def renamed(parser, old, new, **options):
     """Take `old` for `new` (both with their dashes): add this after the new flag."""
     dest = new.removeprefix("--").replace("-", "_")
     parser.add_argument(old, dest=dest, action=OldSpelling, new=new, **options)
+
+
+def show_warnings(script, beginnings: tuple, verbose=False):
+    """From now on print each warning that begins so once; libraries' too if verbose."""
+    said = set()
+
+    def show(message, *_):
+        text = str(message)
+        if (verbose or text.startswith(beginnings)) and text not in said:
+            said.add(text)
+            print(f"{script}: {text}", file=sys.stderr)
+
+    warnings.simplefilter("always")
+    warnings.showwarning = show
 
 
 def exit_on_signals(script, message):

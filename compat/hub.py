@@ -1,7 +1,9 @@
-"""The published checkpoints from the Hugging Face hub: what `--weights official` calls.
+"""Weights: which files are meant, and the published ones from the Hugging Face hub.
 
-in   SimianLuo/Diff-Foley (MIT) on the hub, or on the server that HF_ENDPOINT names
-out  the files in DIFF_FOLEY_CACHE (default: ~/.cache/diff-foley), size and SHA-256 in NAME.json
+in   "mini", "official" or a folder; SimianLuo/Diff-Foley (MIT) on the hub, or on the server that
+     HF_ENDPOINT names
+out  paths; the published files in DIFF_FOLEY_CACHE (default: ~/.cache/diff-foley), size and SHA-256
+     in NAME.json
 
     python -m compat.hub                     ahead of time, for a machine that will be offline
     python -m compat.hub | sha256sum -c      reads the files through and compares
@@ -12,8 +14,6 @@ only where a file is missing. It goes on where a connection breaks, but a proces
 begins its file again.
 """
 
-import argparse
-import hashlib
 import json
 import os
 import re
@@ -21,12 +21,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from common import cli, files
 from common.files import UserError
 
 REPO = "SimianLuo/Diff-Foley"
 SUBFOLDER = "diff_foley_ckpt"
 OFFICIAL = ("cavp_epoch66.ckpt", "ldm_epoch240.ckpt", "double_guidance_classifier.ckpt")
-BY_HAND = f"or download {', '.join(OFFICIAL)} yourself and give --weights DIR"
+MINI = Path(__file__).parent.parent / "weights" / "mini"
+BY_HAND = f"or download {', '.join(OFFICIAL)} yourself and give their folder as weights"
 
 
 class HubError(UserError):
@@ -51,10 +53,9 @@ def check(path, size, sha256, remedy):
     """Refuse a file that is not the published one."""
     if path.stat().st_size != size:
         raise HubError(f"{path}: has {path.stat().st_size} bytes, published are {size}; {remedy}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise HubError(f"{path}: has SHA-256 {found}, published is {sha256}; {remedy}")
+    digest = files.sha256(path)
+    if digest != sha256:
+        raise HubError(f"{path}: has SHA-256 {digest}, published is {sha256}; {remedy}")
 
 
 def obtain(target):
@@ -114,13 +115,51 @@ def official():
     return folder
 
 
+def find_checkpoint(folder, *patterns):
+    """The one file of a folder that fits the first pattern that any fits, or None."""
+    for pattern in patterns:
+        paths = sorted(folder.glob(pattern))
+        if len(paths) > 1:
+            raise HubError(
+                f"{folder}: {paths[0].name} and {paths[1].name} both fit {pattern}; leave only one"
+            )
+        if paths:
+            return paths[0]
+    return None
+
+
+def find_weights(weights: str | Path) -> dict[str, Path | None]:
+    """The checkpoints of cavp, ldm and align; align may be None.
+
+    weights: "mini", which is in the repository; "official", downloaded once; or a folder with our
+    three files or the published ones. Raises HubError.
+    """
+    if weights == "official":
+        folder = official()
+    elif weights == "mini":
+        folder = MINI
+    else:
+        folder = Path(weights)
+    if not folder.is_dir():
+        raise HubError(
+            f"{folder}: no such folder of weights; give mini, official, or a folder that has them"
+        )
+    paths = {
+        "cavp": find_checkpoint(folder, "cavp.safetensors", "cavp*.ckpt"),
+        "ldm": find_checkpoint(folder, "ldm.safetensors", "ldm*.ckpt"),
+        "align": find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt"),
+    }
+    for name in ("cavp", "ldm"):
+        if paths[name] is None:
+            raise HubError(
+                f"{folder}: no {name}.safetensors and no {name}*.ckpt; "
+                "add it, or give another folder of weights"
+            )
+    return paths
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        "python -m compat.hub",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.parse_args()
+    cli.Parser("python -m compat.hub", __doc__).parse_args()
     try:
         folder = official()
     except HubError as e:

@@ -69,16 +69,6 @@ def encode(cavp, frames):
     return torch.cat([cavp.encode_clip(chunk) for chunk in frames.split(CHUNK)])
 
 
-def read_features(path, models, settings, start, seconds, profile):
-    """(f, 512) features of the picture from `start` on. Raises OfficialError, MediaError."""
-    check(path, models, settings, seconds)
-    config = models.cavp.config
-    with profile("decode"):
-        frames = read_frames(path, config.fps, config.size, start, seconds)
-    with profile("features"):
-        return encode(models.cavp, frames)
-
-
 def ddim_times(steps):
     """From 1 on by 1000 // `steps`, however many that gives: 31 for 30 (`ddim.py`).
 
@@ -161,10 +151,26 @@ def vocode(mels):
 
 
 @torch.no_grad()
-def generate(features, noise, models, settings, callback, profile):
-    """features (f, 512), noise (k, 4, 16, w * 64) -> mels (k, w, 128, 512), {candidate: wav}."""
+def generate(path, models, settings, start, seconds, noise_field, profile, progress):
+    """-> features (f, 512), mels (k, w, 128, 512), {candidate: wav} of the picture from `start` on.
+
+    noise_field(seed, candidate, columns) -> (4, 16, columns). Raises OfficialError, MediaError.
+    """
+    check(path, models, settings, seconds)
+    config = models.cavp.config
+    with profile("decode"):
+        frames = read_frames(path, config.fps, config.size, start, seconds)
+    with profile("features"):
+        features = encode(models.cavp, frames)
+    windows = len(features) // models.ldm.config.frames
+    progress.add(windows, calls(settings))
+    # the demo does not rank candidates
+    candidates = range(settings.candidates if settings.keep_all else 1)
+    columns = windows * LATENT_SHAPE[2]
+    noise = torch.stack([noise_field(settings.seed, k, columns) for k in candidates])
     with profile("sampling"):
-        mels = sample_mels(features, models, noise.to(models.device), settings, callback).cpu()
+        noise = noise.to(models.device)
+        mels = sample_mels(features, models, noise, settings, progress.callback(1)).cpu()
     with profile("vocoder"):
-        wavs = {k: vocode(mels[k]) for k in range(len(mels))}
-    return mels, wavs
+        wavs = {k: vocode(mels[k]) for k in candidates}
+    return features, mels, wavs

@@ -1,12 +1,15 @@
-"""Fused Triton kernels for NVIDIA GPUs, each file with its plain-torch reference, which is fallback, test oracle and baseline at once.
+"""Fused Triton kernels for NVIDIA GPUs, each file with its plain-torch reference: fallback,
+test oracle and baseline at once.
 
 in   tensors as the networks have them: any strides, float32, float16 or bfloat16
 out  what the reference gives, to its own rounding
 
-`choose("torch")` turns them off, `choose("triton")` insists on them, `choose("auto")` uses them where they can run: on a GPU with Triton
-installed. On a CPU, on Windows and on macOS the references run. With TRITON_INTERPRET=1 they run on CPU tensors, slowly, for tests.
+`choose("torch")` turns them off, `choose("triton")` insists on them, `choose("auto")` uses them
+where they can run: on a GPU with Triton installed. On a CPU, on Windows and on macOS the references
+run. With TRITON_INTERPRET=1 they run on CPU tensors, slowly, for tests.
 """
 
+import contextlib
 import importlib
 import os
 import warnings
@@ -14,6 +17,7 @@ import warnings
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 mode = "auto"
 triton = None  # the module, where kernels can run; on Windows and macOS there is none
 
@@ -21,18 +25,18 @@ triton = None  # the module, where kernels can run; on Windows and macOS there i
 def load():
     """Import Triton: half a second and 60 MB, so only where something can run on it."""
     global triton
-    try:
+    with contextlib.suppress(ImportError):
         triton = importlib.import_module("triton")
-    except ImportError:
-        pass
 
 
+# on a machine without a GPU nothing can run on Triton, unless interpreted
 if INTERPRETED or torch.cuda.is_available():
     load()
 
 
 def choose(name):
-    """auto, triton or torch, from now on, in this process."""
+    """auto, triton or torch, from now on, in this process. Raises ValueError for another name, and
+    for triton where it cannot run."""
     global mode
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels {name!r}; give auto, triton or torch")
@@ -44,22 +48,26 @@ def choose(name):
 
 
 def active(*tensors):
-    """Whether the kernels take these tensors: all on one GPU (or any device under the interpreter) and of a dtype they know."""
-    if mode == "torch" or triton is None or torch.compiler.is_compiling() and mode == "auto":
+    """Whether the kernels take these tensors: all on one GPU (or any device under the interpreter)
+    and of a dtype they know."""
+    if mode == "torch" or triton is None:
         return False
-    known = all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in tensors)
-    return known and (INTERPRETED or all(t.is_cuda for t in tensors))
+    if mode == "auto" and torch.compiler.is_compiling():
+        return False  # Inductor fuses the references itself
+    return all(t.dtype in DTYPES and (INTERPRETED or t.is_cuda) for t in tensors)
 
 
 def failed(kernel, error):
-    """A kernel could not be compiled or launched: said once, and the references run from then on."""
+    """A kernel could not be compiled or launched: warns once, and the references run from then on.
+    Where kernels were insisted on, raises the error."""
     global mode
     if mode == "triton":
         raise error
     mode = "torch"
+    # the first line: the rest is the compiler's dump
+    reason = str(error).partition("\n")[0][:120]
     warnings.warn(
-        f"kernels: {kernel} does not run here ({str(error).splitlines()[0][:120]}); going on with torch's own",
-        stacklevel=3,
+        f"kernels: {kernel} does not run here ({reason}); going on with torch's own", stacklevel=3
     )
 
 
@@ -67,4 +75,5 @@ def describe():
     """For a person: which path runs."""
     if mode == "torch" or triton is None:
         return "torch's own kernels"
-    return f"fused kernels of triton {triton.__version__}" + " in its interpreter" * INTERPRETED
+    name = f"fused kernels of triton {triton.__version__}"
+    return f"{name} in its interpreter" if INTERPRETED else name

@@ -1,14 +1,16 @@
-"""What the kernels' benchmarks share: each kernel beside torch's own and torch.compile's, timed inside CUDA graphs, as they run in sampling.
+"""What the kernels' benchmarks share: each kernel beside torch's own and torch.compile's, timed
+inside CUDA graphs, as they run in sampling.
 
-    python -m kernels.attention | kernels.group_norm | kernels.transformer [--out NAME]       on a GPU; NAME.jsonl and NAME.png
+    python -m kernels.attention | kernels.group_norm | kernels.transformer [--out NAME]     on a GPU
 
 in   sites(batch): the places of the networks at which a kernel is timed
-out  microseconds a call; a row is printed, and a line of NAME.jsonl, as soon as it is known
+out  microseconds a call; a row is printed as soon as it is known, with --out to NAME.jsonl too, and
+     a plot to NAME.png
 
-Called one by one, Python's 30 to 130 us before a launch would be what is timed: at small batches the kernels take 3 to 10.
+Called one by one, Python's 30 to 130 us before a launch would be what is timed: at small batches
+the kernels take 3 to 10.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kernels
-from common import plots
+from common import cli, plots
 
 
 class Site(NamedTuple):
@@ -30,24 +32,27 @@ class Site(NamedTuple):
     nbytes: int  # that have to pass through memory, forward
     flops: int = 0  # of matrix products, forward
     leaves: Any = ()  # inputs whose gradients are wanted; () where there is no backward pass
-    backward: float = 1.0  # work forward and backward, in forward's
+    backward: float = 1.0  # work of both passes, in forward's
 
 
 def graph_us(function, calls=20, replays=10):
     """Microseconds of a call: a CUDA graph of so many calls, the median of its replays."""
+    # what is compiled or chosen on a first call is, before recording
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is compiled or chosen on a first call is, here
+    with torch.cuda.stream(side):
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    # many calls in one graph: what is timed is the GPU's work, not Python's
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
     graph.replay()
     torch.cuda.synchronize()
+    # the median: a clock that changes or another process disturbs few replays
     taken = []
     for _ in range(replays):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -59,18 +64,19 @@ def graph_us(function, calls=20, replays=10):
     return 1e3 * sorted(taken)[replays // 2] / calls
 
 
-def reached():
-    """GB/s of a copy of 1 GiB and TFLOP/s of a large product in bfloat16: what this device does at best, to compare rows with."""
-    block, a = (
-        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
-        torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda"),
-    )
-    return round(2 * block.numel() / 1e3 / graph_us(block.clone, 2)), round(
-        2 * 8192**3 / 1e6 / graph_us(lambda: a @ a, 2)
-    )
+def device_limits():
+    """What this device does at best, to compare rows with: GB/s of a copy of 1 GiB, and TFLOP/s of
+    a large product in bfloat16."""
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return {
+        "copy_gb_s": round(2 * block.numel() / 1e3 / graph_us(block.clone, 2)),
+        "matmul_tflops": round(2 * 8192**3 / 1e6 / graph_us(lambda: a @ a, 2)),
+    }
 
 
 def microseconds(function, site, backward):
+    """Of the forward pass, or of both."""
     if not backward:
         with torch.no_grad():
             return graph_us(lambda: function(*site.args))
@@ -80,52 +86,72 @@ def microseconds(function, site, backward):
 
 
 def compiled(reference, mode):
+    # what was compiled for one site would be specialized on its shapes
     torch.compiler.reset()
     return torch.compile(reference, mode=mode, dynamic=False)
 
 
+def timings(site, backward, mode):
+    """Ours and eager torch; with a mode, torch.compile."""
+    if mode:
+        return {"compiled_us": microseconds(compiled(site.reference, mode), site, backward)}
+    ours = microseconds(site.ours, site, backward)
+    # bytes and products of the passes that ran, for a microsecond
+    work = (site.backward if backward else 1) / ours
+    return {
+        "ours_us": ours,
+        "eager_us": microseconds(site.reference, site, backward),
+        "gb_s": work * site.nbytes / 1e3,
+        "tflops": work * site.flops / 1e6,
+    }
+
+
 def measure(sites, batches, backward, mode):
-    """Rows as they become known: ours and eager of all sites first, then `compiled`, for which each site takes seconds to minutes."""
-    for way in ("ours", "compiled") if mode else ("ours",):
+    """Rows as they become known: ours and eager of all sites first, then `compiled`, for which each
+    site takes seconds to minutes."""
+    # without a mode, ours alone
+    for way in dict.fromkeys((None, mode)):
         for b in batches:
             for site in sites(b):
                 if backward and not len(site.leaves):
                     continue
                 row = {"name": site.name, "b": b, "backward": backward}
                 try:
-                    if way == "compiled":
-                        row["compiled_us"] = microseconds(
-                            compiled(site.reference, mode), site, backward
-                        )
-                    else:
-                        row["ours_us"], row["eager_us"] = (
-                            microseconds(f, site, backward) for f in (site.ours, site.reference)
-                        )
-                        work = (site.backward if backward else 1) / row["ours_us"]
-                        row |= {"gb_s": work * site.nbytes / 1e3, "tflops": work * site.flops / 1e6}
-                except Exception as error:  # of Triton's, Inductor's or the driver's; the other rows are worth having
+                    row |= timings(site, backward, way)
+                except Exception as error:  # Triton's, Inductor's, the driver's; go on with others
                     row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 yield row
 
 
 def plot(metadata, rows, path):
+    """Times torch's own, at every site."""
+    # ours and compiled rows of a site come apart
     merged = {}
     for row in rows:
         merged.setdefault(f"b{row['b']} {row['name']}", {}).update(row)
-    done = {name: row for name, row in merged.items() if "ours_us" in row}
-    ratios = {
-        way: {n: row[f"{way}_us"] / row["ours_us"] for n, row in done.items() if f"{way}_us" in row}
-        for way in ("eager", "compiled")
-    }
+    ratios = {"eager": {}, "compiled": {}}
+    for name, row in merged.items():
+        for way, ratio in ratios.items():
+            if "ours_us" in row and f"{way}_us" in row:
+                ratio[name] = row[f"{way}_us"] / row["ours_us"]
     title = f"{metadata['benchmark']}, {metadata['device']}, bfloat16"
     plots.plot_speedups(path, title, ratios)
 
 
+def show(row):
+    """A line for a person."""
+    cells = f"b{row['b']:<4d}{row['name']:34}"
+    for key, value in row.items():
+        if isinstance(value, float):
+            cells += f"  {key} {value:9.2f}"
+        elif key == "error":
+            cells += f"  {value}"
+    print(cells, flush=True)
+
+
 def run(module, description, sites, argv=None):
     """The command of a kernel's file; sites(batch) gives what to time on the GPU."""
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser(module, description)
     p.add_argument("--out", type=Path, metavar="NAME", help="write NAME.jsonl and NAME.png too")
     p.add_argument(
         "--batch",
@@ -134,43 +160,33 @@ def run(module, description, sites, argv=None):
         default=[2, 16, 128],
         help="twice as many as clips, with classifier-free guidance",
     )
-    p.add_argument(
-        "--backward",
-        action="store_true",
-        help="time forward and backward pass together, where there is one",
-    )
+    p.add_argument("--backward", action="store_true", help="time both passes, where there are two")
     p.add_argument(
         "--mode", default="max-autotune-no-cudagraphs", help="torch.compile's; none: leave it out"
     )
     args = p.parse_args(argv)
     if not torch.cuda.is_available() or kernels.triton is None:
         sys.exit(f"{module}: there is nothing to time without an NVIDIA GPU and Triton")
+    # a kernel that fails must not be timed as torch's own
     kernels.choose("triton")
-    copy_gb_s, matmul_tflops = reached()
-    about = {
+    metadata = {
         "benchmark": module,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": kernels.triton.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "mode": args.mode,
-        "copy_gb_s": copy_gb_s,
-        "matmul_tflops": matmul_tflops,
+        **device_limits(),
     }
-    print(*(f"{k} {v}" for k, v in about.items()), sep="; ", flush=True)
+    print(*(f"{key} {value}" for key, value in metadata.items()), sep="; ", flush=True)
+    mode = None if args.mode == "none" else args.mode
     rows = []
-    for row in measure(
-        sites, args.batch, args.backward, None if args.mode == "none" else args.mode
-    ):
+    for row in measure(sites, args.batch, args.backward, mode):
         rows.append(row)
-        cells = "".join(
-            f"  {k} {v:9.2f}" if isinstance(v, float) else f"  {v}"
-            for k, v in row.items()
-            if k not in ("name", "b", "backward")
-        )
-        print(f"b{row['b']:<4d}{row['name']:34}{cells}", flush=True)
+        show(row)
         if args.out:
+            # written row by row: a run that is cut off leaves what it measured
             with args.out.with_suffix(".jsonl").open("a" if len(rows) > 1 else "w") as lines:
-                print(json.dumps(about | row), file=lines)
+                print(json.dumps(metadata | row), file=lines)
     if args.out:
-        plot(about, rows, args.out.with_suffix(".png"))
+        plot(metadata, rows, args.out.with_suffix(".png"))

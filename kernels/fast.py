@@ -45,21 +45,36 @@ KEPT = 4  # recorded steps of a U-Net, each with its memory: a batch, its remain
 # operations are private to torch: they are those that torch.compile's frozen CPU graphs call,
 # without its minutes of compilation
 
+PACKED_SINCE = (2, 11)  # torch: earlier versions were not tried
 NOTHING_BEHIND = "none", [], ""  # the pointwise operation that oneDNN could append
 
 
 def can_pack(dtype):
-    """Whether this CPU and this build of torch have what it takes, and whether it pays: in bfloat16
-    it was worth 6 to 20 %, and moments in which a weight lies in memory twice took `sample.py` from
-    1.13 to 1.20 times the size of its files."""
+    """Whether this CPU and this torch can do it, and whether it pays: in bfloat16 it was worth 6 to
+    20 %, and moments in which a weight lies in memory twice took `sample.py` from 1.13 to 1.20
+    times the size of its files."""
     return (
         dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and platform.machine() in ("x86_64", "AMD64")
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.__version__ >= PACKED_SINCE
+        and _packing_works()
     )
+
+
+@functools.cache
+@torch.no_grad()
+def _packing_works():
+    """Whether this torch has the private operations, with the arguments given to them here."""
+    x = torch.zeros(1, 16, 8, 8)
+    product = nn.utils.skip_init(nn.Linear, 8, 8)
+    product.forward = MethodType(_packed_product, product)
+    try:
+        _packed_convolution(nn.utils.skip_init(nn.Conv2d, 16, 16, 3), x)
+        add_product(product(x), x, product)
+    except Exception:  # whatever it is, torch's own operations will do
+        return False
+    return True
 
 
 def _packed_convolution(self, x):
@@ -86,16 +101,17 @@ def _packed_product(self, x):
     return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *NOTHING_BEHIND)
 
 
+PACKED = {nn.Conv2d: _packed_convolution, nn.Linear: _packed_product}
+
+
 def pack(network):
     """In place, for a network through which no gradient passes. Each weight is ordered at its first
     use. -> network"""
     weight = next(network.parameters())
     if kernels.mode != "torch" and weight.device.type == "cpu" and can_pack(weight.dtype):
         for layer in network.modules():
-            if type(layer) is nn.Conv2d:
-                layer.forward = MethodType(_packed_convolution, layer)
-            elif type(layer) is nn.Linear:
-                layer.forward = MethodType(_packed_product, layer)
+            if type(layer) in PACKED:
+                layer.forward = MethodType(PACKED[type(layer)], layer)
     return network
 
 
@@ -115,7 +131,7 @@ def linear(weight, bias=None):
 def add_product(x, y, layer):
     """x (..., n) + layer(y), y (..., k). Where the product can add to what is there, it does, in
     x's own memory: x is not to be used afterwards."""
-    if isinstance(layer.forward, MethodType) and layer.forward.__func__ is _packed_product:
+    if layer.forward.__func__ is _packed_product:
         _order(layer, y.numel() // y.shape[-1])
         return torch.ops.mkldnn._linear_pointwise.binary(y, x, layer.weight, layer.bias, "add")
     if layer.bias is not None:
@@ -126,7 +142,7 @@ def add_product(x, y, layer):
     return add(y.flatten(0, -2), layer.weight.t()).view(x.shape)
 
 
-def normalise(norm, x, **around):
+def normalize(norm, x, **around):
     return group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **around)
 
 
@@ -147,8 +163,8 @@ class FusedResBlock:
 
     def forward(self, x, shift, skip=None):
         """(b, c, h, w), what the time adds (b, c_out), (b, skip_width, h, w) -> (b, c_out, h, w)"""
-        h = self.in_layers["2"](normalise(self.in_layers["0"], x, silu=True, skip=skip))
-        h = self.out_layers["3"](normalise(self.out_layers["0"], h, silu=True, add=shift))
+        h = self.in_layers["2"](normalize(self.in_layers["0"], x, silu=True, skip=skip))
+        h = self.out_layers["3"](normalize(self.out_layers["0"], h, silu=True, add=shift))
         if isinstance(self.skip_connection, nn.Identity):
             return x + h
         h = h.permute(0, 2, 3, 1)
@@ -213,7 +229,7 @@ class FusedSpatialTransformer:
     def forward(self, x, keys_values):
         """(b, c, h, w), of each block two of (b, m, heads, d) -> (b, c, h, w)"""
         before = None if self.before is None else self.before.expand(len(x), -1)
-        y = normalise(self.norm, x, add=before).permute(0, 2, 3, 1)
+        y = normalize(self.norm, x, add=before).permute(0, 2, 3, 1)
         b, h, w, c = y.shape
         y = self.proj_in(y.reshape(b, h * w, c))
         for block in self.transformer_blocks:
@@ -261,8 +277,8 @@ class Condition:
     shifts: torch.Tensor | None = None  # (times, n): what each adds in all residual blocks
 
     def tensors(self):
-        found = [x for pair in self.keys_values for x in pair]
-        return found + [x for x in (self.columns, self.shifts) if x is not None]
+        tensors = [*itertools.chain(*self.keys_values), self.columns, self.shifts]
+        return [x for x in tensors if x is not None]
 
 
 class FusedBackbone:
@@ -318,40 +334,37 @@ class FusedBackbone:
             shifts = condition.shifts[row_of(condition.times, t).to(x.device)]
         return self.step(x, shifts, condition)
 
-    def fused_down(self, x, shifts, keys_values, columns):
+    def fused_down(self, x, shifts, condition):
+        """The way down and the middle block, and the maps to be read on the way up; then iterators
+        of what the blocks that follow take, in their order."""
+        shifts = iter(shifts.expand(len(x), -1).split(self.shift_widths, 1))
+        keys_values = iter(condition.keys_values)
         x = x.to(self.dtype, memory_format=torch.channels_last)
         h = self.input_blocks[0](x, shifts, keys_values)
         if self.config.aligned:
-            self.check_frames(self.config.aligned * columns.shape[3], x.shape[3])
-            h = h + columns
+            self.check_frames(self.config.aligned * condition.columns.shape[3], x.shape[3])
+            h = h + condition.columns
         skips = [h]
         for block in list(self.input_blocks)[1:]:
             h = block(h, shifts, keys_values)
             skips.append(h)
-        return self.middle_block(h, shifts, keys_values), skips
-
-    def parts(self, x, shifts, condition):
-        """Iterators of what the blocks take, in their order."""
-        shifts = shifts.expand(len(x), -1).split(self.shift_widths, 1)
-        return iter(shifts), iter(condition.keys_values)
+        return self.middle_block(h, shifts, keys_values), skips, shifts, keys_values
 
 
 class FusedUNet(FusedBackbone):
     def step(self, x, shifts, condition):
         """(b, 4, 16, w), (b or 1, n) -> eps (b, 4, 16, w)"""
-        shifts, keys_values = self.parts(x, shifts, condition)
-        h, skips = self.fused_down(x, shifts, keys_values, condition.columns)
+        h, skips, shifts, keys_values = self.fused_down(x, shifts, condition)
         for block in self.output_blocks:
             h = block(h, shifts, keys_values, skips.pop())
-        return self.out["2"](normalise(self.out["0"], h, silu=True))
+        return self.out["2"](normalize(self.out["0"], h, silu=True))
 
 
 class FusedClassifier(FusedBackbone):
     def step(self, x, shifts, condition):
         """(b, 4, 16, w), (b or 1, n) -> logit (b, 1)"""
-        shifts, keys_values = self.parts(x, shifts, condition)
-        h, _ = self.fused_down(x, shifts, keys_values, condition.columns)
-        h = self.out["2"](normalise(self.out["0"], h, silu=True))
+        h, *_ = self.fused_down(x, shifts, condition)
+        h = self.out["2"](normalize(self.out["0"], h, silu=True))
         return self.classifier(h.mean((2, 3)))
 
 

@@ -33,10 +33,13 @@ kernels.load()  # before the kernels' own files, which look for it
 
 from kernels import attention, group_norm, transformer  # noqa: E402
 
+# the disassemblers come with Triton, like the assembler
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
+# their names on Ampere, Hopper and Blackwell
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[HQ]?MMA)\b")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# of the table, and their widths
 COLUMNS = {"regs": 5, "shared": 8, "spills": 7, "wide": 6, "narrow": 7, "tensor": 7}
 
 
@@ -46,6 +49,7 @@ def source(launch):
     signature = {}
     constants = {}
     attributes = {}
+    # what the launcher would specialize on
     for i, param in enumerate(launch.kernel.params):
         value = launch.args[param.name]
         special = isinstance(value, int) and not param.do_not_specialize
@@ -68,6 +72,7 @@ def launches():
     for module in (attention, group_norm, transformer):
         for shipped in module.shipped():
             launch = shipped.launch
+            # the hash of source, constants and attributes
             key = source(launch).hash(), launch.warps, launch.stages
             if key not in seen:
                 seen.add(key)
@@ -92,6 +97,7 @@ def facts(launch, capability):
     target = GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source(launch), target=target, options=options)
     usage, sass = disassembled(kernel)
+    # global loads: plain, and asynchronous ones to shared memory
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S+", sass)
     wide = sum(".128" in load for load in loads)
     return {
@@ -106,6 +112,7 @@ def facts(launch, capability):
 
 def faults(shipped, capability, row):
     """What is wrong with it, in words."""
+    # lse is float32 beside any dtype
     dtypes = {x.dtype for x in shipped.launch.args.values() if torch.is_tensor(x)}
     if row["spills"]:
         yield f"{row['spills']} spills"
@@ -138,6 +145,7 @@ def main(argv=None):
         name = f"{shipped.launch.kernel.__name__} {shipped.name}"
         if args.only not in name:
             continue
+        # one row for each target
         for capability in args.target or targets:
             row = facts(shipped.launch, capability)
             wrong = "; ".join(faults(shipped, capability, row))
@@ -148,6 +156,7 @@ def main(argv=None):
             done += 1
             print(f"{capability:>4}  {name:<58}{cells}", flush=True)
     print(f"{done} compiled in {time.time() - start:.0f} s, {failed} failed")
+    # nothing compiled is a failure too: --only may be misspelled
     return 1 if failed or not done else 0
 
 

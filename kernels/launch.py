@@ -1,7 +1,7 @@
 """What the kernel files share: launches as values, and torch's own operations where one fails.
 
 A file's launchers end in `Launch.run`. Inside `recording()` nothing is launched but collected, on
-the meta device too: so `kernels.gate`, tools/gpu/warm.py and the tests see what a GPU would get.
+the meta device too: so `kernels.gate`, tools.gpu.warm and the tests see what a GPU would get.
 """
 
 import contextlib
@@ -85,6 +85,7 @@ def guarded(name, run, reference, *args):
 
 def gradients(function, tensors, dy):
     """Of function(*tensors), by autograd; None stands for a tensor that is not there."""
+    # inside a backward pass gradients are not recorded by themselves
     with torch.enable_grad():
         tensors = [x if x is None else x.detach().requires_grad_() for x in tensors]
         y = function(*tensors)

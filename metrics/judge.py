@@ -31,7 +31,16 @@ JITTER = 2  # columns by which training shifts a hit in its excerpt
 CLEAR = 0.25  # seconds after a hit without one of another material, or the hit is left out
 NOTHING = "nothing"  # the class of excerpts without a hit
 
-RECIPES = {"mini": {"steps": 1500, "batch": 128, "micro_batch": 128, "lr": 1e-3, "warmup": 50}}
+RECIPES = {
+    "mini": {
+        "steps": 1500,
+        "batch": 128,
+        "micro_batch": 128,
+        "lr": 1e-3,
+        "warmup": 50,
+        "grad_clip": 0,
+    }
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,7 +89,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Strict."""
+        """The network of a file that training wrote, for use; CheckpointError for any other."""
         return load_network(cls, path, JudgeConfig(), device)
 
 

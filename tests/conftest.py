@@ -1,20 +1,103 @@
-"""Every test and every fixture begins in the same state, whatever ran before it."""
+"""The same state before every test and fixture, whatever ran before; and which tests are fast."""
 
 import os
 import random
 
-# Of several processes on few cores, those that wait must sleep, not spin: two ranks beside other busy
-# processes took 15 minutes instead of one. Read when torch loads, also by processes that tests start.
+import numpy as np
+import pytest
+
+# Of several processes on few cores, those that wait must sleep, not spin: two ranks beside other
+# busy processes took 15 minutes instead of one. Read when torch is loaded, which therefore comes
+# later, and by the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+# `python -m pytest -m fast` runs the tests of these files in under a minute, but for those named,
+# which take a second or more each. `tests/test_layers.py` checks the names.
+FAST = {
+    # how the code is put together, documents
+    "test_bounds": (),
+    "test_structure": (),
+    "test_layers": (),
+    "test_docs": (
+        "test_commands_name_flags_that_exist",
+        "test_the_code_of_the_interface_page_runs",
+    ),
+    # networks and samplers
+    "test_plain": (),
+    "test_samplers": (),
+    "test_stages": (),
+    "test_fast": (
+        "test_optimised_networks_give_the_same_numbers",
+        "test_a_recorded_step_serves_all_clips",
+    ),
+    "test_parity": (
+        "test_sampling_with_the_full_networks",
+        "test_bfloat16_stages",
+        "test_time_embedding",
+        "test_unet",
+        "test_cavp_video",
+        "test_cavp_audio",
+        "test_autoencoder_encode",
+        "test_autoencoder_decode",
+        "test_a_clip_prepares_its_condition_once",
+        "test_features_do_not_depend_on_chunks",
+        "test_classifier",
+        "test_ldm_decode_is_the_first_channel_clamped",
+        "test_plain_readings_agree",
+        "test_null_context_is_the_conditioner_of_zero_features",
+    ),
+    # sound
+    "test_audio": ("test_griffin_lim_in_chunks_is_the_textbook_one",),
+    "test_foley": ("test_interrupt_leaves_whole_clips_only",),
+    "test_judge": ("test_it_learns_and_loads",),
+    "test_watermark": (
+        "test_confidence_is_what_it_says",
+        "test_the_mark_survives",
+        "test_a_long_sound_is_marked_throughout",
+    ),
+    # files
+    "test_media": ("test_a_full_disk_leaves_nothing",),
+    "test_containers": (
+        "test_two_signals_end_it_at_once",
+        "test_a_dead_decoder_ends_one_input_with_one_line",
+    ),
+    "test_checkpoints": (
+        "test_loading_needs_the_networks_own_memory",
+        "test_autoencoder_loads_out_of_an_ldm_file",
+        "test_mini_presets_load_what_they_save",
+        "test_convert",
+    ),
+    "test_hub": (),
+    # the command line: outputs and mistakes
+    "test_sample": (
+        "test_same_seed_same_sound_at_any_batch",
+        "test_hits_stay_in_time_for_five_minutes",
+        "test_help_and_dashed_names_from_a_shell",
+        "test_ctrl_c_says_one_line_and_leaves_nothing",
+        "test_sound_is_exactly_as_long_as_the_picture",
+        "test_every_sound_that_is_written_is_marked",
+        "test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it",
+        "test_command_writes_video_and_wav_and_says_so",
+        "test_best_candidate_is_the_highest_score_and_scores_see_the_picture",
+        "test_keep_audio_mixes_the_clips_own_sound",
+        "test_another_input_does_not_change_a_sound",
+        "test_two_inputs_of_one_name_are_told_apart",
+        "test_long_sound_is_vocoded_in_spans_without_slip_or_hole",
+    ),
+}
 
-import kernels  # noqa: E402
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.originalname or item.name
+        too_long = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if not too_long and name not in FAST.get(item.path.stem, (name,)):
+            item.add_marker("fast")
 
 
 def seed():
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -22,7 +105,9 @@ def seed():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    kernels.mode = "auto"  # which the main job sets for the whole process
+    import kernels
+
+    kernels.mode = "auto"  # which the main job sets for the process
 
 
 @pytest.hookimpl(tryfirst=True)

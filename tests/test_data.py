@@ -22,13 +22,13 @@ from bounds import PATIENCE
 from clips import clicks, make, one_line, onsets, seen, steady
 from safetensors import safe_open
 from sets import content, names, splits
-from speed_data import of_shards
 from tqdm import tqdm
 
 import cavp
 import data
 from common import audio, ffmpeg, files, media
 from common.checkpoints import save_model
+from tools.speed_data import of_shards
 
 ROOT = Path(__file__).parent.parent
 

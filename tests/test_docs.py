@@ -37,8 +37,8 @@ def commands(page):
     for script, rest in COMMAND.findall(text):
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
         parser = script.split()
-        if script == "data.py" and "prepare" in rest.split():
-            parser += ["prepare"]
+        if script == "data.py":
+            parser += [command for command in ("prepare", "check") if command in rest.split()]
         found.append((tuple(parser), flags))
     return found
 

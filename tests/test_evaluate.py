@@ -389,75 +389,41 @@ def test_sounds_of_another_length_are_measured_over_the_clip(tmp_path):
 
 def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch):
     """Without --samples the models are asked once a video, each time with another seed."""
-    asked, used = [], []
+    calls = []
 
-    def generate(video, models, seed, **settings):
-        asked.append((video.name, seed))
-        used.append(settings)
+    def generate(video, models, *, settings, mark):
+        calls.append((video.name, settings, mark))
         return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
 
     monkeypatch.setattr(
         evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny")
     )
     monkeypatch.setattr(evaluate, "generate", generate)
-    flags = [
-        "--data",
-        str(foley_set),
-        "--out",
-        str(tmp_path),
-        "--clips",
-        "3",
-        "--seed",
-        "5",
-        "--keep",
-    ]
-    evaluate.main([*flags, "--judges", str(tmp_path)])
-    assert asked == [("00000.mp4", 5), ("00001.mp4", 6), ("00002.mp4", 7)]
-    assert sorted(p.name for p in tmp_path.glob("*.wav")) == [
-        f"0000{k}.foley.wav" for k in range(3)
-    ]
-    written = (
-        tmp_path / "00000.foley.wav"
-    )  # marked and tagged; the table is of the sound without the mark
-    assert (
-        media.read_tags(written)["comment"].startswith(f"{watermark.CLAIM} tiny, seed 5")
-        and used[0]["mark"] is False
-    )
-    marked = sample.add_watermark(torch.as_tensor(clicks(times_of(foley_set / "00000.mp4"), 8.192)))
-    assert (media.read_audio(written) - marked).abs().max() < 1e-4
-    assert (
-        json.loads((tmp_path / "evaluate.json").read_text())["rows"]["ours"]["onset_f1_100ms"] > 0.9
-    )
-    asked.clear()
-    evaluate.main(
-        [
-            "--data",
-            str(foley_set),
-            "--out",
-            str(tmp_path),
-            "--clips",
-            "2",
-            "--ablate",
-            "guidance",
-            "--judges",
-            str(tmp_path),
-        ]
-    )
-    assert [(kept["cfg"], kept["cg"]) for kept in used[-8::2]] == [
-        (1.0, 0.0),
-        (1.0, None),
-        (None, 0.0),
-        (None, None),
-    ]
-    assert list(json.loads((tmp_path / "evaluate.json").read_text())["rows"])[:4] == [
-        "none",
-        "classifier",
-        "classifier_free",
-        "both",
-    ]
+    flags = ["--data", str(foley_set), "--out", str(tmp_path), "--judges", str(tmp_path)]
+    evaluate.main([*flags, "--clips", "3", "--seed", "5", "--keep"])
+    seeds = [(name, settings.seed, mark) for name, settings, mark in calls]
+    assert seeds == [("00000.mp4", 5, False), ("00001.mp4", 6, False), ("00002.mp4", 7, False)]
+
+    # --keep writes them marked and tagged; the table is of the sound without the mark
+    names = sorted(p.name for p in tmp_path.glob("*.wav"))
+    assert names == [f"0000{k}.foley.wav" for k in range(3)]
+    kept = tmp_path / "00000.foley.wav"
+    assert media.read_tags(kept)["comment"].startswith(f"{watermark.CLAIM} tiny, seed 5")
+    marked = sample.add_watermark(clicks(times_of(foley_set / "00000.mp4"), 8.192))
+    assert (media.read_audio(kept) - marked).abs().max() < 1e-4
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert written["rows"]["ours"]["onset_f1_100ms"] > 0.9
+
+    # an ablation asks with the settings of each row
+    calls.clear()
+    evaluate.main([*flags, "--clips", "2", "--ablate", "guidance"])
+    scales = [(settings.cfg, settings.cg) for _, settings, _ in calls[::2]]
+    assert scales == [(1.0, 0.0), (1.0, None), (None, 0.0), (None, None)]
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert list(written["rows"])[:4] == ["none", "classifier", "classifier_free", "both"]
 
 
-def test_mistakes_are_one_line(foley_set, tmp_path):
+def test_mistakes_are_one_line(foley_set, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for flags, word in (
         (["--data", str(tmp_path / "none")], "no such folder"),
@@ -472,7 +438,17 @@ def test_mistakes_are_one_line(foley_set, tmp_path):
             and word in str(stopped.value)
             and "\n" not in str(stopped.value)
         )
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(["--data", str(foley_set), "--clips", "1"])
-    assert stopped.value.code == 2
+    capsys.readouterr()
+    for flags in (
+        ["--clips", "1"],
+        ["--cfg", "-1"],
+        ["--sampler", "ddim", "--steps", "1000"],
+        ["--device", "tpu"],
+        ["--samples", str(tmp_path), "--ablate", "cfg"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(["--data", str(foley_set), *flags])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("evaluate.py: ") and message.count("\n") == 1
     assert not (tmp_path / "out" / "evaluate.json").exists()

@@ -119,6 +119,47 @@ def test_one_step_has_one_time():
         eps(x, torch.tensor([500.0, 3.0]))
 
 
+@pytest.fixture
+def untried():
+    """What this torch can do is found out anew, now and after the test."""
+    fast._packing_works.cache_clear()
+    yield
+    fast._packing_works.cache_clear()
+
+
+@pytest.mark.skipif(not fast.can_pack(torch.float32), reason="no oneDNN here")
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch.ops.mkldnn, "_convolution_pointwise"),
+        (torch.ops.mkldnn, "_linear_pointwise"),
+        (torch.ops.mkldnn, "_reorder_linear_weight"),
+        (torch._C._nn, "mkldnn_reorder_conv2d_weight"),
+        (fast, "PACKED_SINCE"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_torch_without_the_private_operations_uses_its_own(untried, monkeypatch, owner, name):
+    def other(weight):
+        raise TypeError("takes 1 positional argument")
+
+    unet, _ = networks("tiny")
+    x, context, _ = clip("one", unet)
+    t = torch.tensor([500.5, 3.0])
+    monkeypatch.setattr(owner, name, (99,) if name == "PACKED_SINCE" else other)
+    assert not fast.can_pack(torch.float32)
+    with torch.no_grad():
+        fused = fast.optimise(copy.deepcopy(unet))
+        rule.close("U-Net", fused(x, t, context), unet(x, t, context), 1e-5)
+    assert not any(weight.is_mkldnn for weight in fused.parameters())
+
+
+def test_looking_for_the_private_operations_draws_no_random_number(untried):
+    state = torch.get_rng_state()
+    fast.can_pack(torch.float32)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 # --------------------------------------------------------------------------------------------------
 # recording
 
@@ -205,7 +246,7 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
 
 @torch.no_grad()
 def test_windows_of_all_clips_share_the_recorded_steps(records):
-    """`sample.denoise` of two films: two windows at once and a remainder of one, whatever the film."""
+    """`sample.denoise` of two films: two windows at once and a remainder of one, of either."""
     config = ldm.LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE)
     classifier = AlignmentConfig(**tiny.TIME, unet=tiny.UNET)
     model, align = rule.fill(ldm.LDM(config)), rule.fill(Alignment(classifier))
@@ -216,7 +257,7 @@ def test_windows_of_all_clips_share_the_recorded_steps(records):
         features = rule.normal(f"film {k}", 300, tiny.TIME["feature_dim"])
         starts = [0, 65536, 131072]
         settings = sample.Settings(seed=k, steps=2).resolve(models)
-        film = sample.Clip(f"film {k}", 0.0, None, 16.4, starts, features, Profile())
+        film = sample.Clip(f"film {k}", 0.0, None, 16.4, Profile(), starts, features)
         windows = film.windows(settings)
         sample.denoise(windows[:2], models, settings)
         sample.denoise(windows[2:], models, settings)

@@ -1,4 +1,7 @@
-"""What only a GPU can show: the kernels as it runs them, recorded steps, the second stream.    python -m pytest -m gpu"""
+"""What only a GPU can show: the kernels as it runs them, recorded steps, the second stream.
+
+python -m pytest -m gpu
+"""
 
 import copy
 
@@ -34,7 +37,8 @@ def insist():
 
 
 def as_exact(run, reference, *tensors, offset=0.0):
-    """Output and all gradients of `run` against the reference in float64; `offset` is how many deviations the inputs are from 0."""
+    """Output and all gradients of `run` against the reference in float64; `offset` is how many
+    deviations the inputs are from 0."""
 
     def results(function, dtype):
         own = [t.detach().to(dtype).requires_grad_() for t in tensors]
@@ -96,7 +100,7 @@ def test_transformer_kernels(dtype):
         (lambda h: [transformer.geglu(h)], lambda h: [transformer.geglu_ref(h)], (x,)),
     ):
         exact = reference(*(t.double() for t in inputs))
-        for ours, theirs, truth in zip(run(*inputs), reference(*inputs), exact):
+        for ours, theirs, truth in zip(run(*inputs), reference(*inputs), exact, strict=True):
             check_kernel("output", ours, theirs, truth)
 
 

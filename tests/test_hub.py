@@ -168,7 +168,7 @@ def test_a_wrong_file_is_refused_and_deleted(server, tmp_path, change):
     server.served[FIRST] = {"short": body[:-5], "long": body + b"more", "other": body[::-1]}[change]
     status, out, error = command(tmp_path, server.url)
     assert status == 1 and not out and error.startswith("compat.hub: ")
-    assert FIRST in error and "give --weights DIR" in error
+    assert FIRST in error and "give their folder as weights" in error
     assert ("SHA-256" if change == "other" else "size") in error
     assert left(tmp_path) == set()
 
@@ -214,7 +214,7 @@ def test_without_a_network(tmp_path):
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         status, out, error = command(tmp_path, **more)
         assert status == 1 and not out and error.startswith(f"compat.hub: {tmp_path / FIRST}: ")
-        assert "; try again later, or download" in error and "give --weights DIR" in error
+        assert "; try again later, or download" in error and "give their folder as weights" in error
 
 
 @optional
@@ -241,7 +241,7 @@ def test_without_the_library_one_line(no_library, tmp_path, monkeypatch, capsys)
     assert not out and error.count("\n") == 1
     assert error.startswith(f"compat.hub: {tmp_path / FIRST}: ")
     assert "pip install huggingface_hub, or download" in error
-    assert all(name in error for name in hub.OFFICIAL) and "give --weights DIR" in error
+    assert all(name in error for name in hub.OFFICIAL) and "give their folder as weights" in error
     assert left(tmp_path) == set()
 
 

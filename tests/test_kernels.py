@@ -1,6 +1,8 @@
-"""The Triton kernels without a GPU: in Triton's interpreter, by the compiler for GPUs that are not here, and counted.
+"""The Triton kernels without a GPU: in Triton's interpreter, by the compiler for GPUs that are not
+here, and counted.
 
-Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the interpreting one runs.
+Interpreting and compiling cannot share a process, so each has its own; `tests/kernels/` is what the
+interpreting one runs.
 """
 
 import collections
@@ -48,7 +50,8 @@ def test_in_the_interpreter(name):
 
 @pytest.fixture(scope="module", params=[None, "3.6.0"], ids=["installed", "3.6.0"])
 def other_triton(request, tmp_path_factory):
-    """Where another Triton lies than the one installed: the compilers differ in what they spill, and torch 2.11 comes with 3.6."""
+    """Where another Triton lies than the one installed: the compilers differ in what they spill,
+    and torch 2.11 comes with 3.6."""
     if request.param is None:
         return {}
     folder = tmp_path_factory.mktemp("triton")
@@ -90,7 +93,7 @@ def test_gate(target, other_triton):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # how many operations a step is
 
 VIEWS = {
@@ -179,7 +182,8 @@ def count_forward(monkeypatch):
 
 
 def test_training_on_a_cpu_avoids_the_fused_attentions_slow_backward(monkeypatch):
-    """In bfloat16 autocast with gradients: plain products, and as good as bfloat16 allows. Everything else: the fused one."""
+    """In bfloat16 autocast with gradients: plain products, and as good as bfloat16 allows.
+    Everything else: the fused one."""
     draw = torch.Generator().manual_seed(0)
     exact = [
         torch.randn(2, n, 3, 32, generator=draw).bfloat16().double().requires_grad_()
@@ -198,8 +202,9 @@ def test_training_on_a_cpu_avoids_the_fused_attentions_slow_backward(monkeypatch
     with torch.autocast("cpu", torch.bfloat16):
         out = attention.attention_ref(*half)
         assert not calls and out.dtype == torch.bfloat16 and out.is_contiguous()
-        for found, expected in zip([out, *torch.autograd.grad(out, half, weight.bfloat16())], true):
-            assert (found.double() - expected).norm() < 0.01 * expected.norm()
+        results = [out, *torch.autograd.grad(out, half, weight.bfloat16())]
+        for result, expected in zip(results, true, strict=True):
+            assert (result.double() - expected).norm() < 0.01 * expected.norm()
         with torch.no_grad():
             attention.attention_ref(*half)
     attention.attention_ref(*half), attention.attention_ref(*exact)
@@ -219,9 +224,9 @@ def test_operations_of_a_unet_forward(monkeypatch):
 
 
 def test_launches_that_no_operation_shows(monkeypatch):
-    """Of a U-Net forward on a GPU: cuDNN's convolutions leave a bias to a launch of its own, a product that adds to something
-    copies that first unless it adds in place, and the norm copies what the time adds unless it reads it where it lies. There
-    were 84, 42 and 22 of these."""
+    """Of a U-Net forward on a GPU: cuDNN's convolutions leave a bias to a launch of its own, a
+    product that adds to something copies that first unless it adds in place, and the norm copies
+    what the time adds unless it reads it where it lies. There were 84, 42 and 22 of these."""
     ops = count_forward(monkeypatch)
     with torch.device("meta"):
         unet = fast.optimise(ldm.UNet(ldm.UNetConfig()))
@@ -234,7 +239,7 @@ def test_launches_that_no_operation_shows(monkeypatch):
     assert len(shifts) == 22 and all(x is group_norm._rows(x) for x in shifts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a CPU's own order of weights
 
 SMALL = ldm.UNetConfig(
@@ -299,7 +304,8 @@ def test_nothing_is_packed_where_torch_is_chosen(fresh):
 def test_a_benchmark_times_ours_before_anything_is_compiled(
     module, backward, tmp_path, monkeypatch
 ):
-    """All of it but the clock, which is a GPU's: the calls and their gradients run, compiled rows come last, one that fails costs no other."""
+    """All of it but the clock, which is a GPU's: the calls and their gradients run, compiled rows
+    come last, one that fails costs no other."""
     for name, small in (
         ("UNET", ((2, 8, 16, 4),)),
         ("TIMED", ((4, 4, 64, 0), (4, 4, 64, 32))),
@@ -341,7 +347,7 @@ def test_flops_and_bytes_are_those_of_the_problem():
     assert site.flops == 4 * 2 * 8 * 1024 * 1024 * 40 and site.nbytes == 4 * 2 * 1024 * 8 * 40 * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # choosing
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import rule
-from plain import plainly
 
 import align
 import cavp
@@ -22,6 +21,7 @@ import vae
 from common import machine
 from compat import official
 from kernels import fast
+from tools.plain import plainly
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,5 @@
-"""The yardstick measures the same work: a plain reading of a network gives that network's numbers. Of both forms, published and mini."""
+"""The yardstick measures the same work: a plain reading of a network gives that network's numbers.
+Of both forms, published and mini."""
 
 import copy
 from dataclasses import replace
@@ -6,12 +7,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from plain import plainly
 
 import align
 import cavp
 import ldm
 import vae
+from tools.plain import plainly
 
 PUBLISHED = replace(tiny.TOWERS, peak=False, clips=3, temporal=cavp.CAVPConfig().temporal)
 
@@ -47,8 +48,9 @@ def network(kind):
     "kind", ["cavp mini", "cavp published", "unet mini", "unet published", "vae mini"]
 )
 def test_a_plain_reading_gives_the_networks_own_numbers(kind):
-    """In float64, where only a mistake shows. In float32 the two round differently, torch's GroupNorm of channels-last maps by as
-    much as 5e-4 where a map's mean is a hundred times its deviation, as with such random weights it can be."""
+    """In float64, where only a mistake shows. In float32 the two round differently, torch's
+    GroupNorm of channels-last maps by as much as 5e-4 where a map's mean is a hundred times its
+    deviation, as with such random weights it can be."""
     torch.manual_seed(0)
     ours, method = network(kind)
     for p in ours.parameters():

@@ -206,7 +206,7 @@ def test_hits_stay_in_time_for_five_minutes(tmp_path):
     features = sample.video_features(
         video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0
     )
-    film = sample.Clip(video, 0.0, None, 308.0, starts, features, Profile())
+    film = sample.Clip(video, 0.0, None, 308.0, Profile(), starts, features)
     settings = Settings(steps=10, cfg=1.0, cg=0.0)
     for k in range(0, len(starts), 8):
         windows = film.windows(settings)[k : k + 8]
@@ -682,7 +682,10 @@ def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights
     monkeypatch.setenv("DIFF_FOLEY_CACHE", str(tmp_path / "cache"))
     status, lines, err = run(capsys, clip, "--out", tmp_path, "--weights", "official")
     assert status == 1 and not lines and len(err) == 1
-    assert "pip install huggingface_hub, or download" in err[0] and "--weights DIR" in err[0]
+    assert (
+        "pip install huggingface_hub, or download" in err[0]
+        and "give their folder as weights" in err[0]
+    )
 
 
 @pytest.mark.parametrize(

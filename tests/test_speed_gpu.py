@@ -1,4 +1,5 @@
-"""The GPU's yardstick without a GPU: every way to run a step gives the same numbers, and compiles to a graph without copies from the CPU."""
+"""tools.speed_gpu without a GPU: every way to run a step gives the same numbers, and compiles to a
+graph without copies from the CPU. The scripts of tools/gpu, dry."""
 
 import json
 import os
@@ -8,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import speed_gpu
 import torch
 
 import align
 import kernels
 import ldm
+from tools import speed_gpu
+from tools.gpu import sweep
 
 UNET = ldm.UNetConfig(
     width=16, multipliers=(1,), blocks=1, attention=(1,), heads=2, context_dim=16, groups=8
@@ -38,7 +40,7 @@ def test_every_way_has_a_row_with_and_without_the_classifier(small, monkeypatch)
         for cg in (0.0, speed_gpu.CG):
             row = speed_gpu.measure(way, 1, cg, "cpu", 1)
             assert "error" not in row and row["ms_per_step"] > 0, row
-            assert row["classifier"] is bool(cg) and speed_gpu.table_row(row).count("|") == 7
+            assert row["classifier"] is bool(cg) and len(speed_gpu.cells(row)) == 6
         names.append(way.name)
     assert names == [
         "ours bfloat16",
@@ -52,7 +54,8 @@ def test_every_way_has_a_row_with_and_without_the_classifier(small, monkeypatch)
 
 
 def test_all_ways_take_the_same_step(small, monkeypatch):
-    """In float32: the classifier guides each of them, and by as much. torch.compile's graphs, one a network, without the minutes of generating code."""
+    """In float32: the classifier guides each of them, and by as much. torch.compile's graphs, one a
+    network, without the minutes of generating code."""
     real = torch.compile
     monkeypatch.setattr(
         torch,
@@ -83,19 +86,18 @@ def test_all_ways_take_the_same_step(small, monkeypatch):
     )  # else a classifier without effect would pass
 
 
-def test_a_way_that_fails_leaves_a_line_and_not_the_run(small):
+def test_a_way_that_fails_leaves_a_line_and_not_the_run(small, tmp_path):
     def unet(x, t, context):
         raise TypeError("not like this")
 
     row = speed_gpu.measure(speed_gpu.Way("broken", unet), 1, 0.0, "cpu", 1)
-    assert row["error"] == "TypeError: not like this" and "not like this" in speed_gpu.table_row(
-        row
-    )
-    speed_gpu.draw([row], "/dev/null")
+    assert row["error"] == "TypeError: not like this" and row["error"] in speed_gpu.cells(row)
+    speed_gpu.plot([row], tmp_path / "speed.png")
 
 
 def test_a_compiled_step_holds_no_tensor_of_the_cpu():
-    """The time embedding's frequencies are made on the device that asks: on the meta device no operation may name another."""
+    """The time embedding's frequencies are made on the device that asks: on the meta device no
+    operation may name another."""
     devices = set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -115,10 +117,12 @@ def test_a_compiled_step_holds_no_tensor_of_the_cpu():
 
 
 def test_one_change_at_a_time_without_a_gpu(tmp_path):
-    """tools/gpu/step.py on small networks: every change leaves the numbers as they are, and the profiler's table has both networks' operations."""
+    """tools.gpu.step on small networks: every change leaves the numbers as they are, and the
+    profiler's table has both networks' operations."""
     command = [
         sys.executable,
-        "tools/gpu/step.py",
+        "-m",
+        "tools.gpu.step",
         "--out",
         tmp_path,
         "--clips",
@@ -143,11 +147,8 @@ def test_one_change_at_a_time_without_a_gpu(tmp_path):
 
 
 def test_the_sweep_starts_with_what_is_shipped(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools" / "gpu"))
-    import sweep
-
     first = {}
-    for name, variant, put, call in sweep.cases(1, "cpu"):
+    for name, variant, put, _ in sweep.cases(1, "cpu"):
         put()
         first.setdefault(name, variant)
         sweep.restore()
@@ -157,9 +158,6 @@ def test_the_sweep_starts_with_what_is_shipped(monkeypatch):
 
 
 def test_the_sweep_says_what_belongs_into_the_tables(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools" / "gpu"))
-    import sweep
-
     def rows(name, **us):
         return [
             {"name": name, "b": b, "variant": variant.replace("_", " "), "us": taken}
@@ -185,7 +183,9 @@ def test_the_check_of_a_gpu_calls_what_is_there():
     for name in ("check.sh", "mini.sh"):
         assert subprocess.run(["bash", "-n", TOOLS / name]).returncode == 0
     called = set(re.findall(r"(?:tools|tests)/[\w/]+\.(?:py|sh)", script))
-    assert called >= {f"tools/gpu/{name}.py" for name in ("warm", "step", "sweep", "weights")}
+    modules = set(re.findall(r"-m (tools[\w.]+)", script))
+    assert modules >= {f"tools.gpu.{name}" for name in ("warm", "step", "sweep", "weights")}
+    called |= {f"{name.replace('.', '/')}.py" for name in modules}
     assert all((TOOLS.parent.parent / path).is_file() for path in called)
     variants = set(re.findall(r'"([^"$]+)"', " ".join(re.findall(r"--only (.*)", script))))
     assert variants <= set(re.findall(r'^    "([^"]+)": \(', (TOOLS / "step.py").read_text(), re.M))

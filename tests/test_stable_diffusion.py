@@ -390,6 +390,20 @@ def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, fo
     assert 0.9 < model.conditioner.embedder[0].weight.std() < 1.1
 
 
+def test_the_command_takes_a_diffusers_folder_as_its_two_files(tmp_path, monkeypatch, states):
+    """So that the run records their sums, as those of any other files it starts from."""
+    files = [
+        write(tmp_path / part / "diffusion_pytorch_model.bin", states[part]) for part in NETWORKS
+    ]
+    parsed = []
+    monkeypatch.setattr(ldm, "train", parsed.append)
+    command = ["--data", "x", "--init", str(tmp_path)]
+    ldm.main(command)
+    ldm.main([*command, "--vae", "other.safetensors"])
+    assert [parsed[0].init, parsed[0].vae] == files
+    assert [parsed[1].init, parsed[1].vae.name] == [files[0], "other.safetensors"]
+
+
 def test_another_networks_file_is_no_start(tmp_path, states):
     wrong = {k: v for k, v in states["unet"].items() if "time_embed" not in k}
     args = argparse.Namespace(

@@ -7,6 +7,7 @@ import torch
 
 import align
 import cavp
+import data
 import ldm
 import vae
 from common import audio
@@ -296,8 +297,8 @@ def test_hit_labels_are_of_segments_with_one_material():
         (4.9, "glass"),
         (5.2, "wood"),
     ]
-    labels = cavp.hit_labels(
-        [{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config
+    labels = data.hit_labels(
+        [{"time": t, "material": m} for t, m in hits], ["glass", "wood"], 1.0, config.fps, 4, 16
     )
     wanted = torch.full((16,), -1)
     # 0.9 and 5.2 are outside, the segment of 1.6 has both materials

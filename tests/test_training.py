@@ -227,16 +227,16 @@ def test_stage_2_goes_on_with_the_autoencoder_that_it_is_given(home, tmp_path):
 
 def test_extracted_features_are_the_towers(home):
     stored = cavp.data.Set(home / "features")
-    assert sorted(stored.text(i, "name") for i in range(4)) == [f"{i:05d}.mp4" for i in range(4)]
+    assert sorted(stored.describe(i)[0] for i in range(4)) == [f"{i:05d}.mp4" for i in range(4)]
     model = cavp.CAVP.load(home / "cavp" / "last.safetensors")
     root = cavp.data.prepared(
         home / "clips", model.config.fps, model.config.size, home / "prepared"
     )
     clip = cavp.data.Clips(root, fps=model.config.fps, size=model.config.size)[0]
-    at = [stored.text(i, "name") for i in range(4)].index(clip["name"])
+    at = [stored.describe(i)[0] for i in range(4)].index(clip["name"])
     with torch.no_grad():
         features = model.encode_video(clip["video"][None].float() / 255)[0]
-    kept = torch.from_numpy(stored.column(at, "features", "<f2").astype("float32")).view(-1, 512)
+    kept = torch.from_numpy(stored.column(at, "features").astype("float32"))
     assert kept.shape == features.shape
     assert (
         kept - features

@@ -3,7 +3,7 @@
 in   how many copies, a seed
 out  a line of figures a command; exit status 1 if anything failed, with the copies in --keep
 
-    python tools/fuzz.py --copies 2000            half an hour on two cores; not part of the tests
+    python -m tools.fuzz --copies 2000            half an hour on two cores; not part of the tests
 
 Twenty seed files of different containers and codecs are made with PyAV. A copy has bytes flipped,
 zeroed, swapped, left out or repeated, or its end cut off. Copies go through `sample.py --steps 1`,
@@ -29,10 +29,9 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import cli
 
-from common import cli  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SILENCE = 30.0  # seconds without a line, after which a run is taken to hang
 MEMORY = 2e9  # bytes that a run may hold
@@ -207,7 +206,7 @@ def check(command: str, folder: Path, statuses, figures: dict) -> bool:
 
 
 def main(argv=None):
-    parser = cli.Parser("fuzz.py", __doc__)
+    parser = cli.Parser("tools.fuzz", __doc__)
     parser.add_argument("--copies", type=int, default=2000, metavar="N", help="damaged copies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -1,8 +1,9 @@
-"""The networks as PyTorch reads plainly, which is how the official code is written: the yardstick of `speed.py` and `speed_training.py`.
+"""The networks in plain PyTorch, as the official code is written: what tools.speed,
+tools.speed_gpu and tools.speed_training compare with.
 
 in   one of our networks
-out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with all its scores in memory, maps as
-     (b, c, h, w) in memory
+out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with
+     all its scores in memory, maps as (b, c, h, w) in memory
 """
 
 from types import MethodType
@@ -25,9 +26,13 @@ def conv_unit(self, x, frames):
 def slow_only(self, video):
     b, frames = video.shape[:2]
     x = video.flatten(0, 1)
+    # all five parts in one go, whole clips at a time
     for part in range(5):
         x = self.run(part, x, frames)
-    return torch.cat([x.mean((2, 3))] + [x.amax((2, 3))] * self.peak, 1).view(b, frames, -1)
+    pooled = x.mean((2, 3))
+    if self.peak:
+        pooled = torch.cat([pooled, x.amax((2, 3))], 1)
+    return pooled.view(b, frames, -1)
 
 
 def attend(q, k, v):
@@ -46,12 +51,12 @@ def attention(self, x, context):
 
 def attn_block(self, x):
     y = self.norm(x)
-    q, k, v = (
-        f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)
-    )  # (b, 1, h*w, c)
+    maps = self.q(y), self.k(y), self.v(y)
+    q, k, v = (z.flatten(2).transpose(1, 2)[:, None] for z in maps)  # (b, 1, h*w, c)
     return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 
+# module class: its plain forward
 FORWARD = {
     cavp.ConvUnit: conv_unit,
     cavp.SlowOnly: slow_only,

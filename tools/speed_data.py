@@ -1,6 +1,6 @@
 """What preparing and reading training clips costs: measured on one core, and for a large set.
 
-    python tools/speed_data.py [FOLDER]
+    python -m tools.speed_data [FOLDER]
 
 FOLDER holds videos with sound; without one, four procedural clips are made. A minute.
 
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -26,11 +25,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the sources lie a folder up
-
-import data  # noqa: E402
-import foley  # noqa: E402
-from common import cli, ffmpeg  # noqa: E402
+import data
+import foley
+from common import cli, ffmpeg
 
 # frames a second, pixels, frames of a window
 PRESETS = {"paper": (4.0, 224, 16), "mini": (15.625, 64, 128)}
@@ -171,7 +168,7 @@ def read(sets):
 
 
 def main():
-    p = cli.Parser("tools/speed_data.py", __doc__)
+    p = cli.Parser("tools.speed_data", __doc__)
     p.add_argument("folder", type=Path, nargs="?", help="videos with sound")
     args = p.parse_args()
     torch.set_num_threads(1)

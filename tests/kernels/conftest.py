@@ -1,8 +1,10 @@
-"""Triton's interpreter repaired, for tests alone: kernels run on CPU tensors, in a process of their own.
+"""Triton's interpreter repaired, for tests alone: kernels run on CPU tensors, in a process of their
+own.
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels
 
-Without the variable nothing here is collected: the same process cannot also compile kernels for GPUs.
+Without the variable nothing here is collected: the same process cannot also compile kernels for
+GPUs.
 """
 
 import os
@@ -26,9 +28,11 @@ def narrowed(x):
 
 
 def repair():
-    """1. tl.dot multiplies the bit patterns of bfloat16 as integers (Triton issue #11584): give it their values.
+    """1. tl.dot multiplies the bit patterns of bfloat16 as integers (Triton issue #11584): give it
+    their values.
     2. float32 to bfloat16 cuts off: round as GPUs do.
-    3. Triton 3.6.0 with NumPy 2.4 or later: a loop's bound is an array of one element, which is no index any more."""
+    3. Triton 3.6.0 with NumPy 2.4 or later: a loop's bound is an array of one element, which is no
+    index any more."""
     import triton.language as tl
     from triton.runtime import interpreter
 

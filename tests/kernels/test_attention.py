@@ -1,4 +1,5 @@
-"""Fused attention against float64, forward and every gradient: as near as torch's own at each dtype (`bounds.check_kernel`).
+"""Fused attention against float64, forward and every gradient: as near as torch's own at each dtype
+(`bounds.check_kernel`).
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/test_attention.py
 """
@@ -50,7 +51,8 @@ def run(f, leaves, views, do):
 def compare(
     leaves, dtype, views=lambda *x: x, do=lambda out: draw(*out.shape).to(out.dtype), magnitude=0.0
 ):
-    """`leaves` hold what q, k and v are made of by `views`; `magnitude` is that of terms which cancel."""
+    """`leaves` hold what q, k and v are made of by `views`; `magnitude` is that of terms which
+    cancel."""
     leaves = [x.to(dtype) for x in leaves]  # memory formats stay
     gradient = do(REFERENCE(*views(*leaves)).detach())
     exact = run(REFERENCE, [x.double() for x in leaves], views, lambda _: gradient.double())
@@ -65,7 +67,7 @@ def qkv(b, heads, n, m, d):
     return draw(b, n, heads, d), draw(b, m, heads, d, seed=1), draw(b, m, heads, d, seed=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # shapes, layouts, values
 
 
@@ -91,7 +93,8 @@ def qkv(b, heads, n, m, d):
     ids=str,
 )
 def test_shapes(shape, dtype):
-    # a single key has no gradient: what is left is the rounding of two products of about 1 that cancel
+    # a single key has no gradient: what is left is the rounding of two products of about 1 that
+    # cancel
     compare(qkv(*shape), dtype, magnitude=1.0 if shape[3] == 1 else 0.0)
 
 
@@ -178,7 +181,7 @@ def test_gradients_arrive_with_any_strides(do):
 )
 def test_offsets(n, m, values, dtype):
     gain, *offsets = values
-    q, k, v = (x + offset for x, offset in zip(qkv(1, 2, n, m, 40), offsets))
+    q, k, v = (x + offset for x, offset in zip(qkv(1, 2, n, m, 40), offsets, strict=True))
     # scores, or products with the gradient, are that much larger than what they differ by
     compare([gain * q, k, v], dtype, magnitude=max(gain, *map(abs, offsets)))
 
@@ -197,7 +200,7 @@ def test_the_same_twice():
     assert all(map(torch.equal, first, second))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # dispatch
 
 
@@ -277,12 +280,13 @@ def test_full_memory_is_no_failure_of_the_kernel(part, monkeypatch):
     assert kernels.mode == "auto"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is shipped
 
 
 def sites(config, frames):
-    """(heads, their width, queries, tokens) of a network's attentions; the middle block is one below the last level."""
+    """(heads, their width, queries, tokens) of a network's attentions; the middle block is one
+    below the last level."""
     levels = len(config.multipliers)
     own = [i for i in range(levels) if 2**i in config.attention]
     return {

@@ -1,4 +1,5 @@
-"""Fused GroupNorm in the interpreter, output and every gradient, against float64: as near as torch's own (`bounds.check_kernel`).
+"""Fused GroupNorm in the interpreter, output and every gradient, against float64: as near as
+torch's own (`bounds.check_kernel`).
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/test_group_norm.py
 """
@@ -32,7 +33,8 @@ def insist():
 
 @pytest.fixture(autouse=True)
 def patched_once(monkeypatch):
-    """The interpreter patches triton.language again at every call of a device function, 3 ms; once a launch will do."""
+    """The interpreter patches triton.language again at every call of a device function, 3 ms; once
+    a launch will do."""
     from triton.runtime import interpreter
 
     tl, patch = group_norm.tl, interpreter._patch_lang
@@ -193,7 +195,8 @@ def test_time_embedding_and_skip(c2, add, silu, offset, layout, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits, offset", [((256, 1024), 0.0), ((256, 512), 100.0)])
 def test_maps_larger_than_a_program_holds(limits, offset, layout, dtype, monkeypatch):
-    """In stretches, the last of them shorter; with the larger second limit the backward pass is still one launch."""
+    """In stretches, the last of them shorter; with the larger second limit the backward pass is
+    still one launch."""
     held, twice = limits
     for name, value in (("HELD", held), ("TWICE", twice), ("TILE", 128), ("STRETCHES", 5)):
         monkeypatch.setattr(group_norm, name, value)

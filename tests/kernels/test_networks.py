@@ -1,4 +1,5 @@
-"""Whole networks and a guided sampling run through the kernels, in the interpreter, beside plain torch.
+"""Whole networks and a guided sampling run through the kernels, in the interpreter, beside plain
+torch.
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/test_networks.py
 """
@@ -48,7 +49,8 @@ def classifier():
 
 @pytest.fixture(autouse=True)
 def no_fallback(monkeypatch):
-    """Where a reference runs while kernels are on, a test would compare torch with itself. (Those for inference alone do with gradients.)"""
+    """Where a reference runs while kernels are on, a test would compare torch with itself. (Those
+    for inference alone do with gradients.)"""
 
     def guarded(name, reference):
         def run(*args, **kwargs):

@@ -1,4 +1,5 @@
-"""The transformer's kernels in Triton's interpreter: as near to float64 as torch's own (`bounds.check_kernel`), in any layout.
+"""The transformer's kernels in Triton's interpreter: as near to float64 as torch's own
+(`bounds.check_kernel`), in any layout.
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/test_transformer.py
 """
@@ -55,7 +56,8 @@ def affine(c, dtype):
 
 
 def check(ours, theirs, exact, offset=0.0):
-    """In the mean square and at worst. Rows whose mean is `offset` deviations away are known to as many times fewer digits."""
+    """In the mean square and at worst. Rows whose mean is `offset` deviations away are known to as
+    many times fewer digits."""
     assert ours.is_contiguous()
     for measure in (rms, largest):
         check_kernel(
@@ -77,7 +79,7 @@ def check_geglu(h):
     check(geglu(h), geglu_ref(h), geglu_ref(h.double()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers
 
 
@@ -114,7 +116,8 @@ def test_other_widths(kernels_only, c):
 
 
 def test_rows_without_one_stride(kernels_only):
-    """Copied: a cut through the tokens, channels that are not neighbours; repeated rows are read where they are."""
+    """Copied: a cut through the tokens, channels that are not neighbours; repeated rows are read
+    where they are."""
     x, y, shared = (
         rows(*shape, dtype=torch.float32) for shape in ((2, 5, 640), (2, 640, 4), (1, 1, 640))
     )
@@ -132,7 +135,8 @@ def test_weights_of_another_dtype(kernels_only):
 
 
 def test_what_is_constant(kernels_only):
-    """No variance: eps keeps the norm finite, and its size decides; a sample's numbers do not depend on the batch."""
+    """No variance: eps keeps the norm finite, and its size decides; a sample's numbers do not
+    depend on the batch."""
     x, (weight, bias) = torch.full((1, 2, 320), 3.0), affine(320, torch.float32)
     assert torch.equal(add_layer_norm(x, None, weight, bias)[1], bias.expand(1, 2, 320))
     x = 1e-3 * rows(4, 3, 320, dtype=torch.float32)
@@ -153,7 +157,7 @@ def test_gates_far_from_zero(kernels_only):
         assert torch.equal(geglu(h)[0, 0], 2 * gate.clamp(min=0).to(dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # where the references run
 
 
@@ -232,7 +236,7 @@ def test_shipped():
     """All published widths in bfloat16, from the launcher itself."""
     names = [shipped.name for shipped in transformer.shipped()]
     widths = (("add_layer_norm", 1), ("layer_norm", 1), ("geglu", 4))
-    assert {f"{name} {times * c} bfloat16" for c in (320, 640, 1280) for name, times in widths} <= set(
-        names
-    )
+    assert {
+        f"{name} {times * c} bfloat16" for c in (320, 640, 1280) for name, times in widths
+    } <= set(names)
     assert len(set(names)) == len(names) == 12

@@ -95,33 +95,33 @@ dub() { # NAME WEIGHTS: one film in two processes, then three in one, whose late
 say "== setup: $SECONDS s"
 case $MODE in
 quick)
-    part warm 45 "$PYTHON" tools/gpu/warm.py -j $JOBS "${FEW[@]}"
+    part warm 45 "$PYTHON" -m tools.gpu.warm -j $JOBS "${FEW[@]}"
     part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${N[@]}" --maxfail=20 --tb=short -W ignore
-    part steps 40 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph"
+    part steps 40 "$PYTHON" -m tools.gpu.step --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph"
     dub "demo" mini
-    part weights 45 "$PYTHON" tools/gpu/weights.py "$WEIGHTS" "${SMALL[@]}"
+    part weights 45 "$PYTHON" -m tools.gpu.weights "$WEIGHTS" "${SMALL[@]}"
     dub "demo, published size" "$WEIGHTS"
     ;;
 sweep)
-    part warm 45 "$PYTHON" tools/gpu/warm.py -j $JOBS --sets sweep "${FEW[@]}"
-    [ -n "$DRY" ] || part sweep 80 "$PYTHON" tools/gpu/sweep.py --out "$OUT"
+    part warm 45 "$PYTHON" -m tools.gpu.warm -j $JOBS --sets sweep "${FEW[@]}"
+    [ -n "$DRY" ] || part sweep 80 "$PYTHON" -m tools.gpu.sweep --out "$OUT"
     [ -n "$FILMS" ] && part "mini in both dtypes" 75 bash tools/gpu/mini.sh
-    [ -n "$DRY" ] || part "8 and 64 clips" 60 "$PYTHON" tools/speed_gpu.py --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
+    [ -n "$DRY" ] || part "8 and 64 clips" 60 "$PYTHON" -m tools.speed_gpu --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
     ;;
 all)
-    part warm 75 "$PYTHON" tools/gpu/warm.py -j $JOBS "${FEW[@]}"
+    part warm 75 "$PYTHON" -m tools.gpu.warm -j $JOBS "${FEW[@]}"
     part tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py "${N[@]}" --maxfail=20 --tb=short -W ignore
-    part steps 110 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph" "one stream" "attention: torch's" "group norm: torch's" "layer norm, geglu: torch's"
+    part steps 110 "$PYTHON" -m tools.gpu.step --out "$OUT" "${CLIPS[@]}" --only ours "torch's kernels, same graph" "one stream" "attention: torch's" "group norm: torch's" "layer norm, geglu: torch's"
     # a process of its own: the first plan that cuDNN takes for a shape stays
-    part "steps, cudnn.benchmark" 70 "$PYTHON" tools/gpu/step.py --out "$OUT" "${CLIPS[@]}" --only cudnn.benchmark
+    part "steps, cudnn.benchmark" 70 "$PYTHON" -m tools.gpu.step --out "$OUT" "${CLIPS[@]}" --only cudnn.benchmark
     dub "demo" mini
-    part weights 45 "$PYTHON" tools/gpu/weights.py "$WEIGHTS" "${SMALL[@]}"
+    part weights 45 "$PYTHON" -m tools.gpu.weights "$WEIGHTS" "${SMALL[@]}"
     dub "demo, published size" "$WEIGHTS"
     if [ -z "$DRY" ]; then
         for name in attention group_norm transformer; do
             part "places of $name" 40 "$PYTHON" -m kernels.$name --batch 2 16 --mode default --out "$OUT/$name"
         done
-        part "table" 170 "$PYTHON" tools/speed_gpu.py --ways ours torch eager compiled --mode reduce-overhead --clips 1 8 --runs 3 --out "$OUT/speed"
+        part "table" 170 "$PYTHON" -m tools.speed_gpu --ways ours torch eager compiled --mode reduce-overhead --clips 1 8 --runs 3 --out "$OUT/speed"
     fi
     ;;
 esac

@@ -1,7 +1,7 @@
-"""The mini model's sounds for held-out clips, in both dtypes: this process draws every WORLD-th
+"""The mini model's sounds for held-out clips, in both dtypes: this process samples every WORLD-th
 clip, clip k with seed k, into OUT/bf16 and OUT/fp32.
 
-    python tools/gpu/mini.py CLIPS RANK WORLD OUT
+    python -m tools.gpu.mini CLIPS RANK WORLD OUT
 """
 
 import os
@@ -9,8 +9,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import soundfile
 import torch
@@ -24,20 +22,23 @@ STEPS = 2 if DRY else 25
 
 
 def main():
-    folder, out = Path(sys.argv[1]), Path(sys.argv[4])
-    rank, world = int(sys.argv[2]), int(sys.argv[3])
-    videos = sorted(folder.glob("*.mp4"))
+    folder, rank, world, out = sys.argv[1:]
+    rank = int(rank)
+    out = Path(out)
+    # the same order in every process
+    videos = sorted(Path(folder).glob("*.mp4"))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         models = load_models("mini", DEVICE, torch.float32 if DRY else dtype)
         (out / name).mkdir(parents=True, exist_ok=True)
-        took = []
-        for k in range(rank, len(videos), world):
+        seconds = []
+        # the seed goes with the clip, so the number of processes changes nothing
+        for k in range(rank, len(videos), int(world)):
             start = time.perf_counter()
             wav = generate(videos[k], models, seed=k, steps=STEPS).wav
-            took.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             path = out / name / f"{videos[k].stem}.foley.flac"
             soundfile.write(path, wav.numpy(), 16000, subtype="PCM_16")
-        print(name, rank, "seconds a clip:", " ".join(f"{t:.2f}" for t in took), flush=True)
+        print(name, rank, "seconds a clip:", " ".join(f"{t:.2f}" for t in seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ trap 'rm -rf "$WORK"' EXIT
 "$PYTHON" foley.py "$WORK/held" --clips "$CLIPS" --seed 1 --workers "$(nproc)" 2>&1 | tail -1
 echo "rendered in $SECONDS s; $(cat "$WORK"/held/*.mp4 | sha256sum)"
 for ((rank = 0; rank < RANKS; rank++)); do
-    "$PYTHON" tools/gpu/mini.py "$WORK/held" "$rank" "$RANKS" "$WORK/out" &
+    "$PYTHON" -m tools.gpu.mini "$WORK/held" "$rank" "$RANKS" "$WORK/out" &
 done
 wait
 for dtype in bf16 fp32; do

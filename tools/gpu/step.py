@@ -1,8 +1,8 @@
 """A guided step of the published size: ours, and ours with one thing changed at a time, each as a
 CUDA graph of its own; then what its time is made of.
 
-    python tools/gpu/step.py --out DIR [--clips 1 8] [--only NAME ...]
-    DRY=1 python tools/gpu/step.py --out DIR          on a CPU: small networks, no graphs
+    python -m tools.gpu.step --out DIR [--clips 1 8] [--only NAME ...]
+    DRY=1 python -m tools.gpu.step --out DIR          on a CPU: small networks, no graphs
 
 in   random weights
 out  DIR/steps.jsonl, line by line, and DIR/profile.txt
@@ -10,30 +10,28 @@ out  DIR/steps.jsonl, line by line, and DIR/profile.txt
 `cudnn.benchmark` is for a process of its own: the first plan that cuDNN takes for a shape stays.
 """
 
-import argparse
 import collections
 import contextlib
 import gc
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import diffusion
 import kernels
 import ldm
 from align import Alignment, AlignmentConfig
+from common import cli
 from kernels import attention, fast, group_norm, transformer
 
 DRY = os.environ.get("DRY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if DRY else ("cuda", torch.bfloat16)
+# for DRY=1: the same code in seconds on a CPU
 SMALL = ldm.UNetConfig(
     width=64, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=2, context_dim=32, groups=16
 )
@@ -45,6 +43,7 @@ def network(cls, config, dtype=DTYPE, seed=0):
     torch.manual_seed(seed)
     with torch.device("meta"):
         m = cls(config)
+    # the noise schedule is no weight: it survives to_empty
     schedule = {k: v for k, v in m.named_buffers() if not v.is_meta}
     m = m.to_empty(device=DEVICE).eval().requires_grad_(False)
     for name, p in m.named_parameters():
@@ -96,6 +95,7 @@ BOTH = "ours", "torch's kernels, same graph"  # measured without the classifier 
 
 def timed(eps, x, times, rounds=5):
     """Median ms of a step over rounds of 25, host's clock around them."""
+    # the first round warms up and records the graph
     out = []
     for _ in range(rounds + 1):
         if not DRY:
@@ -113,6 +113,7 @@ def timed(eps, x, times, rounds=5):
 def run(name, clips, cg, emit, reference, keep=None):
     others, settings = VARIANTS[name]
     kernels.choose("auto" if DRY else settings.get("mode", "triton"))
+    # settings first: they count when the graph is recorded
     torch.backends.cudnn.benchmark = settings.get("benchmark", False)
     start = time.perf_counter()
     unet, align = network(ldm.UNet, UNET), network(Alignment, ALIGN, seed=1)
@@ -124,6 +125,7 @@ def run(name, clips, cg, emit, reference, keep=None):
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
     null_context = torch.zeros_like(context)
     times = diffusion.dpm_times(25)
+    # the variant stands in kernels.fast while its graph is recorded
     with swapped(others):
         eps = fast.guided(
             unet, context, null_context, 4.5, align, features, cg, times, diffusion.sigma
@@ -132,6 +134,7 @@ def run(name, clips, cg, emit, reference, keep=None):
         if keep is not None:
             keep(eps, x, times)
     graphs = [kept.replay is not None for kept in unet.recorded.values()]
+    # every variant is compared with the first one's numbers
     ref = reference.setdefault((clips, cg > 0), z.float().cpu())
     emit(
         {
@@ -146,6 +149,7 @@ def run(name, clips, cg, emit, reference, keep=None):
             "seconds": round(time.perf_counter() - start, 1),
         }
     )
+    # before the next variant: 2 GB of weights and the graph's memory
     if not DRY:
         del eps, unet, align
         gc.collect()  # a network and its recorded steps hold each other
@@ -153,6 +157,7 @@ def run(name, clips, cg, emit, reference, keep=None):
         torch.cuda.reset_peak_memory_stats()
 
 
+# (title, words in the names of its kernels), the first match counts
 GROUPS = (
     ("ours: group norm", "group_norm"),
     ("ours: attention", "attention_"),
@@ -165,6 +170,22 @@ GROUPS = (
 )
 
 
+def device_time(event):
+    """In microseconds; torch's versions name it differently."""
+    for name in ("self_device_time_total", "device_time_total", "self_cuda_time_total"):
+        if getattr(event, name, 0):
+            return getattr(event, name)
+    return 0.0
+
+
+def group_of(kernel):
+    """The first of GROUPS with a word of this kernel's name."""
+    for name, *words in GROUPS:
+        if any(word.lower() in kernel.lower() for word in words):
+            return name
+    return "other"
+
+
 def profile(path):
     def keep(recorded, x, times):
         from torch.profiler import ProfilerActivity
@@ -175,23 +196,14 @@ def profile(path):
                 recorded(x, t.expand(len(x)))
             if not DRY:
                 torch.cuda.synchronize()
-        us = lambda e: next(
-            (
-                getattr(e, a)
-                for a in ("self_device_time_total", "device_time_total", "self_cuda_time_total")
-                if getattr(e, a, 0)
-            ),
-            0.0,
-        )
-        rows = [(e.key, e.count / 3, us(e) / 3) for e in prof.key_averages()]
+        rows = [(e.key, e.count / 3, device_time(e) / 3) for e in prof.key_averages()]
         rows = sorted((r for r in rows if r[2] > 0 or DRY), key=lambda r: -r[2])
-        sums, counts = collections.Counter(), collections.Counter()
+        # first by group, then the longest kernels by name
+        sums = collections.Counter()
+        counts = collections.Counter()
         for key, n, us in rows:
-            group = next(
-                (g[0] for g in GROUPS if any(w.lower() in key.lower() for w in g[1:])), "other"
-            )
-            sums[group] += us
-            counts[group] += n
+            sums[group_of(key)] += us
+            counts[group_of(key)] += n
         with open(path, "a") as f:
             title = "one guided step, kernels of both streams; us and launches a step"
             print(f"\n{len(x)} clips: {title}", file=f)
@@ -205,7 +217,7 @@ def profile(path):
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = cli.Parser("tools.gpu.step", __doc__)
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--clips", type=int, nargs="+", default=[1, 8])
     p.add_argument("--only", nargs="+", default=list(VARIANTS))
@@ -222,6 +234,7 @@ def main():
             flush=True,
         )
 
+    # a variant that fails costs its own row alone
     reference = {}
     for clips in args.clips:
         for name in args.only:

@@ -1,23 +1,22 @@
 """Other sizes of the kernels' blocks at the U-Net's places, timed in CUDA graphs; the shipped one
 first. At the end, what belongs into `group_norm.FEWER`, `attention.HALF` and `attention.SPARSE`.
 
-    python tools/gpu/sweep.py --out DIR         DIR/sweep.jsonl, line by line
-    python tools/gpu/sweep.py --read FILE       what rows of an earlier run say
+    python -m tools.gpu.sweep --out DIR         DIR/sweep.jsonl, line by line
+    python -m tools.gpu.sweep --read FILE       what rows of an earlier run say
 """
 
-import argparse
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import kernels
+from common import cli
 from kernels import attention, group_norm
 from kernels.benchmark import graph_us
 
+# what is shipped, put back after each variant
 GN_PLAN = group_norm.plan
 TABLE = {kind: list(rows) for kind, rows in attention.HALF.items()}
 SPARSE = list(attention.SPARSE)
@@ -29,6 +28,7 @@ def gn_plan(held=None, groups=None, warps=None, stretches=None):
     many more programs), other groups a program, warps, stretches."""
 
     def plan(x, channels, all_groups, last, forward):
+        # the plan reads its limits from the module: change them for this call
         own = group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER
         if held:
             group_norm.HELD = held
@@ -39,14 +39,15 @@ def gn_plan(held=None, groups=None, warps=None, stretches=None):
             place = x[0, 0].numel(), channels // all_groups
             group_norm.FEWER = {place: groups}
         try:
-            *launch, chosen = GN_PLAN(x, channels, all_groups, last, forward)
+            launch = GN_PLAN(x, channels, all_groups, last, forward)
         finally:
             group_norm.HELD, group_norm.STRETCHES, group_norm.TILE, group_norm.FEWER = own
-        return *launch, warps or chosen
+        return replace(launch, warps=warps or launch.warps)
 
     return plan
 
 
+# group norm: name of a variant, its plan
 GN = {
     "shipped": GN_PLAN,
     "one group a program": gn_plan(groups=1),
@@ -56,6 +57,7 @@ GN = {
     "two launches, 4 stretches": gn_plan(1024, stretches=4),
     "two launches, 8 stretches": gn_plan(1024, stretches=8),
 }
+# height, width, channels, of which the skip's
 GN_SITES = [
     (16, 64, 320, 0),
     (16, 64, 640, 320),
@@ -65,6 +67,7 @@ GN_SITES = [
     (4, 16, 1280, 0),
     (4, 16, 2560, 1280),
 ]
+# (heads, width, queries, keys), table, its row, what to try in it
 ATTENTION = [
     (
         (8, 40, 1024, 1024),
@@ -116,6 +119,7 @@ def cases(b, device):
     def drawn(*shape):
         return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
 
+    # the shipped plan comes first and is what others are compared with
     for h, w, c, s in GN_SITES:
         x = drawn(b, c - s, h, w).to(memory_format=torch.channels_last)
         skip = drawn(b, s, h, w).to(memory_format=torch.channels_last) if s else None
@@ -196,9 +200,7 @@ def measure(batches):
 
 @torch.no_grad()
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser("tools.gpu.sweep", __doc__)
     p.add_argument("--out", type=Path, metavar="DIR")
     p.add_argument("--read", type=Path, metavar="FILE")
     p.add_argument("--batch", type=int, nargs="+", default=[2, 16])

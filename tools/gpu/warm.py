@@ -1,15 +1,13 @@
 """Compiles ahead what a first run on a GPU would compile one by one: all Triton kernels of the
 networks, the tests and the sweep, in parallel, without touching the GPU.
 
-    python tools/gpu/warm.py [-j 14] [--sets paper tests mini sweep]
+    python -m tools.gpu.warm [-j 14] [--sets paper tests mini sweep]
 
 Launches are recorded on the meta device with the real networks, then compiled by the very
 JITFunction.run that a launch goes through, under a driver that answers "cuda:90": so the keys in
 Triton's cache are the same.
 """
 
-import argparse
-import functools
 import multiprocessing
 import os
 import sys
@@ -17,25 +15,23 @@ import time
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import torch
-
-import diffusion
-import kernels
-from align import PRESETS as ALIGN_PRESETS
-from align import Alignment, AlignmentConfig
-
-kernels.load()
-
-import triton  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-import ldm
-import vae
-from kernels import attention, fast, group_norm, transformer
+import kernels
+from common import cli
+
+kernels.load()  # before the kernels' own files, which look for it
+
+import diffusion  # noqa: E402
+import ldm  # noqa: E402
+import vae  # noqa: E402
+from align import PRESETS as ALIGN_PRESETS  # noqa: E402
+from align import Alignment, AlignmentConfig  # noqa: E402
+from kernels import attention, fast, group_norm, launch, transformer  # noqa: E402
 
 
 class Fake:
@@ -54,50 +50,22 @@ class Fake:
         return GPUTarget("cuda", self.arch, 32)
 
 
-jobs = {}
-
-
-def record(kernel, args, constants, warps, stages):
-    fixed = {p.name for p in kernel.params if p.do_not_specialize}
-
-    def kind(name, value):
+def key(job):
+    """What Triton compiles once: kernel, constants and what is known of each argument."""
+    known = [job.kernel.__name__, job.warps, job.stages]
+    for param in job.kernel.params:
+        value = job.args[param.name]
         if torch.is_tensor(value):
-            return str(value.dtype)
-        if value is None:
-            return None
-        if name in fixed or isinstance(value, float):
-            return "x"
-        return value == 1, value % 16 == 0
-
-    signature = tuple((name, kind(name, value)) for name, value in args.items())
-    key = kernel.__name__, signature, tuple(constants.items()), warps, stages
-    jobs.setdefault(key, (kernel, args, constants, warps, stages))
+            value = value.dtype
+        elif isinstance(value, int) and not param.is_constexpr:
+            value = None if param.do_not_specialize else (value == 1, value % 16 == 0)
+        known.append(value)
+    return tuple(known)
 
 
-def of_attention(kernel, args, constants, _grid, warps, stages):
-    record(kernel, args, constants, warps, stages)
-
-
-def of_group_norm(kernel, _grid, args, constants, warps):
-    record(kernel, args, constants, warps, 1)
-
-
-def of_transformer(kernel, _programs, args, constants, warps):
-    record(kernel, args, constants, warps, 1)
-
-
-def recording():
-    """Every launcher records instead of launching; `active` takes meta tensors."""
-    for module, names, launch in (
-        (attention, ("forward", "backward"), of_attention),
-        (group_norm, ("forward", "backward"), of_group_norm),
-        (transformer, ("_norm", "_gated"), of_transformer),
-    ):
-        for name in names:
-            setattr(module, name, functools.partial(getattr(module, name), launch=launch))
-    known = torch.float32, torch.float16, torch.bfloat16
-    kernels.active = lambda *tensors: all(x.dtype in known for x in tensors)
-    kernels.mode = "triton"
+def active(*tensors):
+    """`kernels.active`, on the meta device too."""
+    return all(x.dtype in kernels.DTYPES for x in tensors)
 
 
 class ChannelsLast(torch.utils._python_dispatch.TorchDispatchMode):
@@ -119,6 +87,7 @@ def meta(cls, config, dtype):
 
 def guided_step(unet_config, align_config, dtype, frames=32, clips=1):
     """All that sampling launches: a guided step of optimised networks, the score after it."""
+    # both forms of the networks: optimized ones make other calls than plain ones
     unet, align = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
     plain = meta(ldm.UNet, unet_config, dtype), meta(Alignment, align_config, dtype)
     fast.optimise(unet)
@@ -186,8 +155,7 @@ def mini():
 
 
 def sweep():
-    sys.path.insert(0, str(Path(__file__).parent))
-    import sweep as places
+    from tools.gpu import sweep as places
 
     with torch.no_grad():
         for b in (2, 16):
@@ -200,34 +168,40 @@ def sweep():
 SETS = {"paper": paper, "tests": tests, "mini": mini, "sweep": sweep}
 
 
-def compile_one(key):
-    kernel, args, constants, warps, stages = jobs[key]
+def compile_one(job):
+    """-> name, seconds, what went wrong"""
     start = time.time()
     error = None
     try:
-        kernel.warmup(grid=(1,), **args, **constants, num_warps=warps, num_stages=stages)
+        job.kernel.warmup(grid=(1,), **job.args, num_warps=job.warps, num_stages=job.stages)
     except Exception as e:  # of the compiler's many kinds; the others are worth having
-        error = f"{type(e).__name__}: {str(e).splitlines()[0][:150]} {dict(constants)}"
-    return key[0], time.time() - start, error
+        constants = {name: value for name, value in job.args.items() if name.isupper()}
+        error = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:150]} {constants}"
+    return job.kernel.__name__, time.time() - start, error
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.Parser("tools.gpu.warm", __doc__)
     p.add_argument("-j", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes")
     p.add_argument("--sets", nargs="+", choices=list(SETS), default=["paper", "tests", "mini"])
     p.add_argument("--only", type=int, metavar="N", help="the first N, to try it")
     args = p.parse_args()
     start = time.time()
+    # from here on Triton compiles for the GPU that the driver claims
     driver.set_active(Fake())
-    recording()
+    kernels.active = active
+    kernels.mode = "triton"
+    jobs = {}
     for name in args.sets:
         before = len(jobs)
-        SETS[name]()
+        with launch.recording() as launches:
+            SETS[name]()
+        for job in launches:
+            jobs.setdefault(key(job), job)
         print(f"warm.py: {name}: {len(jobs) - before} kernels", flush=True)
+    # forked: the recorded launches need no copying
     with multiprocessing.get_context("fork").Pool(args.j) as pool:
-        done = list(pool.imap_unordered(compile_one, list(jobs)[: args.only]))
+        done = list(pool.imap_unordered(compile_one, list(jobs.values())[: args.only]))
     failed = [(name, error) for name, _, error in done if error]
     for name, error in failed:
         print(f"warm.py: {name}: {error}")
