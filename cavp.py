@@ -28,7 +28,7 @@ clips, because a hit must be placed to within 100 ms. The loss is the same funct
 moments hardly count as anchors, a third term contrasts windows (`contrast`), and a frame's feature
 map gives its maximum beside its mean. The published towers start from classifiers pretrained on the
 labels of Kinetics and AudioSet; with --labels ours learn the materials of hits from the labels of
-the procedural set, beside the contrast (`HitLabels`).
+the procedural set, beside the contrast (`data.HitLabels`).
 """
 
 import argparse
