@@ -117,7 +117,7 @@ def test_it_learns_and_loads(tmp_path):
             "--out",
             str(tmp_path / "run"),
             "--steps",
-            "120",
+            "200",
             "--batch",
             "16",
             "--lr",
@@ -142,7 +142,7 @@ def test_it_learns_and_loads(tmp_path):
     features, classes = model.embed_clip(mel)
     assert features.shape == (64,) and classes.sum() == pytest.approx(1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 120
+    assert rows[-1]["step"] == 200
 
 
 def test_clips_with_missing_or_malformed_labels_are_errors(tmp_path):
