@@ -34,7 +34,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -246,10 +246,7 @@ def load_models(
     return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
 
 
-@functools.lru_cache(maxsize=1)
-def default_models():
-    """What `generate` uses where it is given none, loaded once."""
-    return load_models()
+default_models = functools.cache(load_models)  # for `generate` where it is given none
 
 
 # ----------------------------------------------------------------------------------------------
@@ -520,7 +517,7 @@ def generate_many(
         cli.check_number("duration", duration, 1e-3)
     models = default_models() if models is None else models
     settings = settings.resolve(models)
-    progress = Progress(settings.steps, on_step)
+    progress = Progress(on_step)
     clips = deque()  # (video, its Clip; or its Result or UserError, where that is known)
     windows = deque()  # of these clips, not yet drawn
 
@@ -546,7 +543,7 @@ def generate_many(
         clips.append((video, clip))
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
-            progress.add(len(clip.starts) * settings.candidates)
+            progress.total += settings.steps * len(clip.starts) * settings.candidates
         while len(windows) >= settings.batch:
             draw(settings.batch)
         yield from finished()
@@ -558,14 +555,10 @@ def generate_many(
 class Progress:
     """Steps of the sampler that are done and known to come, a step of each window counted."""
 
-    def __init__(self, steps, on_step):
-        self.steps = steps
+    def __init__(self, on_step):
         self.on_step = on_step
         self.done = 0
         self.total = 0
-
-    def add(self, windows, steps=None):
-        self.total += windows * (steps or self.steps)
 
     def callback(self, windows):
         """For a sampler that works on so many windows at once."""
@@ -632,7 +625,7 @@ def plot(path, result, count=12):
     with suppress(MediaError):  # no labels
         annotated = data.read_onsets(result.source)
         onsets["annotated"] = [onset["time"] - result.start for onset in annotated]
-    name = Path(result.source).name
+    name = result.source.name
     plots.plot_result(path, name, frames[:count], onsets, result.mel, result.wav, result.seconds)
 
 
@@ -720,7 +713,7 @@ def parse_arguments(argv=None):
         "with the checkpoints cavp, ldm and align: ours or the published ones",
     )
     g = p.add_argument_group("sampling; steps and sampler are the paper's by default")
-    g.add_argument("--steps", type=int, default=Settings.steps, help="of the sampler")
+    g.add_argument("--steps", type=int, help="of the sampler")
     g.add_argument(
         "--cfg",
         type=float,
@@ -733,10 +726,8 @@ def parse_arguments(argv=None):
         help="classifier guidance scale; 0: off; default: what suits the weights' own classifier "
         "(published: 50, as in the paper; mini: 15)",
     )
-    g.add_argument(
-        "--sampler", choices=list(SAMPLERS), default="dpm", help="DPM-Solver++ 2M, DDIM or PLMS"
-    )
-    g.add_argument("--seed", type=int, default=Settings.seed, help="same seed, same sound")
+    g.add_argument("--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, DDIM or PLMS")
+    g.add_argument("--seed", type=int, help="same seed, same sound")
     g.add_argument(
         "--as-official",
         action="store_true",
@@ -746,7 +737,6 @@ def parse_arguments(argv=None):
     g.add_argument(
         "--candidates",
         type=int,
-        default=Settings.candidates,
         metavar="N",
         help="draw N and keep the one that the classifier rates best",
     )
@@ -782,9 +772,10 @@ def parse_arguments(argv=None):
         help="the clip's own sound tracks stay, as they are, as further tracks of the video",
     )
     add_run_arguments(p.add_argument_group("run"))
+    p.set_defaults(**asdict(Settings()))
     args = p.parse_args(argv)
     try:
-        settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+        settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
     except ValueError as error:
         p.error(f"--{str(error).replace('_', '-', 1)}")
     return args, settings
@@ -848,8 +839,7 @@ def load(args):
     kernels.choose(args.kernels)
     device = find_device(args.device)
     if args.verbose:
-        about = f"{device}, torch {torch.__version__}, {kernels.describe()}"
-        print(f"sample.py: {about}", file=sys.stderr)
+        print(f"sample.py: {device}, {kernels.describe()}", file=sys.stderr)
     keep_freed_memory(largest=2**23)  # what fragments of larger ones would cost is memory
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     return load_models(args.weights, device, dtype)

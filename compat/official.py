@@ -163,7 +163,7 @@ def generate(path, models, settings, start, seconds, noise_field, profile, progr
     with profile("features"):
         features = encode(models.cavp, frames)
     windows = len(features) // models.ldm.config.frames
-    progress.add(windows, calls(settings))
+    progress.total += windows * calls(settings)
     # the demo does not rank candidates
     candidates = range(settings.candidates if settings.keep_all else 1)
     columns = windows * LATENT_SHAPE[2]

@@ -72,8 +72,8 @@ def failed(kernel, error):
 
 
 def describe():
-    """For a person: which path runs."""
+    """For a person: which path runs, by whose version."""
     if mode == "torch" or triton is None:
-        return "torch's own kernels"
-    name = f"fused kernels of triton {triton.__version__}"
+        return f"torch {torch.__version__}'s own kernels"
+    name = f"torch {torch.__version__}, fused kernels of triton {triton.__version__}"
     return f"{name} in its interpreter" if INTERPRETED else name

@@ -360,7 +360,7 @@ def test_choice(fresh, monkeypatch):
     with pytest.raises(ValueError, match="auto, triton or torch"):
         kernels.choose("cuda")
     if not torch.cuda.is_available():
-        assert not kernels.active(torch.zeros(1)) and kernels.describe() == "torch's own kernels"
+        assert not kernels.active(torch.zeros(1)) and "own kernels" in kernels.describe()
         with pytest.raises(ValueError, match="no NVIDIA GPU"):
             kernels.choose("triton")
     kernels.choose("torch")
