@@ -48,7 +48,7 @@ FAST = {
     ),
     # sound
     "test_audio": ("test_griffin_lim_in_chunks_is_the_textbook_one",),
-    "test_foley": ("test_interrupt_leaves_whole_clips_only",),
+    "test_foley": ("test_interrupt_leaves_complete_clips_only",),
     "test_judge": ("test_it_learns_and_loads",),
     "test_watermark": (
         "test_confidence_is_what_it_says",
