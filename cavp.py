@@ -460,7 +460,8 @@ def span(config: CAVPConfig):
     """Frames of a video that the clips of one training step lie in."""
     if config.clips == 1:
         return config.frames
-    return config.frames + (config.clips - 1) * config.frames // 2 + 8
+    # the last clip starts at most half a clip after its earliest place
+    return config.frames + config.clips * (config.frames // 2)
 
 
 def clip_starts(videos: int, config: CAVPConfig, rng: torch.Generator):
@@ -657,6 +658,9 @@ def train(args):
     training.check_run_folder(args)
     device = training.set_up(args)
 
+    if args.batch < 2:
+        raise training.TrainingError("--batch 1 has no other video to contrast; give at least 2")
+
     # the network, and the data in its frame rate and size
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])
     config = model.config
@@ -826,7 +830,11 @@ def main(argv=None):
         action=argparse.BooleanOptionalAction,
         help="weight contrastive anchors by loudness above the clip median",
     )
-    g.add_argument("--window-contrast", type=float, help="weight of the contrast between windows")
+    g.add_argument(
+        "--window-contrast",
+        type=cli.number(float, 0),
+        help="weight of the contrast between windows",
+    )
     g.add_argument(
         "--labels",
         type=Path,
@@ -835,7 +843,7 @@ def main(argv=None):
         "the materials of hits",
     )
     cli.renamed(p, "--by-loudness", "--loudness-weighting", type=cli.truth)
-    cli.renamed(p, "--whole", "--window-contrast", type=float)
+    cli.renamed(p, "--whole", "--window-contrast", type=cli.number(float, 0))
     cli.renamed(p, "--temporal", "--temporal-contrast", type=cli.truth)
     args = p.parse_args(argv)
     with distributed.report_errors("cavp.py"):

@@ -154,6 +154,8 @@ def reading(path, clip="it"):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            reason = f"no {reason} in it"
         raise MediaError(f"{path}: {clip} is missing or damaged ({reason}); {AGAIN}") from None
 
 
@@ -167,6 +169,8 @@ def open_shard(path):
 
 def read_metadata(root):
     """Content of set.json. Raises MediaError where the folder is no set."""
+    if not root.is_dir():
+        raise MediaError(f"{root}: no such folder; give that of a prepared set")
     path = root / "set.json"
     if not path.is_file():
         raise MediaError(
@@ -546,6 +550,8 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
     fps: frames a second; size: their side in pixels; table: a CSV of VGGSound's form (`read_csv`).
     Raises MediaError where there is no clip, and what `Writer` raises.
     """
+    if not Path(raw).exists():
+        raise MediaError(f"{raw}: no such file or folder; give the videos'")
     jobs, left_out, missing = find_jobs(raw, table)
     metadata = {
         "columns": ["bounds", "frames", "sound"],
@@ -1042,7 +1048,7 @@ def run_check(args):
         faults += 1
     metadata = read_metadata(args.set)
     shards = len(metadata["shards"])
-    print(f"{args.set}: {metadata['clips']} clips in {shards} shards, {faults} faults")
+    print(f"{args.set}: {metadata['clips']} clips, shards: {shards}, faults: {faults}")
     return faults
 
 
@@ -1053,7 +1059,7 @@ def main():
     try:
         faults = args.run(args)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"data.py: {error}", file=sys.stderr)
         faults = 1
     sys.exit(1 if faults else 0)
 

@@ -13,8 +13,9 @@ The equations (Sec. 3.2), and where they are:
     Conditioner      context = W features + b + position, of zero features in a fifth of the samples
 
 Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the
-networks, the condition and both guidance scales; `dpm_solver`, `ddim` and `plms` are pure functions
-of any such eps; `sample.py` plans windows around them. The classifier of double guidance is
+networks, the condition and both guidance scales (`kernels.fast.guided` is the same, faster, and
+what `sample.py` runs); `dpm_solver`, `ddim` and `plms` are pure functions of any such eps;
+`sample.py` plans windows around them. The classifier of double guidance is
 `align.py`.
 
 Differs from the official code: the unconditional branch is the conditioner of zero features, as in
@@ -57,7 +58,7 @@ from vae import (
 )
 from vae import PRESETS as VAE_PRESETS
 
-# channels, mel rows, columns of 8 mel columns (2048 samples) of one window
+# channels, rows of 8 mel bands, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
 
@@ -699,8 +700,6 @@ def train(args):
 
     A batch of sounds is encoded once and seen at --repeats noise levels: else the frozen encoder
     would cost half as much as the small U-Net's training."""
-    if args.timestep_shift is not None and args.timestep_shift < 1:
-        raise training.TrainingError("--timestep-shift must be at least 1")
     training.resolve_defaults(args, RECIPES, "ldm")
     distributed.init(args.device)
     training.check_batch(args)
@@ -763,11 +762,17 @@ def main(argv=None):
         "--energy-weighting", action=switch, help="weight latent columns by their expected energy"
     )
     g.add_argument(
-        "--timestep-shift", type=float, help="above 1, high noise levels are seen more often"
+        "--timestep-shift",
+        type=cli.number(float, 1),
+        help="above 1, high noise levels are seen more often",
     )
     cli.renamed(p, "--by-energy", "--energy-weighting", type=cli.truth)
-    cli.renamed(p, "--shift", "--timestep-shift", type=float)
+    cli.renamed(p, "--shift", "--timestep-shift", type=cli.number(float, 1))
+    cli.removed(p, "--model", "the classifier is trained by python align.py")
+    cli.removed(p, "--convert", "it is now python -m common.checkpoints convert DIR OUT")
     args = p.parse_args(argv)
+    if args.new_conditioner and not args.init:
+        p.error("argument --new-conditioner: is for the network of --init; add that")
     with distributed.report_errors("ldm.py"):
         # diffusers' folder stands for its two files, whose sums the run records
         if args.init and args.init.is_dir():

@@ -8,7 +8,7 @@ out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as lo
     python sample.py clips/ --out dubbed/ --candidates 4 --plot
     python sample.py --verify dubbed/clip.foley.mp4       is its sound ours? By tag and watermark
 
-Read `generate`, then what it calls: `plan_windows` places windows of 131,072 samples (8.192 s),
+Read `generate_many` and what it calls: `plan_windows` places windows of 131,072 samples (8.192 s),
 `video_features` is stage 1, `denoise` stage 2 under double guidance, `join_windows` and `vocode`
 make one sound of the windows' spectrograms.
 
@@ -63,7 +63,7 @@ from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
 COLUMNS = WINDOW // HOP  # mel columns of a window
-LATENT = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
+LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384  # samples that neighboring windows share at least
 FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
 
@@ -133,7 +133,8 @@ def plan_windows(samples: int, fps: float) -> list[int]:
     """
     frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
     grids = [
-        math.lcm(frame.numerator, n * frame.denominator) // frame.denominator for n in (LATENT, HOP)
+        math.lcm(frame.numerator, n * frame.denominator) // frame.denominator
+        for n in (LATENT_HOP, HOP)
     ]
     grid = next((g for g in grids if g <= WINDOW // 4), None)
     if grid is None:
@@ -142,8 +143,8 @@ def plan_windows(samples: int, fps: float) -> list[int]:
             "second) too rarely to place windows; train at 15.625, 12.5, 25 or 4"
         )
     last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
-    steps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
-    return [last * k // max(1, steps) * grid for k in range(steps + 1)]
+    gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
+    return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
 
 
 def fade_weights(starts):
@@ -156,18 +157,19 @@ def fade_weights(starts):
     shares = torch.ones(len(starts), COLUMNS, dtype=torch.float64)
     for k, (before, after) in enumerate(itertools.pairwise(starts)):
         middle = (before + WINDOW + after) / 2
-        fade_out = (centers - (middle - before) / HOP) / FADE
-        fade_in = (centers - (middle - after) / HOP) / FADE
-        shares[k] -= (0.5 + fade_out).clamp(0, 1)
-        shares[k + 1] -= (0.5 - fade_in).clamp(0, 1)
+        # how far each column is past the middle, in lengths of the fade
+        past_before = (centers - (middle - before) / HOP) / FADE
+        past_after = (centers - (middle - after) / HOP) / FADE
+        shares[k] -= (0.5 + past_before).clamp(0, 1)
+        shares[k + 1] -= (0.5 - past_after).clamp(0, 1)
     return shares.float()
 
 
 def join_windows(mels, starts):
     """(n, 128, 512) -> (128, columns), cross-faded as amplitudes.
 
-    Halfway, what one window lacks loses 6 dB; the mean of two logarithms would take half its
-    decibels.
+    An event that only one of two windows has drops by 6 dB halfway; averaging logarithms would
+    halve its level in dB.
     """
     if len(starts) == 1:
         return mels[0]
@@ -195,6 +197,8 @@ def noise_field(seed, candidate, columns):
 
 @dataclass
 class Models:
+    """What `load_models` gives and `generate` takes."""
+
     cavp: torch.nn.Module
     ldm: torch.nn.Module
     align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
@@ -323,7 +327,7 @@ def denoise(windows, models, settings, callback=None):
     noise = []
     features = []
     for clip, candidate, start in windows:
-        column = round(start / LATENT)
+        column = round(start / LATENT_HOP)
         noise.append(noise_field(settings.seed, candidate, column + width)[..., column:])
         frame = round(start * ldm.config.fps / SAMPLE_RATE)
         features.append(clip.features[frame : frame + ldm.config.frames])
@@ -408,6 +412,8 @@ class Result:
         Both are tagged. keep_tracks: the source's own sound tracks stay as further tracks. Raises
         MediaError and FileError; a file is written whole or not at all.
         """
+        if Path(path).resolve() == self.source.resolve():
+            raise MediaError(f"{path}: is the source itself; give another name")
         if Path(path).suffix.lower() == ".wav":
             media.write_wav(path, self.wav, self.tags)
         else:
@@ -420,6 +426,8 @@ def finish(clip, models, settings, mark):
     """The windows of a clip -> its Result."""
     count = settings.candidates
     mels = torch.stack(clip.mels).unflatten(0, (count, -1))  # (candidates, n, 128, 512)
+    if not mels.isfinite().all():
+        raise UserError(f"{clip.source}: the sampler diverged; give smaller cfg or cg")
     scores = [None] * count
     best = 0
     if clip.scores:
@@ -516,6 +524,8 @@ def generate_many(
     if duration is not None:
         cli.check_number("duration", duration, 1e-3)
     models = default_models() if models is None else models
+    cli.check_type("models", models, Models)
+    cli.check_type("settings", settings, Settings)
     settings = settings.resolve(models)
     progress = Progress(on_step)
     clips = deque()  # (video, its Clip; or its Result or UserError, where that is known)
@@ -661,28 +671,6 @@ def write_outputs(result, target, args):
     return line
 
 
-def verify(args):
-    """--verify: a line on stdout for each file, of folders all videos and sounds. -> exit status"""
-    any_failed = False
-    any_foreign = False
-    for given in map(Path, args.inputs):
-        files = media.search(given, ("video", "sound"), ours=True)[0] if given.is_dir() else [given]
-        for file in files:
-            try:
-                verdict = watermark.check(file)
-            except MediaError as error:
-                any_failed = True
-                print(f"sample.py: {error}", file=sys.stderr)
-                if args.json:
-                    print(json.dumps({"file": str(file), "error": str(error)}), flush=True)
-                continue
-            any_foreign = any_foreign or not verdict.is_ours
-            print(json.dumps(verdict.line()) if args.json else verdict, flush=True)
-    if any_failed:
-        return 1
-    return 3 if any_foreign else 0
-
-
 # ----------------------------------------------------------------------------------------------
 # command line
 
@@ -759,7 +747,7 @@ def parse_arguments(argv=None):
     )
     g.add_argument(
         "--keep-audio",
-        type=float,
+        type=cli.number(float, -100, 100),
         nargs="?",
         const=0.0,
         metavar="dB",
@@ -814,7 +802,9 @@ def add_run_arguments(g):
         help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis",
     )
     g.add_argument(
-        "--profile", action="store_true", help="print seconds and peak memory of each stage"
+        "--profile",
+        action="store_true",
+        help="print seconds and peak memory of each stage; total: since the output before",
     )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
@@ -848,7 +838,7 @@ def load(args):
 def main(argv=None):
     args, settings = parse_arguments(argv)
     if args.verify:
-        return verify(args)
+        return watermark.verify(map(Path, args.inputs), "sample.py", args.json)
     clock = time.perf_counter()
     isolation.start()  # the child that reads files gets ready while weights load
     profile = Profile()

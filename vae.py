@@ -11,7 +11,7 @@ lower bound (Kingma & Welling 2014) with absolute errors and a small weight of t
 
 Differs from the official code: it trains here (there the image autoencoder of Stable Diffusion is
 used as it is); GroupNorm's group count is a number in the configuration, so that narrow networks
-exist; the mini preset reads one channel instead of three equal ones; and a trained mini autoencoder
+exist; the mini preset reads one channel instead of three equal ones; and a trained autoencoder
 leaves with latents of standard deviation 1/0.18215, so that the one factor `ldm.py` applies fits.
 """
 
@@ -123,7 +123,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):  # (b, c, h, w) -> the same shape
         y = self.norm(x)
-        # (b, 1, h*w, c), scaled by c^-0.5
+        # (b, 1, h*w, c)
         q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (b, h*w, c)
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
@@ -160,7 +160,7 @@ class Level(nn.Module):
 
 
 def middle(c, groups):
-    """The blocks between encoder and head, and between tail and decoder."""
+    """The blocks at the lowest resolution, of encoder and decoder alike."""
     return nn.Sequential(
         OrderedDict(
             block_1=ResnetBlock(c, c, groups),
@@ -414,11 +414,15 @@ def train(args):
 
 def main(argv=None):
     p = training.arguments(__doc__, RECIPES)
-    p.add_argument("--kl", type=float, help="weight of the KL term; default: the preset's")
-    training.beyond_the_paper(p).add_argument(
-        "--delta-weight", type=float, help="weight of the L1 loss on the mel's time difference"
+    p.add_argument(
+        "--kl", type=cli.number(float, 0), help="weight of the KL term; default: the preset's"
     )
-    cli.renamed(p, "--change", "--delta-weight", type=float)
+    training.beyond_the_paper(p).add_argument(
+        "--delta-weight",
+        type=cli.number(float, 0),
+        help="weight of the L1 loss on the mel's time difference",
+    )
+    cli.renamed(p, "--change", "--delta-weight", type=cli.number(float, 0))
     args = p.parse_args(argv)
     with distributed.report_errors("vae.py"):
         train(args)

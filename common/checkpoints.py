@@ -491,6 +491,8 @@ def convert(source: Path | str, target: Path | str, dtype: torch.dtype):
     Matrices and convolutions in `dtype`, under the names that `sample.py --weights` looks for.
     Raises CheckpointError where there is none, or where an output exists.
     """
+    if not Path(source).is_dir():
+        raise CheckpointError(f"{source}: no such folder; give the one that holds the checkpoints")
     files = [p for p in sorted(Path(source).glob("*")) if p.suffix in (".ckpt", ".safetensors")]
     if not files:
         raise CheckpointError(

@@ -40,9 +40,15 @@ def check_number(name, value, low, high=math.inf, whole=False):
     is_number = isinstance(value, kind) and not isinstance(value, bool)
     if is_number and low <= value <= high and math.isfinite(value):
         return
-    limits = f"from {low:g} up" if high == math.inf else f"from {low:g} to {high:g}"
+    limits = f"from {low} up" if high == math.inf else f"from {low} to {high}"
     kind = "whole number" if whole else "number"
     raise ValueError(f"{name} {quoted(value)}: not a {kind} {limits}")
+
+
+def check_type(name, value, kind):
+    """Raise ValueError unless `value` is of this class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} {quoted(value)}: not of the class {kind.__name__}")
 
 
 def quoted(value):
@@ -81,6 +87,22 @@ class OldSpelling(argparse.Action):
             file=sys.stderr,
         )
         setattr(namespace, self.dest, values)
+
+
+class Removed(argparse.Action):
+    """A flag that is no more: says what to do instead."""
+
+    def __init__(self, option_strings, dest, instead):
+        super().__init__(option_strings, dest, nargs="*", help=argparse.SUPPRESS)
+        self.instead = instead
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is no more: {self.instead}")
+
+
+def removed(parser, flag, instead):
+    """Refuse a flag of the release before with a line that says what to do instead."""
+    parser.add_argument(flag, action=Removed, instead=instead)
 
 
 def truth(text):

@@ -56,7 +56,7 @@ from common import cli, plots
 from common.checkpoints import checkpoint_errors, save_model
 from common.distributed import all_gather, rank, world
 from common.files import UserError, atomic_write, make_folder, sha256, write_bytes
-from common.machine import computes_bfloat16, keep_freed_memory, peak_memory
+from common.machine import computes_bfloat16, find_device, keep_freed_memory, peak_memory
 
 STATES = ("last.state.pt", "previous.state.pt")
 WEIGHTS = "last.safetensors"
@@ -97,15 +97,23 @@ def arguments(description: str, recipes: dict):
         values = ", ".join(f"{flag.replace('_', '-')} {value:g}" for flag, value in recipe.items())
         shown.append(f"{name}: {values}")
     g = p.add_argument_group("optimization; by default as in the preset: " + "; ".join(shown))
-    g.add_argument("--steps", type=int, help="optimizer steps")
-    g.add_argument("--batch", type=int, help="clips in one step, of all processes together")
+    g.add_argument("--steps", type=cli.number(int, 1), help="optimizer steps")
     g.add_argument(
-        "--micro-batch", type=int, help="clips in memory at once, of one process; else its share"
+        "--batch", type=cli.number(int, 1), help="clips in one step, of all processes together"
     )
-    g.add_argument("--lr", type=float, help="peak learning rate")
-    g.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    g.add_argument("--grad-clip", type=float, help="clip the gradient norm to this; 0: off")
-    g.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    g.add_argument(
+        "--micro-batch",
+        type=cli.number(int, 1),
+        help="clips in memory at once, of one process; else its share",
+    )
+    g.add_argument("--lr", type=cli.number(float, 0), help="peak learning rate")
+    g.add_argument("--warmup", type=cli.number(int, 0), help="steps of linear warm-up")
+    g.add_argument(
+        "--grad-clip", type=cli.number(float, 0), help="clip the gradient norm to this; 0: off"
+    )
+    g.add_argument(
+        "--seed", type=cli.number(int, 0), default=0, help="of weights, data order and noise"
+    )
 
     g = p.add_argument_group("run")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -122,7 +130,7 @@ def arguments(description: str, recipes: dict):
     )
     g.add_argument(
         "--workers",
-        type=int,
+        type=cli.number(int, 0),
         help="data loading processes for each training process; default: 4 with a GPU, else 0",
     )
     g.add_argument(
@@ -132,12 +140,15 @@ def arguments(description: str, recipes: dict):
         help="of the matrices in OUT/last.safetensors; float16: half the size, loads the same",
     )
     g.add_argument(
-        "--save-every", type=int, default=500, help="steps between checkpoints, with validation"
+        "--save-every",
+        type=cli.number(int, 1),
+        default=500,
+        help="steps between checkpoints, with validation",
     )
     # kept in the header of the weights, for those that are published
     g.add_argument("--note", help=argparse.SUPPRESS)
 
-    cli.renamed(p, "--clip", "--grad-clip", type=float)
+    cli.renamed(p, "--clip", "--grad-clip", type=cli.number(float, 0))
     half = {"nargs": "?", "const": "float16", "choices": ("float16",)}
     cli.renamed(p, "--half", "--save-dtype", **half)
     return p
@@ -152,7 +163,7 @@ def add_stage2_arguments(p):
     """Flags of both trainings on features and latents, the U-Net's and the classifier's."""
     p.add_argument(
         "--lora",
-        type=int,
+        type=cli.number(int, 0),
         default=0,
         metavar="RANK",
         help="train the conditioner, and adapters of this rank on the matrices of the transformer "
@@ -160,13 +171,17 @@ def add_stage2_arguments(p):
     )
     p.add_argument(
         "--merge",
-        type=float,
+        type=cli.number(float, 0, 1),
         help="share of samples joined from two clips (split-and-merge augmentation)",
     )
     g = beyond_the_paper(p)
-    g.add_argument("--repeats", type=int, help="diffusion times of each encoded clip in a step")
     g.add_argument(
-        "--roll", type=float, help="share of samples whose sound and video are rotated in time"
+        "--repeats", type=cli.number(int, 1), help="diffusion times of each encoded clip in a step"
+    )
+    g.add_argument(
+        "--roll",
+        type=cli.number(float, 0, 1),
+        help="share of samples whose sound and video are rotated in time",
     )
     return g
 
@@ -188,8 +203,10 @@ def resolve_defaults(args, recipes: dict, stage: str):
     args.out = args.out or Path("runs") / stage
 
     # the machine
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        args.device = find_device(args.device).type
+    except ValueError as error:
+        raise TrainingError(f"--{error}") from None
     if args.dtype == "auto":
         args.dtype = "bfloat16" if computes_bfloat16(args.device) else "float32"
     if args.workers is None:
@@ -201,8 +218,6 @@ def check_batch(args):
 
     Raises TrainingError where either does not divide.
     """
-    if args.steps < 1 or args.batch < 1:
-        raise TrainingError("--steps and --batch must be at least 1")
     share, rest = divmod(args.batch, world())
     if rest:
         raise TrainingError(

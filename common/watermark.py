@@ -13,7 +13,9 @@ There is no secret: whoever has this file can remove the mark, or put it on anot
 mistakes, not attackers.
 """
 
+import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -159,3 +161,34 @@ def check(file) -> Verdict:
     """Look for our tag and watermark in a video or a sound file. Raises MediaError."""
     has_tag = media.read_tags(file).get("comment", "").startswith(CLAIM)
     return Verdict(file, has_tag, confidence(media.read_audio(file)))
+
+
+def verify(paths, script: str, as_json: bool = False) -> int:
+    """Print a verdict for each file, of folders all videos and sounds. -> exit status.
+
+    1 where a file could not be read (said on stderr after the script's name), else 3 where the
+    sound of one is not ours, else 0.
+    """
+    any_failed = False
+    any_foreign = False
+    for given in paths:
+        files = [given]
+        if given.is_dir():
+            files = media.search(given, ("video", "sound"), ours=True)[0]
+        if not files:
+            any_failed = True
+            print(f"{script}: {given}: no video or sound in this folder", file=sys.stderr)
+        for file in files:
+            try:
+                verdict = check(file)
+            except media.MediaError as error:
+                any_failed = True
+                print(f"{script}: {error}", file=sys.stderr)
+                if as_json:
+                    print(json.dumps({"file": str(file), "error": str(error)}), flush=True)
+                continue
+            any_foreign = any_foreign or not verdict.is_ours
+            print(json.dumps(verdict.line()) if as_json else verdict, flush=True)
+    if any_failed:
+        return 1
+    return 3 if any_foreign else 0

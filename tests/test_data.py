@@ -561,7 +561,7 @@ def test_what_is_damaged_or_gone_says_so_in_one_line(copied, spoil):
         one_line(caught, str(shard), "missing or damaged", "prepare it again")
     done = command("check", shard.parent)
     assert (
-        done.returncode == 1 and str(shard) in done.stdout and "4 clips in 1 shards" in done.stdout
+        done.returncode == 1 and str(shard) in done.stdout and "4 clips, shards: 1" in done.stdout
     )
 
 
@@ -576,7 +576,7 @@ def test_a_shard_that_shrinks_while_it_is_open_is_an_error(copied):
 
 def test_check_finds_every_flipped_bit(copied):
     shard = copied()
-    assert command("check", shard.parent).stdout.endswith(": 4 clips in 1 shards, 0 faults\n")
+    assert command("check", shard.parent).stdout.endswith(": 4 clips, shards: 1, faults: 0\n")
     size = shard.stat().st_size
     header = int.from_bytes(shard.read_bytes()[:8], "little")
     for place in (0, 9, header // 2, header + 8, size // 3, size // 2, size - 1):

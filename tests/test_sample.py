@@ -113,7 +113,7 @@ def test_windows_cover_overlap_and_never_slip(fps):
             len(starts) == 1 or starts[-1] < samples - WINDOW + WINDOW // 4
         )  # no window mostly past the end
         if fps == 15.625:
-            assert all(s % sample.LATENT == 0 for s in starts)
+            assert all(s % sample.LATENT_HOP == 0 for s in starts)
 
 
 def test_frame_rates_that_no_window_fits_are_said():
@@ -311,6 +311,8 @@ def test_a_result_saves_what_it_is_asked_for(models, clip, tmp_path):
         assert abs(len(media.read_audio(tmp_path / name)) - SAMPLE_RATE) <= 2048
     with pytest.raises(UserError, match="a.txt: we write no sound"):
         result.save(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="is the source itself"):
+        result.save(clip)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mkv", "a.mp4", "a.wav"]
 
 
@@ -404,6 +406,20 @@ def test_wrong_arguments_are_one_line(models, clip, wrong, message):
         where = {k: wrong.pop(k) for k in ("start", "duration") if k in wrong}
         sample.generate(clip, models, settings=Settings(**wrong), **where)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_what_is_no_model_or_no_settings_is_one_line(models, clip):
+    with pytest.raises(ValueError, match='models "mini": not of the class Models'):
+        sample.generate(clip, "mini")
+    with pytest.raises(ValueError, match="settings None: not of the class Settings"):
+        sample.generate(clip, models, settings=None)
+
+
+def test_a_diverged_sampler_is_an_error_not_silence(capsys, clip, weights, tmp_path):
+    flags = ("--weights", weights, "--out", tmp_path, "--steps", 2, "--cfg", "1e30")
+    status, lines, err = run(capsys, clip, *flags)
+    assert status == 1 and not lines and len(err) == 1 and "the sampler diverged" in err[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_of_numpy_are_numbers(models, clip):

@@ -344,3 +344,11 @@ def test_features_that_a_conditioner_cannot_take_are_said():
     for shape in ((32, 16), (2, 32, 17)):
         with pytest.raises(ValueError, match="wanted is .b, frames, 16."):
             conditioner(torch.zeros(shape))
+
+
+def test_every_sampler_says_the_times_it_asks_for():
+    assert diffusion.SAMPLERS.keys() == diffusion.TIMES.keys()
+    for name, sampler in diffusion.SAMPLERS.items():
+        asked = []
+        sampler(lambda x, t, asked=asked: asked.append(float(t[0])) or 0.1 * x, torch.ones(1, 1), 7)
+        assert set(asked) <= {float(t) for t in diffusion.TIMES[name](7)}, name

@@ -342,8 +342,41 @@ MISTAKES = {
     ),
     "nothing to resume": ("vae", "--data CLIPS --resume", ["--resume"]),
     "a run already there": ("vae", "--data CLIPS --out RUN", ["--resume", "--out"]),
-    "no steps": ("vae", "--data CLIPS --steps 0", ["--steps"]),
 }
+
+
+WRONG_USAGE = {
+    "vae": ("--lr nan", "--lr -1", "--seed -1", "--workers -1", "--save-every 0", "--steps 0"),
+    "cavp": ("--grad-clip -1", "--warmup -1", "--micro-batch 0", "--window-contrast nan"),
+    "ldm": (
+        "--repeats 0",
+        "--merge 2",
+        "--timestep-shift 0.5",
+        "--new-conditioner",
+        "--model align",
+        "--convert a b",
+    ),
+    "align": ("--roll -1", "--batch 0", "--lora -1"),
+}
+
+
+@pytest.mark.parametrize(
+    "stage, typed", [(stage, typed) for stage, lines in WRONG_USAGE.items() for typed in lines]
+)
+def test_wrong_usage_is_one_line_and_status_2(capsys, stage, typed):
+    with pytest.raises(SystemExit) as stop:
+        MAINS[stage](["--data", "clips", *typed.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and typed.split()[0] in line and "--help" in line
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_a_gpu_that_is_not_there_is_one_line(home, stage, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    args = arguments(home, stage, tmp_path / "run") + ["--device", "cuda"]
+    with pytest.raises(SystemExit, match="--device .*torch finds no such GPU; give auto or cpu"):
+        MAINS[stage](args)
 
 
 @pytest.mark.parametrize("stage, typed, words", MISTAKES.values(), ids=MISTAKES.keys())

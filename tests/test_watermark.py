@@ -144,6 +144,11 @@ def verify(capsys, *argv):
     return status, out.splitlines(), err.splitlines()
 
 
+def test_verifying_an_empty_folder_is_no_success(capsys, tmp_path):
+    assert sample.main(["--verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"sample.py: {tmp_path}: no video or sound in this folder\n"
+
+
 def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     wav = hits(8, 10)
     ours, bare, tagged, foreign = (
