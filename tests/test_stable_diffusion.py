@@ -5,7 +5,8 @@ diffusers' own networks.
 
 prints every difference measured.
 
-Without diffusers the comparisons with it are skipped; the rest needs nothing but this repository.
+Without diffusers the comparisons with it are skipped (`-m optional` runs them in an environment that
+has it); the rest needs nothing but this repository.
 """
 
 import argparse
@@ -292,26 +293,31 @@ def compare_autoencoders(cfg, columns):
     )
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("cfg", UNETS)
 def test_unet(cfg):
     compare_unets(cfg, columns=16)
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("cfg", VAES)
 def test_autoencoder(cfg):
     compare_autoencoders(cfg, columns=16)
 
 
+@pytest.mark.optional
 @pytest.mark.slow
 def test_unet_at_full_size():
     compare_unets(ldm.UNetConfig(), columns=64)
 
 
+@pytest.mark.optional
 @pytest.mark.slow
 def test_autoencoder_at_full_size():
     compare_autoencoders(vae.VAEConfig(), columns=64)
 
 
+@pytest.mark.optional
 def test_older_spelling_of_attention():
     new, old = their_vae(VAES[0]).state_dict(), {}
     for key, value in new.items():
@@ -327,6 +333,7 @@ def test_older_spelling_of_attention():
     assert same(stable_diffusion.parts(old)["vae"], stable_diffusion.parts(new)["vae"])
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize(
     "part, missing, additional",
     [
@@ -361,6 +368,7 @@ def write(path, state):
     return path
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("form", ["whole file", "two files", "diffusers folder"])
 def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, form):
     """U-Net and autoencoder are the file's, the conditioner is a new one."""
