@@ -5,8 +5,8 @@ diffusers' own networks.
 
 prints every difference measured.
 
-Without diffusers the comparisons with it are skipped (`-m optional` runs them in an environment that
-has it); the rest needs nothing but this repository.
+Without diffusers the comparisons with it are skipped (`-m optional` runs them in an environment
+that has it); the rest needs nothing but this repository.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # names alone
 
 
@@ -142,7 +142,7 @@ def test_two_tensors_for_one_place_are_both_kept(keys):
     assert list(mapped.values()) == keys and mapped["input_blocks.0.0.bias"] == keys[0]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # CompVis files
 
 
@@ -224,7 +224,7 @@ def test_other_files_are_not_recognised():
         assert stable_diffusion.parts(state) == {}
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # diffusers' own networks
 
 
@@ -356,7 +356,7 @@ def test_a_key_too_few_or_too_many_is_refused(part, missing, additional):
         loaded(*NETWORKS[part], stable_diffusion.parts(state)[part])
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # stage 2 starts from them
 
 
