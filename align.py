@@ -249,13 +249,9 @@ def train(args):
     (official `alignment_classifier_metric.py` 248)."""
     training.resolve_defaults(args, RECIPES, "align")
     distributed.init(args.device)
-    training.check_batch(args)
+    training.check_batch(args, at_least=2)
     training.check_run_folder(args)
     device = training.set_up(args)
-    if args.batch < 2:
-        raise training.TrainingError(
-            "--batch 1 has no other clip to make a wrong pair with; give at least 2"
-        )
     if not args.vae:
         raise training.TrainingError(
             "the classifier works on an autoencoder's latents: add --vae runs/vae/last.safetensors"

@@ -654,12 +654,9 @@ def check_labels(args, config: CAVPConfig):
 def train(args):
     training.resolve_defaults(args, RECIPES, "cavp")
     distributed.init(args.device)
-    training.check_batch(args)
+    training.check_batch(args, at_least=2)
     training.check_run_folder(args)
     device = training.set_up(args)
-
-    if args.batch < 2:
-        raise training.TrainingError("--batch 1 has no other video to contrast; give at least 2")
 
     # the network, and the data in its frame rate and size
     model = CAVP.load(args.init) if args.init else CAVP(PRESETS[args.preset])

@@ -725,6 +725,7 @@ def train(args):
         t = sample_timesteps(args.batch * n, args.timestep_shift, rng)
         # four fifths; the others train the unconditional branch
         conditional = torch.rand(args.batch * n, 1, 1, generator=rng) >= 0.2
+        # this process's micro-batches
         for batch, rows in run.parts(network):
             repeated = slice(n * rows.start, n * rows.stop)
             mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)

@@ -96,6 +96,7 @@ class Settings:
         cli.check_number("steps", self.steps, 1, most, whole=True)
         cli.check_number("seed", self.seed, 0, 2**40, whole=True)
         cli.check_number("candidates", self.candidates, 1, 1000, whole=True)
+        # None: what suits the weights or the device
         if self.batch is not None:
             cli.check_number("batch", self.batch, 1, 4096, whole=True)
         if self.keep_audio is not None:
@@ -107,6 +108,7 @@ class Settings:
     def resolve(self, models):
         """The same with the values that were left to the weights and to the device."""
         align = models.align
+        # both guidance and ranking are the classifier's
         if align is None and (self.cg != 0 or self.candidates > 1):
             raise CheckpointError(
                 f"{models.name}: no alignment classifier among these weights; add "
@@ -131,7 +133,9 @@ def plan_windows(samples: int, fps: float) -> list[int]:
     spread evenly: where the last one would end long after the clip, all overlap more instead.
     Raises CheckpointError for frame rates that meet mel columns too rarely.
     """
+    # exact, as a rate such as 15.625 or 29.97 makes no whole number of samples
     frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
+    # on latent columns if a fine enough grid has them, else on mel columns
     grids = [
         math.lcm(frame.numerator, n * frame.denominator) // frame.denominator
         for n in (LATENT_HOP, HOP)
@@ -142,6 +146,7 @@ def plan_windows(samples: int, fps: float) -> list[int]:
             f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a "
             "second) too rarely to place windows; train at 15.625, 12.5, 25 or 4"
         )
+    # the start of the last window, and how many gaps of at most WINDOW - OVERLAP lead to it
     last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
     gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
     return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
@@ -173,10 +178,10 @@ def join_windows(mels, starts):
     """
     if len(starts) == 1:
         return mels[0]
+    # a mel is 0.2 log10 of the amplitude, and a constant that cancels
     amplitude = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
     for mel, share_of_window, start in zip(mels, fade_weights(starts), starts, strict=True):
         columns = slice(start // HOP, start // HOP + COLUMNS)
-        # a mel is 0.2 log10 of the amplitude, and a constant that cancels
         amplitude[:, columns] += share_of_window * 10 ** (5 * mel)
     return amplitude.log10_().mul_(0.2)
 
@@ -187,7 +192,9 @@ def noise_field(seed, candidate, columns):
     Windows take slices of it, so what they share they start from alike; a longer clip begins with
     the noise of a shorter one.
     """
+    # a generator for each candidate, so that their number changes none of them
     rng = torch.Generator().manual_seed((int(seed) << 16) + candidate)
+    # columns first, so that a longer field begins with a shorter one
     return torch.randn(columns, *LATENT_SHAPE[:2], generator=rng).permute(1, 2, 0)
 
 
@@ -232,10 +239,12 @@ def load_models(
     device = find_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {cli.quoted(dtype)}: not one of torch.float32, torch.bfloat16")
+    # which files, and in what format they run
     paths = hub.find_weights(weights)
     if dtype is None:
         dtype = default_dtype(paths["ldm"], device)
 
+    # without the parts that only training needs: CAVP's audio tower, the autoencoder's encoder
     cavp = CAVP.load(paths["cavp"], audio=False).fold().to(device, dtype)
     ldm = LDM.load(paths["ldm"], device, dtype, encoder=False)
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
@@ -244,6 +253,7 @@ def load_models(
             f"{paths['ldm'].parent}: cavp has {cavp.config.fps:g} frames a second, "
             f"ldm {ldm.config.fps:g}; take both from one training"
         )
+    # the same numbers with less work (kernels/fast.py)
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
@@ -271,6 +281,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     features = []
     frames = None
     for at in range(0, count, minute):
+        # this minute, and the frames around it that its features depend on
         low = max(0, at - cavp.context)
         high = min(count, at + minute + cavp.context)
         with profile("decode"):
@@ -281,6 +292,7 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
                 frames = frames[:wanted]
             else:
                 frames = frames[-1:]
+            # past the picture's end its last frame is held
             still = frames[-1:].expand(high - low - len(frames), -1, -1, -1)
             frames = torch.cat([frames, still])  # (high - low, 3, h, w)
         with profile("features"):
@@ -323,17 +335,18 @@ def denoise(windows, models, settings, callback=None):
     the classifier's log-probability, at diffusion time 0, that sound and picture belong together.
     """
     ldm = models.ldm
-    width = LATENT_SHAPE[2]
+    # each window's slice of the noise field, and the features of its own seconds
     noise = []
     features = []
     for clip, candidate, start in windows:
         column = round(start / LATENT_HOP)
-        noise.append(noise_field(settings.seed, candidate, column + width)[..., column:])
+        noise.append(noise_field(settings.seed, candidate, column + LATENT_SHAPE[2])[..., column:])
         frame = round(start * ldm.config.fps / SAMPLE_RATE)
         features.append(clip.features[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
     v = torch.stack(features)  # (b, f, d)
 
+    # latents, by the sampler under double guidance; the classifier then scores them
     clips = [clip for clip, _, _ in windows]
     profiles = [clip.profile for clip in clips]
     with share(profiles, "sampling"):
@@ -353,6 +366,7 @@ def denoise(windows, models, settings, callback=None):
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
             for clip, score in zip(clips, scores, strict=True):
                 clip.scores.append(score)
+    # spectrograms
     with share(profiles, "autoencoder"):
         mels = ldm.decode(z).float().cpu()  # (b, 128, 512)
     for clip, mel in zip(clips, mels, strict=True):
@@ -412,9 +426,10 @@ class Result:
         Both are tagged. keep_tracks: the source's own sound tracks stay as further tracks. Raises
         MediaError and FileError; a file is written whole or not at all.
         """
-        if Path(path).resolve() == self.source.resolve():
+        path = Path(path)
+        if path.resolve() == self.source.resolve():
             raise MediaError(f"{path}: is the source itself; give another name")
-        if Path(path).suffix.lower() == ".wav":
+        if path.suffix.lower() == ".wav":
             media.write_wav(path, self.wav, self.tags)
         else:
             media.write_video(
@@ -428,12 +443,14 @@ def finish(clip, models, settings, mark):
     mels = torch.stack(clip.mels).unflatten(0, (count, -1))  # (candidates, n, 128, 512)
     if not mels.isfinite().all():
         raise UserError(f"{clip.source}: the sampler diverged; give smaller cfg or cg")
+    # a candidate's score is the mean over its windows
     scores = [None] * count
     best = 0
     if clip.scores:
         means = torch.stack(clip.scores).view(count, -1).mean(1)
         best = int(means.argmax())
         scores = means.tolist()
+    # one spectrogram of each candidate's windows, and its sound
     columns = math.ceil(clip.samples / HOP)
     wavs = {}
     with clip.profile("vocoder"):
@@ -446,6 +463,7 @@ def finish(clip, models, settings, mark):
 
 def make_result(clip, models, settings, mark, wavs, scores, best, mel):
     """The last steps: the clip's own sound mixed in, if wanted, and the watermark over both."""
+    # in this order, so that the mix as a whole is marked
     if settings.keep_audio is not None:
         with clip.profile("decode"):
             wavs = mix(wavs, clip.source, settings.keep_audio, clip.start)
@@ -489,6 +507,7 @@ def generate(
     mark: the sound carries the watermark. on_step(done, total) is called after every step of the
     sampler. Raises UserError for a video that cannot be read, ValueError for wrong arguments.
     """
+    # a list of one
     many = generate_many(
         [video],
         models,
@@ -520,9 +539,11 @@ def generate_many(
     of eight windows takes 2.6 times as long as one of a single window). No more clips are read
     ahead than fill a batch. A clip's sound is the same as alone, but for the rounding of a batch.
     """
+    # what cannot be asked for
     cli.check_number("start", start, 0)
     if duration is not None:
         cli.check_number("duration", duration, 1e-3)
+    # models, and what settings leave to them
     models = default_models() if models is None else models
     cli.check_type("models", models, Models)
     cli.check_type("settings", settings, Settings)
@@ -532,24 +553,24 @@ def generate_many(
     windows = deque()  # of these clips, not yet drawn
 
     def finished():
+        """Results from the front of the queue, up to the first clip that still lacks windows."""
         while clips:
             video, clip = clips[0]
             if isinstance(clip, Clip):
                 if not clip.is_done(settings):
                     return
-                try:
-                    clip = finish(clip, models, settings, mark)
-                except UserError as error:  # its own sound, which is mixed in, may not be readable
-                    clip = error
+                clip = caught(finish, clip, models, settings, mark)
             clips.popleft()
             yield video, clip
 
     def draw(count):
+        """The next `count` windows, of whichever clips, in one batch."""
         batch = [windows.popleft() for _ in range(count)]
-        denoise(batch, models, settings, progress.callback(count))
+        denoise(batch, models, settings, functools.partial(progress.step, count))
 
+    # clips are read until their windows fill a batch
     for video in map(Path, videos):
-        clip = open_clip(video, models, settings, start, duration, progress)
+        clip = caught(open_clip, video, models, settings, start, duration, progress)
         clips.append((video, clip))
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
@@ -557,9 +578,18 @@ def generate_many(
         while len(windows) >= settings.batch:
             draw(settings.batch)
         yield from finished()
+    # the rest, which fills no batch
     if windows:
         draw(len(windows))
     yield from finished()
+
+
+def caught(function, *args):
+    """What the function returns, or the UserError that it raises: no input takes others down."""
+    try:
+        return function(*args)
+    except UserError as error:
+        return error
 
 
 class Progress:
@@ -570,42 +600,36 @@ class Progress:
         self.done = 0
         self.total = 0
 
-    def callback(self, windows):
-        """For a sampler that works on so many windows at once."""
-
-        def callback(*_):
-            self.done += windows
-            if self.on_step:
-                self.on_step(self.done, self.total)
-
-        return callback
+    def step(self, windows, *_):
+        """The callback of a sampler that works on so many windows at once."""
+        self.done += windows
+        if self.on_step:
+            self.on_step(self.done, self.total)
 
 
 def open_clip(source, models, settings, start, duration, progress):
-    """-> the video's Clip, or why there is none (UserError), or its Result (as_official)."""
+    """-> the video's Clip, or its Result (as_official). Raises UserError."""
     profile = Profile(models.device)
-    try:
-        with profile("decode"):
-            whole = media.probe(source).duration
-        if start >= whole:
-            raise MediaError(
-                f"{source}: start {start:g} is past its end, {whole:.2f} s; start earlier"
-            )
-        seconds = min(whole - start, duration or math.inf)
-        if settings.as_official:
-            from compat import official
+    # how much of the picture is asked for
+    with profile("decode"):
+        whole = media.probe(source).duration
+    if start >= whole:
+        raise MediaError(f"{source}: start {start:g} is past its end, {whole:.2f} s; start earlier")
+    seconds = min(whole - start, duration or math.inf)
+    if settings.as_official:
+        from compat import official
 
-            if duration is None:
-                seconds = min(seconds, official.SECONDS)
-            return generate_as_official(source, models, settings, start, seconds, profile, progress)
-        config = models.ldm.config
-        clip = Clip(source, start, duration, seconds, profile)
-        clip.starts = plan_windows(clip.samples, config.fps)
-        count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
-        clip.features = video_features(source, models.cavp, count, seconds, start, profile)
-        return clip
-    except UserError as error:
-        return error
+        if duration is None:
+            seconds = min(seconds, official.SECONDS)
+        return generate_as_official(source, models, settings, start, seconds, profile, progress)
+
+    # its windows, and the features of all frames that these see
+    config = models.ldm.config
+    clip = Clip(source, start, duration, seconds, profile)
+    clip.starts = plan_windows(clip.samples, config.fps)
+    count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
+    clip.features = video_features(source, models.cavp, count, seconds, start, profile)
+    return clip
 
 
 def generate_as_official(source, models, settings, start, seconds, profile, progress):
@@ -627,6 +651,7 @@ def generate_as_official(source, models, settings, start, seconds, profile, prog
 
 def plot(path, result, count=12):
     """NAME.foley.png of one result, with `count` frames."""
+    # the frame in the middle of each of `count` equal parts
     width = result.seconds / count
     frames = media.read_frames(
         result.source, 1 / width, 96, result.start + width / 2, result.seconds
@@ -641,7 +666,6 @@ def plot(path, result, count=12):
 
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
-    profile = result.profile
     video = f"{target}{media.output_suffix(result.source)}"
     sounds = {f"{target}.wav": result.wav}
     candidates = []
@@ -649,13 +673,14 @@ def write_outputs(result, target, args):
         for k, wav in result.wavs.items():
             sounds[f"{target}.{k}.wav"] = wav
             candidates.append({"wav": f"{target}.{k}.wav", "score": result.scores[k]})
-    with ExitStack() as stack:  # all under temporary names first
-        with profile("writing"):
+    # all under temporary names first, so that a full disk leaves none of them
+    with ExitStack() as stack:
+        with result.profile("writing"):
             result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
             for path, wav in sounds.items():
                 media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
         if args.plot:
-            with profile("plot"):
+            with result.profile("plot"):
                 plot(stack.enter_context(atomic_write(f"{target}.png")), result)
     line = {
         "input": str(result.source),
@@ -700,7 +725,21 @@ def parse_arguments(argv=None):
         help="the model shipped here; the published one (4.3 GB, downloaded once); or a folder "
         "with the checkpoints cavp, ldm and align: ours or the published ones",
     )
-    g = p.add_argument_group("sampling; steps and sampler are the paper's by default")
+    add_sampling_arguments(
+        p.add_argument_group("sampling; steps and sampler are the paper's by default")
+    )
+    add_input_arguments(p.add_argument_group("input"))
+    add_run_arguments(p.add_argument_group("run"))
+    p.set_defaults(**asdict(Settings()))
+    args = p.parse_args(argv)
+    try:
+        settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
+    except ValueError as error:
+        p.error(f"--{str(error).replace('_', '-', 1)}")
+    return args, settings
+
+
+def add_sampling_arguments(g):
     g.add_argument("--steps", type=int, help="of the sampler")
     g.add_argument(
         "--cfg",
@@ -731,7 +770,9 @@ def parse_arguments(argv=None):
     g.add_argument(
         "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
     )
-    g = p.add_argument_group("input")
+
+
+def add_input_arguments(g):
     g.add_argument(
         "--start",
         type=cli.number(float, 0),
@@ -759,14 +800,6 @@ def parse_arguments(argv=None):
         action="store_true",
         help="the clip's own sound tracks stay, as they are, as further tracks of the video",
     )
-    add_run_arguments(p.add_argument_group("run"))
-    p.set_defaults(**asdict(Settings()))
-    args = p.parse_args(argv)
-    try:
-        settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
-    except ValueError as error:
-        p.error(f"--{str(error).replace('_', '-', 1)}")
-    return args, settings
 
 
 def add_run_arguments(g):
@@ -855,6 +888,7 @@ def main(argv=None):
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
 
+    # every input in order: its outputs, or why there are none
     jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
     videos = [video for video, _, error in jobs if error is None]
     any_failed = False

@@ -399,6 +399,7 @@ def train(args):
         noise = torch.randn(
             args.batch, model.config.z_channels, audio.N_MELS // 8, CROP // 8, generator=rng
         )
+        # this process's micro-batches
         for batch, rows in run.parts(network):
             mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, s)
             mel = mel[:, None, :, first : first + CROP]  # (b, 1, 128, CROP)

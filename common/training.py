@@ -213,11 +213,15 @@ def resolve_defaults(args, recipes: dict, stage: str):
         args.workers = 4 if args.device == "cuda" else 0
 
 
-def check_batch(args):
+def check_batch(args, at_least: int = 1):
     """Divide --batch among the processes, and each one's share into equal micro-batches.
 
-    Raises TrainingError where either does not divide.
+    Raises TrainingError where either does not divide, and for fewer clips than `at_least`.
     """
+    if args.batch < at_least:
+        raise TrainingError(
+            f"--batch {args.batch} has no other clip for the wrong pairs; give at least {at_least}"
+        )
     share, rest = divmod(args.batch, world())
     if rest:
         raise TrainingError(

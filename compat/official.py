@@ -170,7 +170,8 @@ def generate(path, models, settings, start, seconds, noise_field, profile, progr
     noise = torch.stack([noise_field(settings.seed, k, columns) for k in candidates])
     with profile("sampling"):
         noise = noise.to(models.device)
-        mels = sample_mels(features, models, noise, settings, progress.callback(1)).cpu()
+        step = functools.partial(progress.step, 1)
+        mels = sample_mels(features, models, noise, settings, step).cpu()
     with profile("vocoder"):
         wavs = {k: vocode(mels[k]) for k in candidates}
     return features, mels, wavs
