@@ -215,8 +215,10 @@ def test_the_check_of_a_gpu_runs_without_one(mode, tmp_path):
     )
     ends = dict(re.findall(r"^== (.*): exit (\d+)", done.stdout, re.M))
     assert done.returncode == 0 and set(ends.values()) == {"0"}, done.stdout
+    if mode == "sweep":
+        assert re.search(r"^fp32 0 seconds a clip: [\d.]+", done.stdout, re.M)
     parts = {
-        "quick": {"warm", "tests", "steps", "weights", "demo, run 2", "demo, three films"},
+        "quick": {"warm", "tests", "steps", "weights", "demo, run 2", "demo, eight films, batch 8"},
         "sweep": {"warm", "mini in both dtypes"},
     }
     assert parts[mode] <= set(ends) and "left out" not in done.stdout

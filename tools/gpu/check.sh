@@ -33,6 +33,8 @@ trap 'rm -rf "$WEIGHTS" "$DEMO"' EXIT
 cp demo.mp4 "$DEMO/one.mp4"
 cp demo.mp4 "$DEMO/two.mp4"
 cp demo.mp4 "$DEMO/three.mp4"
+mkdir "$DEMO/many"
+for k in 1 2 3 4 5 6 7 8; do cp demo.mp4 "$DEMO/many/$k.mp4"; done
 
 say() { echo "$@" | tee -a "$LOG"; }
 
@@ -90,6 +92,10 @@ dub() { # NAME WEIGHTS: one film in two processes, then three in one, whose late
         part "$name, run $run" 45 "$PYTHON" sample.py demo.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile -v --out "$DEMO/out$run"
     done
     part "$name, three films" 45 "$PYTHON" sample.py "$DEMO"/{one,two,three}.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile --json --out "$DEMO/out3"
+    # windows of eight films one by one, and all in one batch
+    for batch in 1 8; do
+        part "$name, eight films, batch $batch" 60 "$PYTHON" sample.py "$DEMO"/many/ --batch $batch --device $DEVICE --weights "$weights" "${STEPS[@]}" --json --out "$DEMO/out8-$batch"
+    done
 }
 
 say "== setup: $SECONDS s"

@@ -11,10 +11,14 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 "$PYTHON" foley.py "$WORK/held" --clips "$CLIPS" --seed 1 --workers "$(nproc)" 2>&1 | tail -1
 echo "rendered in $SECONDS s; $(cat "$WORK"/held/*.mp4 | sha256sum)"
+ranks=()
 for ((rank = 0; rank < RANKS; rank++)); do
     "$PYTHON" -m tools.gpu.mini "$WORK/held" "$rank" "$RANKS" "$WORK/out" &
+    ranks+=($!)
 done
-wait
+for process in "${ranks[@]}"; do
+    wait "$process" || exit 1
+done
 for dtype in bf16 fp32; do
     tar c -C "$WORK/out" $dtype | split -b 15M - "$OUT/$dtype.tar."
 done
