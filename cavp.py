@@ -212,7 +212,8 @@ class SlowOnly(nn.Module):
         self.peak = cfg.peak
         self.out_dim = 2 * c if cfg.peak else c
 
-    def run(self, part, x, frames):  # 0: the stem; 1 to 4: the stages
+    def run(self, part, x, frames):
+        """One part of the network, 0 the stem and 1 to 4 the stages, on x (b*f, c, h, w)."""
         if part == 0:
             return F.max_pool2d(F.relu(self.conv1(x, frames), inplace=True), 3, 2, 1)
         for block in getattr(self, f"layer{part}"):
@@ -652,6 +653,7 @@ def check_labels(args, config: CAVPConfig):
 
 
 def train(args):
+    """L_inter + L_intra over all clips of --batch, in chunks of a micro-batch (gradient cache)."""
     training.resolve_defaults(args, RECIPES, "cavp")
     distributed.init(args.device)
     training.check_batch(args, at_least=2)

@@ -150,8 +150,7 @@ RECIPES = {
 def embedding_frequencies(half, device):
     """(half,), from 1 down to 1/10000.
 
-    Made on the device: torch.compile sees past the cache, and a copy from the CPU would split what
-    it can record as a CUDA graph."""
+    Made on the device, since a copy from the CPU could not be part of a CUDA graph."""
     powers = torch.arange(half, dtype=torch.float32, device=device) / half
     return torch.exp(-math.log(10000) * powers)
 
@@ -208,6 +207,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """Linear layer with a GELU gate (Shazeer 2020, arXiv 2002.05202)."""
+
     def __init__(self, dim, inner):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
@@ -218,6 +219,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers on each position by itself."""
+
     def __init__(self, dim):
         super().__init__()
         # the identity stands where the official network has a dropout
@@ -228,6 +231,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition, feed-forward; each normed and added."""
+
     def __init__(self, dim, context_dim, heads):
         super().__init__()
         self.attn1 = Attention(dim, dim, heads)
@@ -589,11 +594,8 @@ def from_scratch(preset: str, vae):
 def from_stable_diffusion(path, preset: str, vae=None):
     """The published run's start: Stable Diffusion v1's U-Net, and a new conditioner.
 
-    path: a file under CompVis' or diffusers' names, or diffusers' folder; vae: path of another
-    autoencoder than the one there. CheckpointError if there is no such U-Net."""
-    if path.is_dir():
-        path, own = stable_diffusion.weights_in(path)
-        vae = vae or own
+    path: a file under CompVis' or diffusers' names; vae: path of another autoencoder than the one
+    there. CheckpointError if there is no such U-Net."""
     networks = stable_diffusion.parts(Checkpoint(path))
     if "unet" not in networks:
         raise CheckpointError(
@@ -612,7 +614,7 @@ def initial(args):
     """The network that training starts from, by what --init is; --vae takes any autoencoder."""
     if args.init is None:
         return from_scratch(args.preset, args.vae)
-    if args.init.is_dir() or "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
+    if "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
         return from_stable_diffusion(args.init, args.preset, args.vae)
     return from_ours(args.init, args.vae, args.new_conditioner)
 
@@ -775,7 +777,7 @@ def main(argv=None):
     if args.new_conditioner and not args.init:
         p.error("argument --new-conditioner: is for the network of --init; add that")
     with distributed.report_errors("ldm.py"):
-        # diffusers' folder stands for its two files, whose sums the run records
+        # a folder as diffusers writes it: its two files, whose SHA-256 the run records
         if args.init and args.init.is_dir():
             args.init, own = stable_diffusion.weights_in(args.init)
             args.vae = args.vae or own

@@ -98,6 +98,8 @@ norm = functools.partial(GroupNorm, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
+    """Two convolutions, each behind a norm and SiLU, added to the input."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = norm(groups, c_in)
@@ -175,6 +177,8 @@ def middle(c, groups):
 
 
 class Encoder(nn.Module):
+    """Mel (b, c, 128, s) -> mean and log-variance (b, 2 * z_channels, 16, s/8)."""
+
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.width * m for m in cfg.multipliers]
@@ -197,6 +201,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (b, z_channels, 16, s/8) -> mel (b, c, 128, s)."""
+
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.width * m for m in cfg.multipliers]
@@ -356,6 +362,7 @@ def validate(model, clips, device, max_clips: int = 16):
 
 
 def train(args):
+    """Reconstruction and KL on crops of sounds; what is saved is calibrated."""
     training.resolve_defaults(args, RECIPES, "vae")
     distributed.init(args.device)
     training.check_batch(args)

@@ -388,8 +388,9 @@ def test_training_starts_from_stable_diffusion(tmp_path, monkeypatch, states, fo
         theirs = {"unet": their_unet(UNETS[0]).state_dict(), "vae": their_vae(VAES[0]).state_dict()}
         write(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", theirs["unet"])
         with pytest.raises(checkpoints.CheckpointError, match="no unet/ and vae/"):
-            ldm.initial(args)
+            stable_diffusion.weights_in(tmp_path)
         write(tmp_path / "vae" / "diffusion_pytorch_model.bin", theirs["vae"])
+        args.init, args.vae = stable_diffusion.weights_in(tmp_path)
         expected = {part: stable_diffusion.parts(state)[part] for part, state in theirs.items()}
     model = ldm.initial(args)
     assert same(model.unet.state_dict(), expected["unet"]) and same(
