@@ -305,6 +305,7 @@ def losses(model, mel, noise):
     lets hits in noise blur."""
     mean, logvar = model.encode(mel)
     out = model.decode(sample_posterior(mean, logvar, noise))
+    # the same scale for both, whatever the size of a batch
     error = out.float() - mel
     kl = kl_divergence(mean, logvar) / mel.numel()
     return error.abs().mean(), error.diff(dim=-1).abs().mean(), kl
@@ -329,6 +330,7 @@ def latent_statistics(model, dataset, device, clips: int = 64):
 
 def calibrated(model, dataset, device):
     """A copy of the network whose latents have mean 0 and deviation 1/LATENT_SCALE."""
+    # the network goes on training as it is
     model = copy.deepcopy(model)
     model.calibrate(*latent_statistics(model, dataset, device))
     return model
