@@ -51,6 +51,8 @@ FAST = {
     "test_foley": ("test_interrupt_leaves_complete_clips_only",),
     "test_judge": ("test_it_learns_and_loads",),
     "test_watermark": (
+        "test_it_is_as_long_and_seldom_louder_or_softer_by_more_than_a_decibel",
+        "test_nothing_else_changes",
         "test_confidence_is_what_it_says",
         "test_the_mark_survives",
         "test_a_long_sound_is_marked_throughout",
@@ -70,6 +72,10 @@ FAST = {
     "test_hub": (),
     # the command line: outputs and mistakes
     "test_sample": (
+        "test_windows_of_many_clips_share_batches",
+        "test_the_mini_model_is_used_where_none_is_given",
+        "test_guidance_scales_are_the_weights_own_unless_given",
+        "test_plot_marks_annotated_and_generated_onsets",
         "test_same_seed_same_sound_at_any_batch",
         "test_hits_stay_in_time_for_five_minutes",
         "test_help_and_dashed_names_from_a_shell",
