@@ -452,13 +452,13 @@ def finish(clip, models, settings, mark):
         scores = means.tolist()
     # one spectrogram of each candidate's windows, and its sound
     columns = math.ceil(clip.samples / HOP)
+    joined = {}
     wavs = {}
     with clip.profile("vocoder"):
         for k in range(count) if settings.keep_all else [best]:
-            mel = join_windows(mels[k], clip.starts)[:, :columns]
-            wavs[k] = audio.vocode_long(mel, clip.samples, models.device)
-        mel = join_windows(mels[best], clip.starts)[:, :columns]
-    return make_result(clip, models, settings, mark, wavs, scores, best, mel)
+            joined[k] = join_windows(mels[k], clip.starts)[:, :columns]
+            wavs[k] = audio.vocode_long(joined[k], clip.samples, models.device)
+    return make_result(clip, models, settings, mark, wavs, scores, best, joined[best])
 
 
 def make_result(clip, models, settings, mark, wavs, scores, best, mel):
