@@ -1,7 +1,7 @@
 """The procedural Foley set: short videos of a small world whose sound follows from what happens.
 
 in   a seed and a clip number; clip i of seed S is a pure function of (S, i, size, fps, duration,
-     materials)
+     materials, rates)
 out  OUT/00000.mp4, H.264 and AAC mono 16 kHz, both starting at 0 and equally long, and
      OUT/00000.json: {"onsets": [{"time", "material", "strength", "kind", "other"}, ...],
      "sustained": [{"start", "end", "kind", "material", "strength"}, ...], "seed", "index", ...}.
@@ -9,6 +9,7 @@ out  OUT/00000.mp4, H.264 and AAC mono 16 kHz, both starting at 0 and equally lo
      the hit, 0 to 1
 
     python foley.py OUT --clips 1000 --seed 0
+    python foley.py OUT --clips 1000 --seed 20 --rates real --fps 25      hits as close as in films
 
 The paper trains on VGGSound (section 4.1); this set stands in for it where true onset times are
 needed. A world consists of sprites (what is rendered, one position per frame) and of impacts and
@@ -44,6 +45,10 @@ FINE = 1000  # positions and speeds a second, where a trajectory has no closed f
 FAINTEST = 0.07  # impacts weaker than this (-23 dB) neither sound nor are labeled
 SIDES = (-1, 1)  # left and right
 LOUDEST_SPEED = 2.0  # an impact at this speed or more has strength 1
+# of real rates, in seconds: what lies between two hits
+SHORTEST_GAP = 0.12
+LONGEST_GAP = 1.3
+MOST_HITS = {"usual": 1.5, "real": 8}  # a second, on average over a clip
 
 
 # ---- materials ---------------------------------------------------------------------------------
@@ -201,6 +206,7 @@ class World:
     times: np.ndarray  # of the frames (f,)
     duration: float
     solids: tuple = SOLIDS["usual"]  # what things are made of
+    rates: str = "usual"  # how close hits follow each other
     scenery: list = field(default_factory=list)  # sprites that never move
     sprites: list = field(default_factory=list)  # sprites that may, rendered in this order
     impacts: list = field(default_factory=list)
@@ -543,20 +549,51 @@ def act_bodies(world, rng, left, right):
         add_with_shadow(world, body.look, ball, size, x, y)
 
 
-def rhythm(rng, duration: float, shortest: float) -> list:
-    """Irregular instants, or a beat with a little play, at least `shortest` apart."""
+def rhythm(world, rng, shortest: float) -> list:
+    """Irregular instants, or a beat with a little play, at least `shortest` apart.
+
+    At real rates see `real_rhythm`.
+    """
+    if world.rates == "real":
+        return real_rhythm(rng, world.duration, max(SHORTEST_GAP, shortest / 2.7))
     now = rng.uniform(0.6, 2.5)
     beat = 0.0
     if rng.random() < 0.3:
         beat = rng.uniform(shortest + 0.1, 1.3)
     times = []
-    while now < duration - 0.3:
+    while now < world.duration - 0.3:
         times.append(now)
         step = beat * rng.uniform(0.93, 1.07) if beat else shortest + rng.exponential(0.9)
         now += max(shortest, step)
         # now and then a longer rest
         if rng.random() < 0.1:
             now += rng.uniform(0.5, 2.5)
+    return times
+
+
+def real_rhythm(rng, duration: float, shortest: float) -> list:
+    """Instants as in recorded films of impacts: half of their gaps are below 0.3 s.
+
+    The gap is log-uniform from `shortest` to LONGEST_GAP for a clip, and plays around that more or
+    less; now and then there is a burst or a rest.
+    """
+    usual = math.exp(rng.uniform(math.log(shortest), math.log(LONGEST_GAP)))
+    play = rng.choice([0.03, 0.15, 0.5])  # standard deviation of a gap's logarithm
+    now = rng.uniform(0.2, 1.2)
+    burst = 0  # hits that are left of it
+    times = []
+    while now < duration - 0.2:
+        times.append(now)
+        gap = usual * math.exp(play * rng.standard_normal())
+        if not burst and rng.random() < 0.06:
+            burst = int(rng.integers(2, 7))
+            quick = rng.uniform(shortest, 1.8 * shortest)
+        if burst:
+            burst -= 1
+            gap = quick * rng.uniform(0.9, 1.1)
+        elif rng.random() < 0.05:
+            gap += rng.uniform(0.5, 2.0)
+        now += max(shortest, gap)
     return times
 
 
@@ -586,8 +623,14 @@ def swing_mallet(world, rng, middle: float, arm: float, plate, head):
     times = world.fine_times
     angle = np.full(len(times), rest)  # 0 is on the plate, positive above it
     last = 0.0
-    for time in rhythm(rng, world.duration, 0.32):
+    strokes = rhythm(world, rng, 0.32)
+    for time, following in itertools.pairwise([*strokes, world.duration]):
         raised = rng.uniform(0.45, 1.2)
+        recovery = 0.22
+        # quick strokes are small ones, and the next one begins where this one has come to rest
+        if world.rates == "real":
+            raised *= min(1.0, max(0.35, (time - last) / 0.45))
+            recovery = min(recovery, 0.35 * (following - time))
         # winding up and swinging take at most 0.65 of the time since the last stroke
         swing = min(rng.uniform(0.09, 0.2), 0.3 * (time - last))
         wind = min(0.35, 0.35 * (time - last))
@@ -597,7 +640,7 @@ def swing_mallet(world, rng, middle: float, arm: float, plate, head):
         up = ease(progress(times, time - swing - wind, wind))
         down = progress(times, time - swing, swing)
         down = ease(down) if misses else down**2  # braked, or accelerated into the plate
-        back = ease_out(progress(times, time, 0.22))
+        back = ease_out(progress(times, time, recovery))
         angle = np.where(times > time - swing - wind, lerp(rest, raised, up), angle)
         angle = np.where(times > time - swing, lerp(raised, lowest, down), angle)
         angle = np.where(times > time, lerp(lowest, rest, back), angle)
@@ -666,7 +709,7 @@ def act_drip(world, rng, left, right):
 
     foam = plain((0.85, 0.95, 1.0))
     add = world.sprites.append
-    for time in rhythm(rng, world.duration, 0.3):
+    for time in rhythm(world, rng, 0.3):
         # a drop grows for a quarter of a second, then lets go
         size = rng.uniform(0.022, 0.042)
         fall = math.sqrt(2 * (surface - tap - 2 * size) / gravity)
@@ -760,7 +803,7 @@ def act_glide(world, rng, left, right):
 
 
 ACTS = (act_bodies, act_hammer, act_drip, act_glide)
-ACT_SHARES = (0.46, 0.23, 0.12, 0.19)
+ACT_SHARES = {"usual": (0.46, 0.23, 0.12, 0.19), "real": (0.22, 0.58, 0.12, 0.08)}
 
 
 # ---- distractors: what moves and never touches anything, and so makes no sound -----------------
@@ -848,11 +891,11 @@ def distract(world, rng):
 # ---- worlds ------------------------------------------------------------------------------------
 
 
-def imagine(rng, times, duration: float, solids: tuple):
+def imagine(rng, times, duration: float, solids: tuple, rates: str):
     """One try at a world: a floor, up to three distractors, up to three acts side by side."""
     floor = rng.uniform(0.74, 0.9)
     ground = Thing.make(rng, rng.choice(FLOORS), 0.25)
-    world = World(floor, ground, times, duration, solids)
+    world = World(floor, ground, times, duration, solids, rates)
     look = jitter(rng, ground.material)
     world.scenery.append(Sprite(look, 0.5, floor + 0.5, (0.9, 0.495), 0.005))
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.35, 0.35, 0.2, 0.1])):
@@ -862,7 +905,7 @@ def imagine(rng, times, duration: float, solids: tuple):
     for k in range(lanes):
         left = 0.05 + 0.9 * k / lanes
         right = 0.05 + 0.9 * (k + 1) / lanes
-        act = rng.choice(ACTS, p=ACT_SHARES)
+        act = rng.choice(ACTS, p=ACT_SHARES[rates])
         act(world, rng, left + 0.015, right - 0.015)
     return world
 
@@ -876,14 +919,16 @@ def acceptable(world) -> bool:
         return world.lanes == 0 or len(world.rubs) > 0
     # at most 12 in 8.192 s, none within 30 ms, at most 30 % within 120 ms of the one before
     gaps = np.diff(hits, prepend=-1.0)
-    few = len(hits) <= max(3, 1.5 * world.duration)
+    few = len(hits) <= max(3, MOST_HITS[world.rates] * world.duration)
     return few and gaps.min() > 0.03 and np.mean(gaps < 0.12) <= 0.3
 
 
-def make_world(rng, times, duration: float, solids: tuple = SOLIDS["usual"]) -> World:
+def make_world(
+    rng, times, duration: float, solids: tuple = SOLIDS["usual"], rates: str = "usual"
+) -> World:
     """The first acceptable world of the random stream, or the hundredth."""
     for _ in range(100):
-        world = imagine(rng, times, duration, solids)
+        world = imagine(rng, times, duration, solids, rates)
         if acceptable(world):
             break
     return world
@@ -1252,13 +1297,17 @@ def make_clip(
     fps: float = 15.625,
     duration: float = 8.192,
     materials: str = "usual",
+    rates: str = "usual",
 ) -> Clip:
-    """Clip `index` of set `seed`, of things made of `SOLIDS[materials]`."""
+    """Clip `index` of set `seed`, of things made of `SOLIDS[materials]`.
+
+    rates: "usual", 0.6 hits a second on average; "real", 2 and up to 8, as in films of impacts.
+    """
     # streams of their own: the same world at any size
     world_rng, picture_rng, sound_rng = (np.random.default_rng([seed, index, k]) for k in range(3))
     total = frame_count(duration, fps)
     duration = total / fps
-    world = make_world(world_rng, np.arange(total) / fps, duration, SOLIDS[materials])
+    world = make_world(world_rng, np.arange(total) / fps, duration, SOLIDS[materials], rates)
     onsets = [
         {
             "time": round(float(hit.time), 5),
@@ -1290,6 +1339,9 @@ def make_clip(
         "materials": materials,
         "floor": world.ground.material,
     }
+    # the first sets did not know others
+    if rates != "usual":
+        labels["rates"] = rates
     wav = sound(world, sound_rng, round(duration * SAMPLE_RATE))
     return Clip(render(world, picture_rng, size), wav, labels)
 
@@ -1342,19 +1394,20 @@ def missing_clips(out, indices, settings: dict) -> list:
         if not path.exists():
             missing.append(index)
             continue
-        expected = {"materials": "usual", **settings, "index": index}
+        defaults = {"materials": "usual", "rates": "usual"}
+        expected = {**defaults, **settings, "index": index}
         fps = settings["fps"]
         expected["duration"] = frame_count(settings["duration"], fps) / fps
         try:
-            # labels of old sets do not name the materials
-            labels = {"materials": "usual", **json.loads(path.with_suffix(".json").read_text())}
+            # labels of old sets do not name the materials, nor usual rates
+            labels = {**defaults, **json.loads(path.with_suffix(".json").read_text())}
             same = expected.items() <= labels.items()
         except (OSError, ValueError, TypeError):
             same = False
         if not same:
             raise UserError(
-                f"{path}: not a clip of this set (seed, size, fps, duration or materials differ); "
-                "give another OUT"
+                f"{path}: not a clip of this set (seed, size, fps, duration, materials or rates "
+                "differ); give another OUT"
             )
     return missing
 
@@ -1412,6 +1465,12 @@ def main(argv=None) -> int:
         default="usual",
         help="what things are made of; other: four materials that the usual set does not have, to "
         "fine-tune on",
+    )
+    add(
+        "--rates",
+        choices=list(ACT_SHARES),
+        default="usual",
+        help="how often things are hit; real: as in films of impacts, up to 8 times a second",
     )
     add("--workers", type=cli.number(int, 1), default=1, help="processes")
     args = parser.parse_args(argv)

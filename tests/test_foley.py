@@ -443,3 +443,45 @@ def test_demo_is_the_documented_clip(tmp_path):
     assert len(wav) == 128000
     world = foley.make_world(np.random.default_rng([2306, 1274, 0]), np.arange(200) / 25, 8.0)
     assert agreement([wav], [[h.time for h in world.audible()]], 0.1) >= 0.9
+
+
+def test_real_rates_are_those_of_films_of_impacts():
+    """Half of the gaps near 0.27 s, a third below 0.2 s, up to 8 hits a second; and other clips."""
+    times = np.arange(205) / 25
+    gaps = []
+    most = 0
+    for index in range(120):
+        world = foley.make_world(np.random.default_rng([5, index, 0]), times, 8.2, rates="real")
+        hits = [hit.time for hit in world.audible()]
+        gaps += list(np.diff(hits))
+        most = max(most, len(hits) / 8.2)
+    assert 0.2 < np.median(gaps) < 0.33
+    assert 0.25 < np.mean(np.array(gaps) < 0.2) < 0.5
+    assert 4 < most <= 8
+    assert max(gaps) > 1  # rests
+
+
+def test_a_quick_mallet_is_on_the_plate_at_every_hit():
+    """The next stroke begins where the last one has come to rest, however close it follows."""
+    world = foley.World(
+        0.8, foley.Thing.make(np.random.default_rng(0), "wood", 0.25), np.arange(8000) / 1000, 8.0
+    )
+    world.rates = "real"
+    plate = foley.Thing.make(np.random.default_rng(1), "metal", 0.1)
+    angle = foley.swing_mallet(world, np.random.default_rng(4), 0.5, 0.3, plate, plate)
+    times = [hit.time for hit in world.impacts]
+    assert len(times) > 8 and min(np.diff(times)) < 0.3
+    for hit in times:
+        assert abs(np.interp(hit, world.times, angle)) < 0.05
+    # no jumps: 1 ms of the fastest swing is 0.07 radians or so
+    assert np.abs(np.diff(angle)).max() < 0.2
+
+
+def test_a_set_of_one_rate_is_not_continued_at_another(tmp_path, capsys):
+    out = str(tmp_path / "set")
+    assert foley.main([out, "--clips", "1", "--rates", "real", "--size", "32"]) == 0
+    labels = json.loads((tmp_path / "set" / "00000.json").read_text())
+    assert labels["rates"] == "real"
+    capsys.readouterr()
+    assert foley.main([out, "--clips", "1", "--size", "32"]) == 1
+    assert "rates differ" in capsys.readouterr().err.replace("\n", " ")
