@@ -6,9 +6,9 @@ out  frames uint8 (f, 3, h, w), sound float32 (n,) at 16 kHz in [-1, 1], and new
 
 Pictures and sound share one clock: zero is the moment the first picture is shown. Reading and
 writing happen in a child process (`common.isolation`), by the functions of the same names in
-`common.ffmpeg` and `common.mux`: a decoder that crashes on a damaged file raises MediaError here.
-It costs about a millisecond a call. Where a docstring names no other error, a file that cannot be
-used raises MediaError.
+`common.ffmpeg`, `common.motion` and `common.mux`: a decoder that crashes on a damaged file raises
+MediaError here. It costs about a millisecond a call. Where a docstring names no other error, a file
+that cannot be used raises MediaError.
 """
 
 import io
@@ -137,6 +137,11 @@ def read_audio(path: Path | str, start: float = 0.0, duration: float | None = No
     round(16000 * duration), else all sound from `start` on.
     """
     return torch.from_numpy(in_child(path, "common.ffmpeg", "read_audio", path, start, duration))
+
+
+def clip_motion(path: Path | str, start: float = 0.0, seconds: float | None = None):
+    """Onset strength of the motion at 25 frames a second, float32 (f,): see `common.motion`."""
+    return torch.from_numpy(in_child(path, "common.motion", "clip_motion", path, start, seconds))
 
 
 # ---- writing -----------------------------------------------------------------------------------

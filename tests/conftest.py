@@ -58,6 +58,7 @@ FAST = {
         "test_a_long_sound_is_marked_throughout",
     ),
     # files
+    "test_motion": (),
     "test_media": ("test_a_full_disk_leaves_nothing",),
     "test_containers": (
         "test_two_signals_end_it_at_once",
