@@ -55,10 +55,12 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from common import cli, ffmpeg
-from common.audio import HOP, WINDOW
+from common.audio import HOP, WINDOW, detect_onsets, mel
 from common.checkpoints import save_tensors
 from common.files import FileError, UserError, atomic_write, make_folder, sha256, write_bytes
+from common.controls import track_hits, track_materials, track_motion
 from common.media import SAMPLE_RATE, TEXT_SUFFIXES, MediaError, find_videos, search
+from common.onsets import Hit
 
 try:
     import fcntl
@@ -740,6 +742,16 @@ def read_onsets(video):
         raise MediaError(f"{path}: {reason}; make clips and their labels with foley.py") from error
 
 
+def read_all_onsets(folder: Path):
+    """{name: labels} of all clips below a folder that have some; names are without a suffix."""
+    onsets = {}
+    for path in sorted(Path(folder).rglob("*.json")):
+        onsets[path.relative_to(folder).with_suffix("").as_posix()] = read_onsets(path)
+    if not onsets:
+        raise MediaError(f"{folder}: no clip with a .json file beside it; give foley.py's folder")
+    return onsets
+
+
 # ---- what training draws -----------------------------------------------------------------------
 
 
@@ -896,6 +908,12 @@ class Pairs(Windows):
            augmentation of stage 2), with the sound cut at the sample where the second one's first
            frame starts (officially up to 0.25 s beside it)
     roll   share of the items whose features and sound are rotated in time by the same amount
+    columns    mel columns of a feature; 0: none of the following. The item also has "hits" (frames
+               * columns,) and "materials" (frames,), of common/controls.py, and "motion" (frames *
+               columns,), zeros where the set has none
+    materials  their names; another one counts as not known
+    strangers  share of the items whose features are another clip's; "stranger" is 1 for them
+    labels     {name without suffix: [{"time", ...}]}; of other clips onsets are detected
     Raises MediaError where the features have another rate.
     """
 
@@ -908,9 +926,17 @@ class Pairs(Windows):
         roll: float = 0.0,
         seed: int = 0,
         split: str | None = None,
+        columns: int = 0,
+        materials: tuple = (),
+        labels: dict | None = None,
+        strangers: float = 0.0,
     ):
         self.fps = fps
         self.frames = frames
+        self.strangers = strangers
+        self.columns = columns
+        self.materials = materials
+        self.labels = labels
         self.merge = merge
         self.roll = roll
         super().__init__(root, seed, split, "features", 1, 1 / fps)
@@ -921,12 +947,37 @@ class Pairs(Windows):
             )
 
     def cut(self, clip, rng, frames, samples):
-        """`frames` features and `samples` of sound from a random place of a clip."""
+        """{"features", "wav", ...} of `frames` and `samples` from a random place of a clip."""
         available = int(self.set.index["features"][clip])
         first = int(rng.integers(max(0, available - frames) + 1))
         features = self.set.column(clip, "features", first, first + frames).astype(np.float32)
         sound = self.sound(clip, round(first / self.fps * SAMPLE_RATE), samples)
-        return padded(features, frames, repeat=True), padded(sound, samples)
+        item = {"features": padded(features, frames, repeat=True), "wav": padded(sound, samples)}
+        if self.columns:
+            item |= self.tracks(clip, first / self.fps, frames, item["wav"])
+        return item
+
+    def tracks(self, clip, start, frames, wav):
+        """What can be told of `frames` features of a clip from `start` seconds on."""
+        count = frames * self.columns
+        name = Path(self.set.describe(clip)[0]).with_suffix("").as_posix()
+        hits = []
+        if self.labels and name in self.labels:
+            for onset in self.labels[name]:
+                material = onset.get("material")
+                known = material if material in self.materials else None
+                hits.append(Hit(float(onset["time"]) - start, onset.get("strength"), known))
+        else:
+            hits = [Hit(time) for time in detect_onsets(mel(wav).numpy())]
+        nearest = track_materials(hits, self.materials, frames, 1 / self.fps)
+        motion = np.zeros(0, np.float32)
+        if "motion" in self.set.metadata["columns"]:
+            motion = self.set.column(clip, "motion").astype(np.float32)
+        return {
+            "hits": torch.from_numpy(track_hits(hits, count)),
+            "materials": torch.from_numpy(nearest),
+            "motion": torch.from_numpy(track_motion(motion, count, start)),
+        }
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
@@ -938,15 +989,21 @@ class Pairs(Windows):
             other = self.clips[int(rng.integers(len(self.clips)))]
             first = self.cut(clip, rng, n, samples)
             second = self.cut(other, rng, self.frames - n, WINDOW - samples)
-            features, wav = (torch.cat(parts) for parts in zip(first, second, strict=True))
+            item = {name: torch.cat([first[name], second[name]]) for name in first}
         else:
-            features, wav = self.cut(clip, rng, self.frames, WINDOW)
+            item = self.cut(clip, rng, self.frames, WINDOW)
         # also without the augmentation a number is drawn, so that it changes no other
         if rng.random() < self.roll:
             n = int(rng.integers(self.frames))
-            features = features.roll(n, 0)
-            wav = wav.roll(round(n / self.fps * SAMPLE_RATE))
-        return {"features": features, "wav": wav}
+            turns = {"wav": round(n / self.fps * SAMPLE_RATE), "features": n, "materials": n}
+            item = {name: x.roll(turns.get(name, n * self.columns), 0) for name, x in item.items()}
+        if self.columns:
+            stranger = rng.random() < self.strangers
+            item["stranger"] = torch.tensor(float(stranger))
+            if stranger:
+                other = self.clips[int(rng.integers(len(self.clips)))]
+                item["features"] = self.cut(other, rng, self.frames, HOP)["features"]
+        return item
 
 
 # ---- annotations of hits -------------------------------------------------------------------------

@@ -12,6 +12,9 @@ The equations (Sec. 3.2), and where they are:
     denoising_loss   || noise - eps(alpha_t z + sigma_t noise, t, context) ||^2, t in 0..999
     Conditioner      context = W features + b + position, of zero features in a fifth of the samples
 
+The mini preset can be told more than the features: hits, a curve of where its onset head expects
+them, materials (common/controls.py). Half of its training tells the true hits.
+
 Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the
 networks, the condition and both guidance scales (`kernels.fast.guided` is the same, faster, and
 what `sample.py` runs); `dpm_solver`, `ddim` and `plms` are pure functions of any such eps;
@@ -36,7 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import audio, cli, distributed, training
+import foley
+from common import audio, cli, controls, distributed, training
 from common.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -58,6 +62,10 @@ from vae import (
 )
 from vae import PRESETS as VAE_PRESETS
 
+# share of the training items with another clip's features, which learn to play what they are told
+STRANGERS = 0.15
+# weight of the onset head's loss; its gradient reaches nothing but the head
+ONSET_SHARE = 1.0
 # channels, rows of 8 mel bands, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
@@ -86,6 +94,9 @@ class LDMConfig:
     positions: int = 40  # rows of the position table
     feature_dim: int = 512
     guidance: float = 4.5  # the classifier-free scale that suits it
+    # mel columns a feature lasts, in which hits can be told; 0: nothing can, as published
+    columns: int = 0
+    materials: tuple = ()  # that can be told
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
 
@@ -97,6 +108,8 @@ PRESETS = {
         frames=128,
         positions=128,
         guidance=2.5,
+        columns=4,
+        materials=tuple(foley.MATERIALS),
         vae=VAE_PRESETS["mini"],
         unet=UNetConfig(
             width=48,
@@ -424,10 +437,15 @@ class UNet(Backbone):
 
 class Conditioner(nn.Module):
     """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned
-    embedding of the position. ValueError for features of another shape, or too many frames."""
+    embedding of the position, and of the `told` numbers that may follow a feature. ValueError for
+    features of another shape, or too many frames."""
 
-    def __init__(self, feature_dim, context_dim, positions):
+    def __init__(self, feature_dim, context_dim, positions, told=0):
         super().__init__()
+        self.feature_dim = feature_dim
+        if told:
+            # nothing told, nothing added
+            self.told = zero_module(nn.Linear(told, context_dim, bias=False))
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
         # torch's own initialization takes a second and 150 MB of imports even on the meta device
         table = torch.empty(positions, context_dim)
@@ -443,8 +461,12 @@ class Conditioner(nn.Module):
         nn.init.normal_(self.pos_emb.weight, std=0.1)
 
     def forward(self, features):
-        dim = self.embedder[0].in_features
-        if features.ndim != 3 or features.shape[2] != dim:
+        dim = self.feature_dim
+        told = features[..., dim:]
+        fits = features.shape[-1] == dim
+        if told.shape[-1] and hasattr(self, "told"):
+            fits = told.shape[-1] == self.told.in_features
+        if features.ndim != 3 or not fits:
             raise ValueError(
                 f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})"
             )
@@ -455,7 +477,10 @@ class Conditioner(nn.Module):
                 f"features of {frames} frames; "
                 f"this network was trained on at most {len(table)} at a time"
             )
-        return self.embedder(features.to(table.dtype)) + table[:frames]
+        context = self.embedder(features[..., :dim].to(table.dtype)) + table[:frames]
+        if told.shape[-1]:
+            context = context + self.told(told.to(table.dtype))
+        return context
 
 
 def add_schedule(module):
@@ -474,8 +499,12 @@ class LDM(nn.Module):
         # two names, as in the official keys
         self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
+        told = 0
+        if config.columns:
+            told = controls.width(config.columns, len(config.materials))
+            self.onset_head = controls.OnsetHead(config.feature_dim, config.columns)
         self.cond_stage_model = Conditioner(
-            config.feature_dim, config.unet.context_dim, config.positions
+            config.feature_dim, config.unet.context_dim, config.positions, told
         )
 
     __repr__ = one_line
@@ -497,6 +526,22 @@ class LDM(nn.Module):
         """The unconditional branch as trained: the context of zero features, (1, f, dim)."""
         zeros = self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
         return self.conditioner(zeros)
+
+    def tell(self, features, tracks: controls.Tracks):
+        """Features (b, f, d) -> (b, f, d + told), with what the tracks say after each feature.
+
+        A network that cannot be told anything, as the published one, gets the features alone."""
+        if not self.config.columns:
+            return features
+        columns, materials = self.config.columns, len(self.config.materials)
+        return torch.cat([features, controls.tokens(tracks, features, columns, materials)], 2)
+
+    def tell_curve(self, features, motion):
+        """The same with what the onset head finds in features and motion (b, 512)."""
+        if not self.config.columns:
+            return features
+        curve = self.onset_head(features, motion).sigmoid()
+        return self.tell(features, controls.Tracks(curve=curve, seen=features.new_ones(1, 1, 1)))
 
     @torch.no_grad()
     def decode(self, z):
@@ -525,9 +570,11 @@ def latents(vae, mel, noise):
     return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
 
 
-def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=False):
+def denoising_loss(model, z, t, noise, features, drawn=None, v_loss=False, energy_weighting=False):
     """Mean squared error of the predicted noise (Sec. 3.2); z, noise (b, 4, 16, w), t (b,),
     features (b, f, 512). The published loss has neither weighting.
+
+    drawn: what the items are told (controls.Draw); the loss of the onset head is then added.
 
     v_loss: divided by alpha_t^2, which makes it the error of v (Salimans & Ho 2022, arXiv
     2202.00512): then every noise level costs about the same. As published, a clip's unpredictable
@@ -535,6 +582,10 @@ def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=
     energy_weighting: a column counts by the energy that the network itself expects there, so that
     hits are not outvoted by the hiss between them. The weight depends on the input alone, not on z,
     so the minimum of the loss stays the mean."""
+    if drawn is not None:
+        logits = model.onset_head(drawn.head_features, drawn.head_motion)
+        curve = controls.shown_curve(logits, drawn)
+        features = model.tell(drawn.features, drawn.tracks._replace(curve=curve))
     noisy = q_sample(z, t, noise)
     eps = model.unet(noisy, t, model.conditioner(features)).float()
     error = (eps - noise).square()
@@ -547,6 +598,9 @@ def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=
         clean = (noisy - (1 - alphas).sqrt() * eps.detach()) / alphas.sqrt()
         energy = clean.square().mean((1, 2), keepdim=True)  # (b, 1, 1, w); about 1 on average
         error = error * energy.clamp(0.1, 8)
+    if drawn is not None:
+        onset_error = controls.onset_loss(logits, drawn.hits) * drawn.own
+        return error.mean() + ONSET_SHARE * onset_error.mean()
     return error.mean()
 
 
@@ -567,10 +621,16 @@ def sample_timesteps(count: int, shift: float, rng):
 # what a training starts from
 
 
-def from_ours(path, vae=None, new_conditioner=False):
+def from_ours(path, vae=None, new_conditioner=False, told=None):
     """One of ours, or the official file. vae: path of an autoencoder to put in place of its own;
-    new_conditioner: start that part anew. CheckpointError if either does not fit."""
+    new_conditioner: start that part anew; told: a configuration whose `columns` and `materials`
+    this network is to have from now on. CheckpointError if the autoencoder does not fit."""
     model = LDM.load(path)
+    if told is not None:
+        # new layers, which at first change nothing
+        old = {k: v for k, v in model.state_dict().items() if ".told." not in k}
+        model = LDM(replace(model.config, columns=told.columns, materials=told.materials))
+        model.load_state_dict({**model.state_dict(), **old})
     if new_conditioner:
         model.conditioner.reset()
     if vae:
@@ -616,7 +676,8 @@ def initial(args):
         return from_scratch(args.preset, args.vae)
     if "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
         return from_stable_diffusion(args.init, args.preset, args.vae)
-    return from_ours(args.init, args.vae, args.new_conditioner)
+    told = PRESETS[args.preset] if args.new_controls else None
+    return from_ours(args.init, args.vae, args.new_conditioner, told)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -651,8 +712,17 @@ def begin_run(args, model, network, validate):
     def reader(split):
         # only what is trained on is merged or rotated
         merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
-        return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split)
+        told = {}
+        if getattr(cfg, "columns", 0):
+            told = {
+                "columns": cfg.columns,
+                "materials": cfg.materials,
+                "labels": labels,
+                "strangers": STRANGERS if split == "train" else 0.0,
+            }
+        return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split, **told)
 
+    labels = data.read_all_onsets(args.labels) if getattr(args, "labels", None) else None
     clips, held_out = training.train_val_split(reader)
     export = training.merge_lora if args.lora else None
     run = training.TrainingRun(
@@ -677,6 +747,8 @@ def validate(model, pairs, device, max_clips: int = 16, max_sampled: int = 4, **
         item = pairs[i]
         mel = audio.mel(item["wav"].to(device))[None]  # (1, 128, s)
         features = item["features"].to(device)[None]  # (1, f, 512)
+        if model.config.columns:
+            features = model.tell_curve(features, item["motion"].to(device)[None])
         # the loss, at all times in one batch
         z = latents(model.vae, mel, randn(1)).expand(len(t), -1, -1, -1)
         each = features.expand(len(t), -1, -1)
@@ -696,6 +768,19 @@ def final_lr(args):
     return 0.05 if args.preset == "mini" else 1.0
 
 
+def shown(config, features, batch, n: int, conditional, chances):
+    """-> what a micro-batch's networks see: features (b*n, f, 512), and controls.Draw or None."""
+    conditional = conditional.to(features.device)
+    if not config.columns:
+        return features * conditional, None
+    tracks = (
+        batch[name].to(features.device).repeat_interleave(n, 0)
+        for name in ("motion", "hits", "materials", "stranger")
+    )
+    drawn = controls.draw(features, *tracks, len(config.materials), conditional, chances)
+    return features, drawn
+
+
 def train(args):
     """eps-prediction, the condition dropped for a fifth of the samples by zeroing the raw features
     (official `sd_ddpm_scale.py`).
@@ -712,6 +797,8 @@ def train(args):
     model = initial(args).to(device, memory_format=torch.channels_last).train()
     model.unet.requires_grad_(True)
     model.conditioner.requires_grad_(True)
+    if model.config.columns:
+        model.onset_head.requires_grad_(True)
     model.vae.requires_grad_(False)
     weightings = {"v_loss": args.v_loss, "energy_weighting": args.energy_weighting}
     measure = functools.partial(validate, device=device, **weightings)
@@ -727,17 +814,22 @@ def train(args):
         t = sample_timesteps(args.batch * n, args.timestep_shift, rng)
         # four fifths; the others train the unconditional branch
         conditional = torch.rand(args.batch * n, 1, 1, generator=rng) >= 0.2
+        chances = torch.rand(args.batch * n, 9 + model.config.frames // 8, generator=rng)
         # this process's micro-batches
         for batch, rows in run.parts(network):
             repeated = slice(n * rows.start, n * rows.stop)
             mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
             features = batch["features"].to(device, non_blocking=True).repeat_interleave(n, 0)
-            features = features * conditional[repeated].to(device)  # (b*n, f, 512)
+            features, drawn = shown(
+                model.config, features, batch, n, conditional[repeated], chances[repeated]
+            )
             # each sound is encoded once and seen at n noise levels
             with training.autocast(args):
                 z = latents(model.vae, mel, posterior[rows].to(device))
                 z = z.repeat_interleave(n, 0)  # (b*n, 4, 16, 64)
-                loss = network(z, t[repeated].to(device), noise[repeated].to(device), features)
+                loss = network(
+                    z, t[repeated].to(device), noise[repeated].to(device), features, drawn
+                )
             # gradients add up over the micro-batches to that of the whole batch's mean
             (loss / run.count).backward()
             run.add(loss=loss)
@@ -757,6 +849,19 @@ def main(argv=None):
         action="store_true",
         help="with --init: keep U-Net and autoencoder, start the conditioner anew "
         "(new features, as the published run did from Stable Diffusion)",
+    )
+    p.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="folder of the clips' .json files, as foley.py writes them: the hits that the network "
+        "learns to be told; default: the onsets of the clips' own sound",
+    )
+    p.add_argument(
+        "--new-controls",
+        action="store_true",
+        help="with --init: the network learns anew, or for the first time, to be told hits and "
+        "materials",
     )
     g = training.add_stage2_arguments(p)
     switch = argparse.BooleanOptionalAction

@@ -41,6 +41,7 @@ from pathlib import Path
 # Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -49,12 +50,13 @@ import data
 import kernels
 from align import Alignment
 from cavp import CAVP
-from common import audio, cli, isolation, media, plots, watermark
+from common import audio, cli, controls, isolation, media, plots, watermark
 from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError, atomic_write, make_folder
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
+from common.onsets import Hit, read_hits, write_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, sigma
@@ -65,6 +67,7 @@ VERSION = "0.2"
 COLUMNS = WINDOW // HOP  # mel columns of a window
 LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384  # samples that neighboring windows share at least
+FINDERS = ("model", "flow", "both")  # of hits: the onset head, by features, motion or both
 FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
 
 
@@ -86,6 +89,10 @@ class Settings:
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
     keep_audio: float | None = None  # dB: gain of the clip's own sound under the new one; None: off
     as_official: bool = False  # the official demo quirk for quirk (compat/official.py)
+    # who finds the hits, one of FINDERS; or the hits themselves, their file (common/onsets.py), or
+    # a folder of such files for many videos; None: what suits the weights
+    onsets: str | Path | tuple[Hit, ...] | None = None
+    material: tuple[str, ...] = ()  # what may be heard; (): what the model sees
 
     def __post_init__(self):
         if self.sampler not in tuple(SAMPLERS):
@@ -115,10 +122,29 @@ class Settings:
                 "align.safetensors or double_guidance_classifier.ckpt, "
                 "or give cg 0 and one candidate"
             )
-        cfg = models.ldm.config.guidance if self.cfg is None else self.cfg
+        # what these weights can be told
+        config = models.ldm.config
+        if (self.onsets is not None or self.material) and not config.columns:
+            raise CheckpointError(
+                f"{models.name}: these weights cannot be told onsets or materials; leave --onsets "
+                "and --material out, or take --weights mini"
+            )
+        for name in self.material:
+            if name not in config.materials:
+                known = ", ".join(config.materials)
+                raise ValueError(f"material {cli.quoted(name)}: not one of {known}")
+        onsets = self.onsets
+        # a file is read at once, so that a mistake in it shows before any work
+        if onsets is not None and onsets not in FINDERS and not isinstance(onsets, tuple):
+            onsets = Path(onsets)
+            if not onsets.is_dir():
+                onsets = tuple(read_hits(onsets, config.materials))
+        if onsets is None and config.columns:
+            onsets = "both"
+        cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
         batch = 1 if torch.device(models.device).type == "cpu" else 16
-        return replace(self, cfg=cfg, cg=cg, batch=self.batch or batch)
+        return replace(self, cfg=cfg, cg=cg, batch=self.batch or batch, onsets=onsets)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -300,6 +326,71 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     return torch.cat(features)[:count]
 
 
+def given_hits(clip, onsets, materials):
+    """The hits for a clip, in seconds from its start on: `onsets` itself, or its file there."""
+    if not isinstance(onsets, tuple):
+        onsets = read_hits(onsets / f"{clip.source.stem}.onsets.txt", materials)
+    hits = [hit._replace(time=hit.time - clip.start) for hit in onsets]
+    inside = [hit for hit in hits if 0 <= hit.time < clip.seconds]
+    if len(inside) < len(hits):
+        warnings.warn(
+            f"{clip.source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of the "
+            "picture and are not played",
+            stacklevel=2,
+        )
+    return inside
+
+
+@torch.no_grad()
+def find_hits(clip, ldm, finder):
+    """-> (1, f * columns) the curve of where hits are expected: by the model's onset head, from
+    the features, from the picture's motion, or from both."""
+    features = clip.features[None]  # (1, f, d)
+    moved = np.zeros(0)
+    if finder != "model":
+        with clip.profile("decode"):
+            moved = media.clip_motion(clip.source, clip.start, clip.seconds)
+    track = controls.track_motion(moved, features.shape[1] * ldm.config.columns)
+    if finder == "flow":
+        features = torch.zeros_like(features)
+    with clip.profile("features"):
+        return ldm.onset_head(features, torch.from_numpy(track)[None].to(features.device)).sigmoid()
+
+
+@torch.no_grad()
+def tell(clip, models, settings):
+    """Sets a clip's conditions: its features, and what stage 2 is told beside them.
+
+    With hits given it is told these and no others; else it sees the curve of where they are
+    expected. A material is the nearest hit's, or else one of those for the whole clip.
+    """
+    ldm = models.ldm
+    config = ldm.config
+    features = clip.features[None]  # (1, f, d)
+    tracks = {}
+    materials = features.new_zeros(1, features.shape[1], len(config.materials))
+    for name in settings.material:
+        materials[..., config.materials.index(name)] = 1
+    if settings.onsets in FINDERS:
+        curve = find_hits(clip, ldm, settings.onsets)
+        clip.hits = [Hit(time) for time, _ in controls.peaks(curve[0].cpu())]
+        tracks = {"curve": curve, "seen": features.new_ones(1, 1, 1)}
+    elif config.columns:
+        clip.hits = given_hits(clip, settings.onsets, config.materials)
+        hits = controls.track_hits(clip.hits, features.shape[1] * config.columns)
+        nearest = controls.track_materials(
+            clip.hits, config.materials, features.shape[1], 1 / config.fps
+        )
+        named = torch.from_numpy(nearest).to(features.device)[None]
+        if (named >= 0).any():
+            materials = controls.one_hot(named, len(config.materials))
+        tracks = {
+            "hits": torch.from_numpy(hits).to(features.device)[None],
+            "told": features.new_ones(1, 1, 1),
+        }
+    clip.conditions = ldm.tell(features, controls.Tracks(materials=materials, **tracks))[0]
+
+
 @dataclass
 class Clip:
     """One video on its way through the batches."""
@@ -311,6 +402,8 @@ class Clip:
     profile: Profile
     starts: list = ()  # samples at which its windows start
     features: Tensor = None  # (f, d)
+    conditions: Tensor = None  # (f, d + told): features, and what stage 2 is told beside them
+    hits: list = ()  # Hit, that it is told or that were found
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
 
@@ -338,11 +431,13 @@ def denoise(windows, models, settings, callback=None):
     # each window's slice of the noise field, and the features of its own seconds
     noise = []
     features = []
+    conditions = []
     for clip, candidate, start in windows:
         column = round(start / LATENT_HOP)
         noise.append(noise_field(settings.seed, candidate, column + LATENT_SHAPE[2])[..., column:])
         frame = round(start * ldm.config.fps / SAMPLE_RATE)
         features.append(clip.features[frame : frame + ldm.config.frames])
+        conditions.append(clip.conditions[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
     v = torch.stack(features)  # (b, f, d)
 
@@ -352,7 +447,7 @@ def denoise(windows, models, settings, callback=None):
     with share(profiles, "sampling"):
         eps = fast.guided(
             ldm.unet,
-            ldm.conditioner(v),
+            ldm.conditioner(torch.stack(conditions)),
             ldm.null_context(ldm.config.frames),
             settings.cfg,
             models.align,
@@ -405,6 +500,7 @@ class Result:
     wav: Tensor  # (samples,) of the best candidate, float32, 16 kHz, as long as the picture
     wavs: dict[int, Tensor]  # candidate -> its sound: the best one's, or all
     scores: list  # of each candidate, higher is better; None without a classifier
+    hits: list[Hit]  # that were told or found, in seconds of the source; of other weights heard
     best: int  # its number among the candidates
     mel: Tensor  # (128, columns) of the best
     starts: list[int]  # samples at which the windows start
@@ -470,7 +566,12 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
     if mark:
         with clip.profile("vocoder"):
             wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
+    hits = clip.hits
+    # weights that neither are told hits nor find them
+    if not models.ldm.config.columns:
+        hits = [Hit(time) for time in audio.detect_onsets(mel.numpy())]
     return Result(
+        hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
         wav=wavs[best],
         wavs=wavs,
         scores=scores,
@@ -629,6 +730,7 @@ def open_clip(source, models, settings, start, duration, progress):
     clip.starts = plan_windows(clip.samples, config.fps)
     count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
     clip.features = video_features(source, models.cavp, count, seconds, start, profile)
+    tell(clip, models, settings)
     return clip
 
 
@@ -664,6 +766,11 @@ def plot(path, result, count=12):
     plots.plot_result(path, name, frames[:count], onsets, result.mel, result.wav, result.seconds)
 
 
+def onsets_file(target):
+    """NAME.onsets.txt of the output NAME.foley."""
+    return Path(f"{str(target).removesuffix('.foley')}.onsets.txt")
+
+
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
     video = f"{target}{media.output_suffix(result.source)}"
@@ -679,6 +786,8 @@ def write_outputs(result, target, args):
             result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
             for path, wav in sounds.items():
                 media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
+            if args.write_onsets:
+                write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
         if args.plot:
             with result.profile("plot"):
                 plot(stack.enter_context(atomic_write(f"{target}.png")), result)
@@ -762,6 +871,24 @@ def add_sampling_arguments(g):
         "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see compat/official.py)",
     )
     g.add_argument(
+        "--onsets",
+        metavar="|".join((*FINDERS, "FILE", "DIR")),
+        help="who finds the hits: the model, by what it sees; the flow of the picture; both (default); or "
+        "play exactly the hits of FILE: an Audacity label track, or a CSV of time, strength and material; "
+        "of many inputs, DIR/NAME.onsets.txt each",
+    )
+    g.add_argument(
+        "--material",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME[,NAME]",
+        help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
+    )
+    g.add_argument(
+        "--write-onsets",
+        action="store_true",
+        help="NAME.onsets.txt: the hits, to be edited and given back by --onsets",
+    )
+    g.add_argument(
         "--candidates",
         type=int,
         metavar="N",
@@ -842,6 +969,14 @@ def add_run_arguments(g):
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
+def edited(target):
+    """Why --write-onsets would lose something; None where it would not."""
+    path = onsets_file(target)
+    if path.exists():
+        return f"{path}: is there already, perhaps edited; move it, or leave --write-onsets out"
+    return None
+
+
 def report(line, args):
     """What one input came to: on stdout as JSON or in words, mistakes on stderr."""
     if "error" in line:
@@ -890,7 +1025,16 @@ def main(argv=None):
 
     # every input in order: its outputs, or why there are none
     jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
+    if args.write_onsets:
+        jobs = [(video, target, error or edited(target)) for video, target, error in jobs]
     videos = [video for video, _, error in jobs if error is None]
+    if isinstance(settings.onsets, tuple) and len(videos) > 1:
+        print(
+            f"sample.py: --onsets {args.onsets}: is one file for {len(videos)} videos; give a "
+            "folder that has NAME.onsets.txt of each",
+            file=sys.stderr,
+        )
+        return 2
     any_failed = False
     with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
         files = [str(video) for video, _, _ in jobs]

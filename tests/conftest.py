@@ -58,9 +58,9 @@ FAST = {
         "test_a_long_sound_is_marked_throughout",
     ),
     # files
-    "test_motion": (),
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
+    "test_controls": (),
     "test_media": ("test_a_full_disk_leaves_nothing",),
     "test_containers": (
         "test_two_signals_end_it_at_once",

@@ -115,7 +115,8 @@ def test_the_v_loss_is_the_error_of_v():
         conditioner = staticmethod(lambda features: None)
 
     plain, v = (
-        ldm.denoising_loss(Network, z, t, noise, None, v_loss).item() for v_loss in (False, True)
+        ldm.denoising_loss(Network, z, t, noise, None, v_loss=v_loss).item()
+        for v_loss in (False, True)
     )
     a = ldm.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
     # the clean latents that it implies

@@ -213,7 +213,11 @@ def test_stage_2_goes_on_with_the_autoencoder_that_it_is_given(home, tmp_path):
     )
     checkpoints.save_model(tmp_path / "new.safetensors", new, dataclasses.asdict(new.config))
     args = argparse.Namespace(
-        init=home / "ldm" / "last.safetensors", vae=None, new_conditioner=False, preset="mini"
+        init=home / "ldm" / "last.safetensors",
+        vae=None,
+        new_conditioner=False,
+        new_controls=False,
+        preset="mini",
     )
     assert equal(ldm.initial(args), old)
     args.vae = tmp_path / "new.safetensors"

@@ -94,16 +94,24 @@ class Sounds(RandomClips):
 
 
 class Pairs(RandomClips):
-    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None):
+    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None, **told):
         super().__init__(seed, split)
+        self.told = told
 
     def __getitem__(self, index):
         rng = self.rng(index)
         features = torch.from_numpy(rng.standard_normal((128, 32)).astype(np.float32))
-        return {
+        item = {
             "features": torch.nn.functional.normalize(features, dim=1),
             "wav": self.sound(rng, audio.WINDOW),
         }
+        if self.told:
+            count = 128 * self.told["columns"]
+            item["hits"] = torch.from_numpy((rng.random(count) < 0.02) * rng.random(count)).float()
+            item["materials"] = torch.from_numpy(rng.integers(-1, 3, 128))
+            item["motion"] = torch.from_numpy(rng.random(count)).float()
+            item["stranger"] = torch.tensor(float(index % 4 == 3))
+        return item
 
 
 def onsets(video):
@@ -119,7 +127,7 @@ def install(setattr=setattr):
         setattr(data, kind.__name__, kind)
     setattr(cavp, "PRESETS", {**cavp.PRESETS, "mini": TOWERS})
     setattr(vae, "PRESETS", {**vae.PRESETS, "mini": VAE})
-    mini = ldm.LDMConfig(**TIME, unet=UNET, vae=VAE)
+    mini = ldm.LDMConfig(**TIME, columns=4, materials=("A", "B", "C"), unet=UNET, vae=VAE)
     setattr(ldm, "PRESETS", {**ldm.PRESETS, "mini": mini})
     mini = align.AlignmentConfig(**TIME, unet=UNET)
     setattr(align, "PRESETS", {**align.PRESETS, "mini": mini})
