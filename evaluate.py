@@ -11,11 +11,12 @@ out  the table, and one for each of --groups; OUT/evaluate.png; OUT/evaluate.jso
     python foley.py held-out --clips 512 --seed 1 && python evaluate.py --data held-out --out scores
     python evaluate.py --data held-out --ablate guidance --out scores/guidance
     torchrun --nproc_per_node 4 evaluate.py --data held-out      the clips divided; the same table
+    python evaluate.py --data FOLDER --annotations onsets.json --groups groups.csv     real footage
 
 row                the sound that each video gets
 ours               generated for it
 ground_truth       its own, the reference: the ceiling of the metrics
-wrong_video        ours, but of another video: the chance level
+wrong_video        ours, but of another video, of any group: the chance level
 slid               ours, rotated in time by 1/9 to 8/9 of the clip: the chance level that knows the
                    rate of hits. The detected onsets and the onset strength are rotated, not the
                    sound, and what is counted is averaged over the eight shifts
@@ -34,10 +35,10 @@ mean_f1_100ms      mean over clips of the clip's own F1; clips without annotated
 skill_100ms        that less the same of the sound slid: 0 for whatever only knows the rate of hits
 onset_auc          probability that the onset strength is higher in a mel column within 60 ms of an
                    annotated onset than in one over 120 ms from all; mean over clips that have both.
-                   0.5 is chance. A hit's strength lasts for some of the eight columns around it, so
+                   0.5 is chance. A hit raises the strength in about half of the columns near it, so
                    the ceiling is not 1 but what ground_truth has
-..._flux           the first three of F1 and skill by a second, plain detector (`detect_onsets_flux`
-                   of common/audio.py), also of the annotation where that is detected
+..._100ms_flux     onset_f1, mean_f1 and skill by a second, plain detector (`detect_onsets_flux` of
+                   common/audio.py), which also gives the annotation where that is detected
 desync_ms          mean absolute lag, up to 1 s, at which the onset strength agrees best with the
                    reference's; clips without onsets are left out
 desync_over_200ms  share of clips with a larger lag
