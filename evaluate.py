@@ -1,28 +1,44 @@
 """Do the sounds fall where things happen, and are they the right ones? One table, with intervals.
 
 in   a folder of clips with labels, as foley.py makes, or any videos with sound (the onsets of their
-     own sound are then the annotation); sounds generated now, or made elsewhere (--samples)
-out  the table; OUT/evaluate.png; OUT/evaluate.json: {"rows": {row: {column: value}},
-     "intervals": {row: {column: [low, high]}}, "clips": {video: {row: {statistic: value}}}, ...}.
-     Intervals are of 95 %, by bootstrap over the clips
+     own sound are then the annotation, unless --annotations gives them); sounds generated now, or
+     made elsewhere (--samples)
+out  the table, and one for each of --groups; OUT/evaluate.png; OUT/evaluate.json: {"rows": {row:
+     {column: value}}, "intervals": {row: {column: [low, high]}}, "groups": {group: {"rows",
+     "intervals"}}, "clips": {video: {row: {statistic: value}}}, ...}. Intervals are of 95 %, by
+     bootstrap over the clips
 
     python foley.py held-out --clips 512 --seed 1 && python evaluate.py --data held-out --out scores
     python evaluate.py --data held-out --ablate guidance --out scores/guidance
     torchrun --nproc_per_node 4 evaluate.py --data held-out      the clips divided; the same table
+    python evaluate.py --data FOLDER --annotations onsets.json --groups groups.csv     real footage
 
 row                the sound that each video gets
 ours               generated for it
 ground_truth       its own, the reference: the ceiling of the metrics
-wrong_video        ours, but of another video: the chance level
+wrong_video        ours, but of another video, of any group: the chance level
+slid               ours, rotated in time by 1/9 to 8/9 of the clip: the chance level that knows the
+                   rate of hits. The detected onsets and the onset strength are rotated, not the
+                   sound, and what is counted is averaged over the eight shifts
+metronome          hits at 5 a second, averaged over four phases: what regular hits are worth
 silence            none
 round_trip         its own through an autoencoder and the vocoder: the ceiling of stage 2
                    (--round-trip FILE)
+Of slid and metronome there is no sound: columns that need one are empty (null) there.
 
 column             what it measures
 onset_f1_100ms     F1 of predicted against annotated onsets, pooled over clips and matched one to
                    one within 100 ms; precision and recall; the same within 50 ms
 heard_f1_100ms     F1 against the onsets detected in the reference, whatever the annotation says
 onset_count_error  mean difference between the numbers of predicted and annotated onsets
+mean_f1_100ms      mean over clips of the clip's own F1; clips without annotated onsets are left out
+skill_100ms        that less the same of the sound slid: 0 for whatever only knows the rate of hits
+onset_auc          probability that the onset strength is higher in a mel column within 60 ms of an
+                   annotated onset than in one over 120 ms from all; mean over clips that have both.
+                   0.5 is chance. A hit raises the strength in about half of the columns near it, so
+                   the ceiling is not 1 but what ground_truth has
+..._100ms_flux     onset_f1, mean_f1 and skill by a second, plain detector (`detect_onsets_flux` of
+                   common/audio.py), which also gives the annotation where that is detected
 desync_ms          mean absolute lag, up to 1 s, at which the onset strength agrees best with the
                    reference's; clips without onsets are left out
 desync_over_200ms  share of clips with a larger lag
@@ -42,9 +58,11 @@ seconds            mean time to generate a sound
 All rows share the mel, the onset detector (set on recorded sounds of seed 9) and the metrics.
 """
 
+import csv
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -66,6 +84,7 @@ from common.audio import (
     HOP,
     SAMPLE_RATE,
     detect_onsets,
+    detect_onsets_flux,
     f1,
     match,
     mel,
@@ -97,6 +116,11 @@ MINI = Path(__file__).parent / "weights" / "mini"
 MAX_LAG = 62  # mel columns (1 s) that onset strengths are shifted against each other
 FLOOR = 1e-3  # of full scale: quieter sound counts as this loud
 RESAMPLES = 1000  # of the bootstrap
+SHIFTS = [k / 9 for k in range(1, 9)]  # of the clip's length, by which a sound is slid
+BEAT = 0.2  # seconds between the metronome's hits
+PHASES = [k / 4 * BEAT for k in range(4)]  # seconds before its first
+NEAR = 0.06  # seconds from an annotated onset within which the onset strength should be high
+FAR = 0.12  # and beyond which it should be low
 # statistics that are not resampled
 ONCE = ("melception_generated", "melception_reference", "melception_classes")
 PLOTTED = ("onset_f1_100ms", "onset_f1_50ms", "align_acc", "material_acc")
@@ -144,6 +168,7 @@ class EvalClip:
     loudness: float  # dB
     ref_onsets: list  # seconds, detected in the reference
     onsets: list  # seconds, annotated; without labels those of the reference
+    flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
@@ -180,6 +205,78 @@ def onset_lag(generated, reference):
     return lags[correlation.argmax()] * COLUMN
 
 
+def onset_auc(strength, annotated):
+    """Area under the ROC curve of the onset strength (s,) as a sign of annotated onsets (seconds).
+
+    The probability that a column within NEAR of one is stronger than a column beyond FAR of all, a
+    tie counted as half. NaN if one of the two kinds is missing.
+    """
+    times = np.arange(len(strength)) * COLUMN
+    distances = np.abs(times[:, None] - np.asarray(annotated)).min(1, initial=math.inf)  # (s,)
+    near = strength[distances <= NEAR]
+    far = np.sort(strength[distances > FAR])
+    if not (len(near) and len(far)):
+        return math.nan
+    weaker = np.searchsorted(far, near, "left")
+    not_stronger = np.searchsorted(far, near, "right")
+    return float((weaker + not_stronger).mean() / (2 * len(far)))
+
+
+def count_onsets(onsets, flux_onsets, clip: EvalClip):
+    """{statistic: number} of onset times by the two detectors, in seconds, ascending."""
+    return {
+        "predicted": len(onsets),
+        "annotated": len(clip.onsets),
+        "matched_100ms": len(match(onsets, clip.onsets, 0.1)),
+        "matched_50ms": len(match(onsets, clip.onsets, 0.05)),
+        "ref_onsets": len(clip.ref_onsets),
+        "matched_ref": len(match(onsets, clip.ref_onsets, 0.1)),
+        "predicted_flux": len(flux_onsets),
+        "annotated_flux": len(clip.flux_onsets),
+        "matched_100ms_flux": len(match(flux_onsets, clip.flux_onsets, 0.1)),
+    }
+
+
+def average(stats: list):
+    """{statistic: mean} of several dictionaries of the same statistics."""
+    return {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
+
+
+def onset_stats(onsets, flux_onsets, clip: EvalClip):
+    """`count_onsets`, and as slid_matched_... the matches of the onsets rotated within the clip."""
+    duration = samples_of(clip.mel) / SAMPLE_RATE
+    slid = []
+    for shift in SHIFTS:
+        rotated = [np.sort((o + shift * duration) % duration) for o in (onsets, flux_onsets)]
+        slid.append(count_onsets(*rotated, clip))
+    slid = average(slid)
+    slid = {f"slid_{name}": slid[name] for name in slid if name.startswith("matched")}
+    return count_onsets(onsets, flux_onsets, clip) | slid
+
+
+def without_sound(stats):
+    """These statistics, and NaN for those that need a sound."""
+    return dict.fromkeys(("onset_auc", "lag", "loudness", "seconds"), math.nan) | stats
+
+
+def slid_stats(stats):
+    """The statistics of the row slid, from those of the sound."""
+    # rotation keeps the numbers of onsets
+    counts = ("predicted", "annotated", "ref_onsets", "predicted_flux", "annotated_flux")
+    slid = {name: stats[name] for name in counts}
+    for name in stats:
+        if name.startswith("slid_"):
+            slid[name.removeprefix("slid_")] = stats[name]
+    return without_sound(slid)
+
+
+def metronome_stats(clip: EvalClip):
+    """The statistics of the row metronome."""
+    duration = samples_of(clip.mel) / SAMPLE_RATE
+    hits = [np.arange(phase, duration, BEAT) for phase in PHASES]
+    return without_sound(average([onset_stats(h, h, clip) for h in hits]))
+
+
 def samples_of(mel):
     """How many samples the columns of a mel (128, s) stand for."""
     return mel.shape[1] * HOP
@@ -201,15 +298,15 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
     # what comes after the clip's end does not count
     wav = wav[: samples_of(clip.mel)]
     log_mel = mel(wav)
-    onsets = detect_onsets(log_mel)
-    stats = {
-        "predicted": len(onsets),
-        "annotated": len(clip.onsets),
-        "matched_100ms": len(match(onsets, clip.onsets, 0.1)),
-        "matched_50ms": len(match(onsets, clip.onsets, 0.05)),
-        "ref_onsets": len(clip.ref_onsets),
-        "matched_ref": len(match(onsets, clip.ref_onsets, 0.1)),
-        "lag": onset_lag(onset_strength(log_mel), onset_strength(clip.mel)),
+    strength = onset_strength(log_mel)
+    # a sound that is shorter than the clip goes on as silence
+    columns = clip.mel.shape[1]
+    padded = np.pad(strength, (0, columns - len(strength)))
+    rotated = [np.roll(padded, round(shift * columns)) for shift in SHIFTS]
+    stats = onset_stats(detect_onsets(log_mel), detect_onsets_flux(log_mel), clip) | {
+        "onset_auc": onset_auc(padded, clip.onsets),
+        "slid_onset_auc": float(np.mean([onset_auc(r, clip.onsets) for r in rotated])),
+        "lag": onset_lag(strength, onset_strength(clip.mel)),
         "loudness": loudness(wav) - clip.loudness,
         "seconds": seconds,
     }
@@ -221,8 +318,7 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
         pairs = zip(materials, clip.hits, strict=True)
         stats["correct"] = sum(predicted == annotated for predicted, (_, annotated) in pairs)
     if metrics.alignment:
-        # a sound that is shorter than the clip goes on as silence
-        padded = F.pad(log_mel, (0, clip.mel.shape[1] - log_mel.shape[1]))
+        padded = F.pad(log_mel, (0, columns - log_mel.shape[1]))
         z, _ = metrics.vae.encode(cut_windows(padded, clip.starts))
         times = torch.zeros(len(z))  # diffusion times: without noise
         probability = metrics.alignment(LATENT_SCALE * z, times, clip.video_features)
@@ -248,6 +344,20 @@ def mean(values):
     return float(known.mean()) if len(known) else None
 
 
+def clip_f1(matched, predicted, annotated):
+    """Numbers of onsets (n,) -> the F1 of each clip (n,); NaN where none is annotated."""
+    return np.where(annotated > 0, 2 * matched / np.maximum(predicted + annotated, 1), np.nan)
+
+
+def mean_f1_and_skill(stats, detector=""):
+    """The columns of F1 that are means over clips; the row slid has no skill."""
+    counts = [stats[f"{name}{detector}"] for name in ("predicted", "annotated")]
+    scores = clip_f1(stats[f"matched_100ms{detector}"], *counts)
+    slid = stats.get(f"slid_matched_100ms{detector}")
+    skill = None if slid is None else mean(scores - clip_f1(slid, *counts))
+    return {f"mean_f1_100ms{detector}": mean(scores), f"skill_100ms{detector}": skill}
+
+
 def columns_of(stats):
     """{statistic: array over clips} -> {column: value}; None where there is no value."""
     row = {}
@@ -260,6 +370,11 @@ def columns_of(stats):
     against_reference = f1(stats["matched_ref"].sum(), predicted, stats["ref_onsets"].sum())
     row["heard_f1_100ms"] = float(against_reference[2])
     row["onset_count_error"] = mean(np.abs(stats["predicted"] - stats["annotated"]))
+    row |= mean_f1_and_skill(stats)
+    row["onset_auc"] = mean(stats["onset_auc"])
+    counts = [stats[f"{name}_flux"].sum() for name in ("matched_100ms", "predicted", "annotated")]
+    row["onset_f1_100ms_flux"] = float(f1(*counts)[2])
+    row |= mean_f1_and_skill(stats, "_flux")
 
     # a clip without onsets has no lag
     lags = 1000 * np.abs(stats["lag"])
@@ -279,7 +394,9 @@ def columns_of(stats):
     # in a resampling only the divergence is left
     if "melception_generated" in stats:
         generated = stats["melception_generated"]
-        row["melception_fid"] = melception.fid(generated, stats["melception_reference"])
+        row["melception_fid"] = None
+        if count > 1:
+            row["melception_fid"] = melception.fid(generated, stats["melception_reference"])
         scores = melception.split_inception_score(stats["melception_classes"])
         row["melception_is"], row["melception_is_deviation"] = scores
     if "melception_kl" in stats:
@@ -353,16 +470,75 @@ def find_clips(args):
     return videos[: args.clips]
 
 
-def read_clip(video: Path, metrics: Metrics):
-    """An EvalClip; without labels, the onsets of the reference are the annotation."""
+def listed(names):
+    """Some names as text, at most five of them."""
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def read_annotations(path, videos):
+    """--annotations: {video: onset times in seconds, ascending}. Raises MediaError."""
+    try:
+        content = json.loads(path.read_text())
+        by_name = {name: sorted(map(float, times)) for name, times in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise MediaError(f"{path}: not a JSON file of {{name: [seconds]}}; correct it") from None
+    missing = [video.stem for video in videos if video.stem not in by_name]
+    if missing:
+        raise MediaError(f"{path}: has no {listed(missing)}; add the onset times, or []")
+    return {video: by_name[video.stem] for video in videos}
+
+
+def read_groups(path, videos):
+    """--groups: {group: numbers of its clips}, in the order of the file. Raises MediaError.
+
+    A clip may be in several. Warns of names without a clip, and of clips without a group, which
+    are in the whole table alone.
+    """
+    try:
+        # spreadsheets begin their files with a byte-order mark
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MediaError(f"{path}: cannot be read ({error}); give a CSV file") from None
+    if not rows or not {"name", "group"} <= rows[0].keys():
+        raise MediaError(f"{path}: no rows with columns `name` and `group`; name both in line 1")
+    members = {}  # {group: names}
+    for row in rows:
+        if row["name"] and row["group"]:
+            members.setdefault(row["group"], set()).add(row["name"])
+
+    names = [video.stem for video in videos]
+    unknown = set().union(*members.values()).difference(names)
+    without = set(names).difference(*members.values())
+    if unknown and distributed.rank() == 0:
+        print(f"evaluate.py: {path}: no clip named {listed(unknown)}; left out", file=sys.stderr)
+    if without and distributed.rank() == 0:
+        line = f"no group for {listed(without)}; counted in the whole table alone"
+        print(f"evaluate.py: {path}: {line}", file=sys.stderr)
+    groups = {}
+    for group, of_group in members.items():
+        clips = [k for k, name in enumerate(names) if name in of_group]
+        if clips:
+            groups[group] = clips
+    return groups
+
+
+def read_clip(video: Path, metrics: Metrics, annotated: list | None = None):
+    """An EvalClip. Its onsets: `annotated` (seconds), else the labels, else the reference's own."""
     wav = read_audio(video, duration=probe(video).duration)
     log_mel = mel(wav)
     ref_onsets = detect_onsets(log_mel).tolist()
-    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, onsets=ref_onsets, hits=[])
-    if video.with_suffix(".json").is_file():
+    flux_onsets = detect_onsets_flux(log_mel).tolist()
+    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, hits=[])
+    if annotated is None and video.with_suffix(".json").is_file():
         labels = read_onsets(video)
-        clip.onsets = [onset["time"] for onset in labels]
+        annotated = [onset["time"] for onset in labels]
         clip.hits = judge.isolated_hits(labels)
+    if annotated is not None:
+        clip.onsets = annotated
+        clip.flux_onsets = annotated
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
@@ -469,13 +645,31 @@ def numbers(stats):
     return out
 
 
+def score_rows(measured, clips):
+    """{row: what `measure` says of each clip} -> {"rows", "intervals"} of these clips (numbers)."""
+    result = {"rows": {}, "intervals": {}}
+    for name, stats in measured.items():
+        row, intervals = score([stats[k] for k in clips])
+        # rows without a sound lack columns
+        columns = next(iter(result["rows"].values()), row)
+        result["rows"][name] = {column: row.get(column) for column in columns}
+        result["intervals"][name] = intervals
+    return result
+
+
 def evaluate(args):
-    """-> {"rows", "intervals", "clips"} as the module describes them."""
+    """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
     videos = find_clips(args)
+    annotations = read_annotations(args.annotations, videos) if args.annotations else {}
+    groups = read_groups(args.groups, videos) if args.groups else {}
     metrics = load_metrics(args.judges)
     if args.official_melception:
         metrics.melception = Melception.load(args.official_melception, args.device)
-    clips = share_out(lambda k: read_clip(videos[k], metrics), len(videos), "reading")
+
+    def read(k):
+        return read_clip(videos[k], metrics, annotations.get(videos[k]))
+
+    clips = share_out(read, len(videos), "reading")
     if not any(clip.onsets for clip in clips):
         raise MediaError(f"{args.data}: no onset in {len(videos)} clips; give more with --clips")
 
@@ -492,19 +686,21 @@ def evaluate(args):
     for name, changes in variants(args).items():
         wavs, seconds = zip(*make_sounds(videos, args, changes, name), strict=True)
         add_row(name, wavs, seconds)
-    # the baselines; the wrong sounds are of the last variant
+    # the baselines; the wrong and the slid sounds are of the last variant
     wrong = [wavs[k] for k in derange(len(videos))]
     add_row("ground_truth", [read_audio(video) for video in videos])
     add_row("wrong_video", wrong)
+    measured["slid"] = [slid_stats(stats) for stats in measured[name]]
+    measured["metronome"] = [metronome_stats(clip) for clip in clips]
     add_row("silence", [torch.zeros(samples_of(clip.mel)) for clip in clips])
     if args.round_trip:
         vae = AutoencoderKL.load(args.round_trip)
         wavs = share_out(lambda k: round_trip(clips[k], vae), len(clips), "round_trip")
         add_row("round_trip", wavs)
 
-    result = {"rows": {}, "intervals": {}, "clips": {}}
-    for name, stats in measured.items():
-        result["rows"][name], result["intervals"][name] = score(stats)
+    result = score_rows(measured, range(len(videos)))
+    result["groups"] = {group: score_rows(measured, groups[group]) for group in groups}
+    result["clips"] = {}
     for k, video in enumerate(videos):
         by_row = {name: numbers(stats[k]) for name, stats in measured.items()}
         result["clips"][video.relative_to(args.data).as_posix()] = by_row
@@ -546,15 +742,25 @@ def table(rows: dict, intervals: dict):
     return "\n".join(text)
 
 
-def write(args, rows, intervals, clips):
-    """The files, and the table on the screen."""
-    content = {"rows": rows, "intervals": intervals, "settings": vars(args), "clips": clips}
+def write(args, rows, intervals, groups, clips):
+    """The files, and the tables on the screen."""
+    content = {"rows": rows, "intervals": intervals, "groups": groups}
+    content |= {"settings": vars(args), "clips": clips}
     text = json.dumps(content, indent=1, default=str)
     write_bytes(args.out / "evaluate.json", f"{text}\n".encode())
     columns = [c for c in PLOTTED if rows["ground_truth"].get(c) is not None]
+    # what a row does not have is NaN, which is not drawn
+    values = {}
+    bounds = {}
+    for name, row in rows.items():
+        values[name] = {c: math.nan if row[c] is None else row[c] for c in columns}
+        bounds[name] = {c: intervals[name].get(c, [math.nan] * 2) for c in columns}
     with atomic_write(args.out / "evaluate.png") as part:
-        plots.plot_table(part, rows, intervals, columns)
+        plots.plot_table(part, values, bounds, columns)
     print(table(rows, intervals))
+    for group, scores in groups.items():
+        titled = [{f"{n} [{group}]": scores[k][n] for n in rows} for k in ("rows", "intervals")]
+        print(f"\n{table(*titled)}")
 
 
 def arguments(argv):
@@ -565,6 +771,14 @@ def arguments(argv):
         type=Path,
         help="folder of sounds made elsewhere, NAME.foley.wav, NAME.wav or NAME.mp4; "
         "default: generate them",
+    )
+    p.add_argument(
+        "--annotations",
+        type=Path,
+        help="JSON file of onset times, {NAME: [seconds]}, instead of labels beside the clips",
+    )
+    p.add_argument(
+        "--groups", type=Path, help="CSV file with columns name, group: the same table of each"
     )
     p.add_argument("--out", type=Path, default=Path(), help="output folder")
     p.add_argument(

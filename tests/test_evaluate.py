@@ -154,6 +154,10 @@ def stats_of(predicted, annotated, matched, close, lag=0.0, loudness=0.0, **more
         "lag": lag,
         "loudness": loudness,
         "seconds": np.nan,
+        "onset_auc": np.nan,
+        "predicted_flux": predicted,
+        "annotated_flux": annotated,
+        "matched_100ms_flux": matched,
         **more,
     }
 
@@ -179,6 +183,8 @@ def test_score_takes_the_papers_figures_once():
     assert row["melception_is_deviation"] > 0
     assert row["melception_kl"] == 5.5
     assert [name for name in intervals if "melception" in name] == ["melception_kl"]
+    # a group may be of one clip, which has no covariance
+    assert evaluate.score(measured[:1])[0]["melception_fid"] is None
 
     table = evaluate.table({"ours": row}, {"ours": intervals})
     lines = {line.split()[0]: line for line in table.splitlines()[1:]}
@@ -217,6 +223,139 @@ def test_score_pools_onsets_over_clips():
     assert intervals["onset_f1_100ms"][0] == 0
 
 
+def test_skill_is_the_mean_f1_less_that_of_the_sound_slid():
+    """Worked out by hand; the second clip has nothing annotated, and counts for precision alone."""
+    slid = [{"slid_matched_100ms": m, "slid_matched_100ms_flux": 0.5 * m} for m in (1, 0, 0.5)]
+    measured = [
+        stats_of(4, 4, 3, 3, onset_auc=0.9, **slid[0]),
+        stats_of(2, 0, 0, 0, **slid[1]),
+        stats_of(1, 3, 1, 0, onset_auc=0.5, **slid[2]),
+    ]
+    row, intervals = evaluate.score(measured)
+    expected = {
+        "onset_f1_100ms": 8 / 14,
+        "mean_f1_100ms": (3 / 4 + 1 / 2) / 2,
+        "skill_100ms": (2 / 4 + 1 / 4) / 2,
+        "onset_auc": 0.7,
+        "onset_f1_100ms_flux": 8 / 14,
+        "mean_f1_100ms_flux": (3 / 4 + 1 / 2) / 2,
+        "skill_100ms_flux": (5 / 8 + 3 / 8) / 2,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    for name in expected:
+        low, high = intervals[name]
+        assert low < row[name] < high
+    # of clips without onsets all that is a mean over clips has no value
+    row, intervals = evaluate.score([measured[1]] * 2)
+    assert row["mean_f1_100ms"] is row["skill_100ms"] is row["onset_auc"] is None
+    assert not {"mean_f1_100ms", "skill_100ms", "onset_auc"} & set(intervals)
+
+
+def clip_of(onsets, columns=540):
+    """A silent clip of 8.64 s, of which a ninth is 0.96 s, with these annotated onsets."""
+    silence = torch.zeros(audio.N_MELS, columns)
+    return evaluate.EvalClip(Path("a.mp4"), silence, -60.0, [], onsets, onsets, hits=[])
+
+
+def test_a_sound_is_slid_by_ninths_of_its_clip():
+    clip = clip_of([1.0, 2.92])
+    stats = evaluate.onset_stats(np.array([1.0]), np.array([2.92]), clip)
+    # by two ninths the first onset comes to lie on the second, by seven the second on the first
+    assert stats["matched_100ms"] == stats["matched_100ms_flux"] == 1
+    assert stats["slid_matched_100ms"] == stats["slid_matched_100ms_flux"] == 1 / 8
+    row = evaluate.score([stats_of(0, 0, 0, 0) | stats])[0]
+    assert row["skill_100ms"] == row["skill_100ms_flux"] == pytest.approx(2 / 3 * 7 / 8)
+    slid = evaluate.score([evaluate.slid_stats({"slid_onset_auc": 0.4, **stats})])[0]
+    assert slid["onset_f1_100ms"] == slid["mean_f1_100ms"] == pytest.approx(2 / 3 / 8)
+    assert slid["onset_auc"] == 0.4
+    assert slid["skill_100ms"] is slid["desync_ms"] is slid["loudness_db"] is None
+
+
+def test_regular_hits_have_no_skill():
+    """Slid by whole periods they are the same; the metronome hits all and has no skill either."""
+    hits = 0.5 + 0.96 * np.arange(9.0)
+    stats = evaluate.onset_stats(hits, hits, clip_of([0.5, 2.42, 6.0]))
+    assert stats["slid_matched_100ms"] == stats["matched_100ms"] == 2
+
+    clip = clip_of([0.53, 1.01, 2.5, 2.62, 4.44, 7.13])
+    stats = evaluate.metronome_stats(clip)
+    # 8.64 s of hits every 0.2 s
+    assert stats["predicted"] == pytest.approx(5 * 8.64, abs=0.5)
+    assert stats["matched_100ms"] == pytest.approx(6, abs=0.5)
+    row = evaluate.score([stats])[0]
+    assert row["mean_f1_100ms"] == pytest.approx(12 / (43.2 + 6), abs=0.02)
+    assert row["skill_100ms"] == pytest.approx(0, abs=0.02)
+    assert row["onset_auc"] is row["seconds"] is row["loudness_db"] is row["desync_ms"] is None
+
+
+def test_onset_auc_compares_near_with_far_columns():
+    times = np.arange(200) * audio.COLUMN
+    distances = np.abs(times - 1.6)
+    near = distances <= 0.06
+    far = distances > 0.12
+    # what lies between does not count
+    strength = np.where(near | far, 0.0, 9.0)
+    assert evaluate.onset_auc(strength, [1.6]) == 0.5
+    assert evaluate.onset_auc(strength + near, [1.6]) == 1
+    assert evaluate.onset_auc(strength + far, [1.6]) == 0
+    # a tenth of the far columns stronger
+    strength = near.astype(float)
+    strength[np.flatnonzero(far)[: far.sum() // 10]] = 2
+    above = (far.sum() // 10) / far.sum()
+    assert evaluate.onset_auc(strength, [1.6]) == pytest.approx(1 - above)
+    # one of the two kinds is missing
+    assert np.isnan(evaluate.onset_auc(strength, []))
+    assert np.isnan(evaluate.onset_auc(strength, times))
+
+
+def test_onset_auc_of_sounds():
+    """Near 1 for a sound that rises in all columns near an onset, lower for clicks.
+
+    Those are in half of these columns. At other times, and slid, both are at chance.
+    """
+    times = [0.7, 2.0, 2.9, 4.4, 5.1, 7.7]
+    clip = clip_of(times)
+    swells = torch.zeros(round(8.64 * audio.SAMPLE_RATE))
+    # from 1e-3 to full scale in 0.22 s
+    swell = torch.logspace(-3, 0, 3520) * torch.randn(3520)
+    for time in times:
+        start = round((time - 0.1) * audio.SAMPLE_RATE)
+        swells[start : start + 3520] += swell
+    stats = evaluate.measure(swells, clip, evaluate.Metrics())
+    assert stats["onset_auc"] > 0.95
+    at_times = evaluate.measure(clicks(times, 8.64), clip, evaluate.Metrics())
+    assert 0.7 < at_times["onset_auc"] < 0.9
+    elsewhere = evaluate.measure(clicks([t + 0.3 for t in times], 8.64), clip, evaluate.Metrics())
+    for chance in (at_times["slid_onset_auc"], stats["slid_onset_auc"], elsewhere["onset_auc"]):
+        assert 0.4 < chance < 0.6
+    # silence after a sound that ends early counts
+    early = evaluate.measure(clicks(times[:3], 4.0), clip, evaluate.Metrics())
+    assert 0.5 < early["onset_auc"] < at_times["onset_auc"]
+
+
+def test_the_second_detector_is_another(monkeypatch):
+    """It detects clicks and no steady sound; its columns are of its onsets alone."""
+    times = [0.3, 0.8013, 1.1, 1.25, 2.9307, 3.5]
+    predicted = audio.detect_onsets_flux(audio.mel(clicks(times)))
+    assert len(predicted) == len(times)
+    assert np.abs(predicted - times).max() <= 2 * audio.COLUMN
+    noise = torch.randn(64000, generator=torch.Generator().manual_seed(0))
+    for wav in (torch.zeros(64000), 0.1 * noise):
+        assert not len(audio.detect_onsets_flux(audio.mel(wav)))
+    # no second peak within APART columns, of equal ones the first, nor one that is too low
+    mel = np.zeros((128, 60), np.float32)
+    mel[:, 20:] = 0.25
+    mel[:, 22:] = 0.5
+    mel[:, 40:] = 0.52
+    assert audio.detect_onsets_flux(mel).tolist() == [20 * audio.COLUMN]
+
+    monkeypatch.setattr(evaluate, "detect_onsets_flux", lambda mel: np.array([0.3, 1.1]))
+    stats = evaluate.measure(clicks(times), clip_of(times), evaluate.Metrics())
+    row = evaluate.score([stats])[0]
+    assert row["onset_f1_100ms"] == row["mean_f1_100ms"] == 1
+    assert row["onset_f1_100ms_flux"] == row["mean_f1_100ms_flux"] == pytest.approx(4 / 8)
+
+
 def test_score_without_hits_to_classify_has_no_material_accuracy():
     space = {"features": np.zeros(2), "classes": np.ones(1)}
     space |= {"ref_features": np.zeros(2), "ref_classes": np.ones(1)}
@@ -246,11 +385,24 @@ def test_table_and_json_for_sounds_of_elsewhere(foley_set, tmp_path, capsys):
     evaluate.main([*flags, "--out", str(out)])
     written = json.loads((out / "evaluate.json").read_text())
     rows = written["rows"]
-    assert list(rows) == ["ours", "ground_truth", "wrong_video", "silence"]
+    assert list(rows) == [
+        "ours",
+        "ground_truth",
+        "wrong_video",
+        "slid",
+        "metronome",
+        "silence",
+    ]
     assert not any("melception" in column for column in rows["ours"])  # nobody asked for those
     assert rows["ours"]["onset_f1_50ms"] > 0.9 and rows["ground_truth"]["onset_f1_100ms"] > 0.9
     assert rows["wrong_video"]["onset_f1_100ms"] < 0.5 and rows["silence"]["onset_f1_100ms"] == 0
     assert rows["silence"]["desync_ms"] is None and all(row["clips"] == 4 for row in rows.values())
+    assert rows["ours"]["skill_100ms"] > 0.5 > 0.2 > abs(rows["metronome"]["skill_100ms"])
+    assert rows["slid"]["mean_f1_100ms"] == pytest.approx(
+        rows["ours"]["mean_f1_100ms"] - rows["ours"]["skill_100ms"]
+    )
+    assert rows["ours"]["onset_auc"] > 0.6 > rows["slid"]["onset_auc"] > 0.4
+    assert rows["metronome"]["onset_auc"] is rows["slid"]["loudness_db"] is None
     text = capsys.readouterr().out.splitlines()
     assert text[0].split() == list(rows) and len({len(line) for line in text}) == 1
     best = next(line for line in text if line.startswith("onset_f1_50ms"))
@@ -296,6 +448,86 @@ def test_videos_without_labels_are_annotated_by_their_own_onsets(foley_set, tmp_
     assert clip.hits == []
     assert clip.onsets == pytest.approx(list(onsets_of(media.read_audio(video))))
     assert clip.ref_onsets == clip.onsets
+    flux_onsets = audio.detect_onsets_flux(audio.mel(media.read_audio(video)))
+    assert clip.flux_onsets == pytest.approx(list(flux_onsets))
+
+
+def test_annotations_of_a_file_go_before_labels(foley_set, tmp_path):
+    clip = evaluate.read_clip(foley_set / "00000.mp4", evaluate.Metrics(), [0.5, 3.0])
+    assert clip.onsets == clip.flux_onsets == [0.5, 3.0]
+    assert clip.hits == [] and clip.ref_onsets
+
+    # one clip as labelled, three without onsets
+    content = {f"0000{k}": [] for k in range(4)}
+    content["00002"] = times_of(foley_set / "00002.mp4")[::-1]
+    annotations = tmp_path / "onsets.json"
+    annotations.write_text(json.dumps(content))
+    flags = ["--data", str(foley_set), "--samples", str(foley_set), "--judges", str(tmp_path)]
+    flags += ["--out", str(tmp_path), "--annotations", str(annotations)]
+    evaluate.main(flags)
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    annotated = [clip["ours"]["annotated"] for clip in written["clips"].values()]
+    assert annotated == [0, 0, len(content["00002"]), 0]
+    assert written["rows"]["ours"]["mean_f1_100ms"] > 0.9
+
+    del content["00001"]
+    for text, word in ((json.dumps(content), "has no 00001"), ('["00000"]', "not a JSON file")):
+        annotations.write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(flags)
+        assert word in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_groups_have_the_table_of_their_clips_alone(foley_set, tmp_path, capsys):
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for k, video in enumerate(sorted(foley_set.glob("*.mp4"))):
+        # a hit more is missed in each
+        wav = clicks(times_of(video)[k:], 8.192)
+        media.write_wav(samples / f"{video.stem}.wav", wav)
+    flags = ["--samples", str(samples), "--judges", str(tmp_path)]
+    # as spreadsheets write it; one clip without a group, one name without a clip
+    groups = tmp_path / "groups.csv"
+    groups.write_text(
+        "name,group,seen\n00002,pair,\n00000,one,\n00001,pair,\nnone,pair,\n", "utf-8-sig"
+    )
+    whole = [*flags, "--data", str(foley_set), "--groups", str(groups), "--out"]
+    evaluate.main([*whole, str(tmp_path / "whole")])
+    printed = capsys.readouterr()
+    warned = [line for line in printed.err.splitlines() if line.startswith("evaluate.py: ")]
+    assert len(warned) == 2 and all(str(groups) in line for line in warned)
+    assert "no clip named none;" in warned[0] and "no group for 00003;" in warned[1]
+
+    # the pair alone
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    for name in ("00001", "00002"):
+        for suffix in (".mp4", ".json"):
+            shutil.copy(foley_set / f"{name}{suffix}", pair)
+    evaluate.main([*flags, "--data", str(pair), "--out", str(tmp_path / "alone")])
+    written, alone = (
+        json.loads((tmp_path / name / "evaluate.json").read_text()) for name in ("whole", "alone")
+    )
+    assert alone["groups"] == {} and list(written["groups"]) == ["pair", "one"]
+    of_pair = written["groups"]["pair"]
+    for name, row in alone["rows"].items():
+        # each has the sound of the other when alone, of any clip in the whole
+        if name != "wrong_video":
+            assert of_pair["rows"][name] == pytest.approx(row, nan_ok=True)
+            for column, interval in alone["intervals"][name].items():
+                assert of_pair["intervals"][name][column] == pytest.approx(interval)
+    assert of_pair["rows"]["ours"] != written["rows"]["ours"]
+    assert {row["clips"] for row in written["groups"]["one"]["rows"].values()} == {1}
+
+    # printed after the whole
+    tables = printed.out.split("\n\n")
+    assert [table.splitlines()[0].split("  ")[-1].strip() for table in tables] == [
+        "silence",
+        "silence [pair]",
+        "silence [one]",
+    ]
+    line = next(line for line in tables[1].splitlines() if line.startswith("skill_100ms "))
+    assert f"{of_pair['rows']['ours']['skill_100ms']:.3f} ±" in line
 
 
 def test_annotated_and_detected_onsets_of_the_reference_are_two_things(tmp_path):
@@ -425,7 +657,13 @@ def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch
 
 def test_mistakes_are_one_line(foley_set, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "columns.csv").write_text("name,kind\n00000,a\n")
+    (tmp_path / "bytes.csv").write_bytes(b"name,group\n\xff,a\n")
     for flags, word in (
+        (["--data", str(foley_set), "--groups", str(tmp_path / "none.csv")], "none.csv: cannot"),
+        (["--data", str(foley_set), "--groups", str(tmp_path / "bytes.csv")], "bytes.csv: cannot"),
+        (["--data", str(foley_set), "--groups", str(tmp_path / "columns.csv")], "`group`"),
+        (["--data", str(foley_set), "--annotations", str(tmp_path / "none.json")], "none.json"),
         (["--data", str(tmp_path / "none")], "no such folder"),
         (["--data", str(tmp_path / "empty")], "empty"),
         (["--data", str(foley_set), "--samples", str(tmp_path / "empty")], "--samples"),
