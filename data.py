@@ -57,8 +57,8 @@ from tqdm import tqdm
 from common import cli, ffmpeg
 from common.audio import HOP, WINDOW, detect_onsets, mel
 from common.checkpoints import save_tensors
+from common.controls import track_hits, track_materials
 from common.files import FileError, UserError, atomic_write, make_folder, sha256, write_bytes
-from common.controls import track_hits, track_materials, track_motion
 from common.media import SAMPLE_RATE, TEXT_SUFFIXES, MediaError, find_videos, search
 from common.onsets import Hit
 
@@ -909,8 +909,7 @@ class Pairs(Windows):
            frame starts (officially up to 0.25 s beside it)
     roll   share of the items whose features and sound are rotated in time by the same amount
     columns    mel columns of a feature; 0: none of the following. The item also has "hits" (frames
-               * columns,) and "materials" (frames,), of common/controls.py, and "motion" (frames *
-               columns,), zeros where the set has none
+               * columns,) and "materials" (frames,), of common/controls.py
     materials  their names; another one counts as not known
     strangers  share of the items whose features are another clip's; "stranger" is 1 for them
     labels     {name without suffix: [{"time", ...}]}; of other clips onsets are detected
@@ -970,13 +969,9 @@ class Pairs(Windows):
         else:
             hits = [Hit(time) for time in detect_onsets(mel(wav).numpy())]
         nearest = track_materials(hits, self.materials, frames, 1 / self.fps)
-        motion = np.zeros(0, np.float32)
-        if "motion" in self.set.metadata["columns"]:
-            motion = self.set.column(clip, "motion").astype(np.float32)
         return {
             "hits": torch.from_numpy(track_hits(hits, count)),
             "materials": torch.from_numpy(nearest),
-            "motion": torch.from_numpy(track_motion(motion, count, start)),
         }
 
     def __getitem__(self, index):

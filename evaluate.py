@@ -95,13 +95,16 @@ from common.cli import Parser, number
 from common.files import atomic_write, make_folder, write_bytes
 from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, write_wav
+from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
     COLUMNS,
+    FINDERS,
     Settings,
+    add_material,
     add_watermark,
     generate,
     join_windows,
@@ -134,6 +137,14 @@ ABLATIONS = {
         "classifier": {"cfg": 1.0},
         "classifier_free": {"cg": 0.0},
         "both": {},
+    },
+    # who finds the hits; told: the annotated ones
+    "onsets": {
+        "none": {"onsets": "none"},
+        "model": {"onsets": "model"},
+        "flow": {"onsets": "flow"},
+        "both": {"onsets": "both"},
+        "told": {"onsets": "annotated"},
     },
     "cfg": {f"cfg_{cfg:g}": {"cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)},
     "cg": {f"cg_{cg:g}": {"cg": cg} for cg in (0.0, 5.0, 15.0, 30.0, 50.0)},
@@ -170,6 +181,7 @@ class EvalClip:
     onsets: list  # seconds, annotated; without labels those of the reference
     flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
+    told: tuple = ()  # Hit, all that is annotated: for rows that are told it
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
@@ -525,20 +537,30 @@ def read_groups(path, videos):
     return groups
 
 
-def read_clip(video: Path, metrics: Metrics, annotated: list | None = None):
-    """An EvalClip. Its onsets: `annotated` (seconds), else the labels, else the reference's own."""
+def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, material=()):
+    """An EvalClip. Its onsets: `annotated` (seconds), else the labels, else the reference's own.
+
+    material: what every hit is to sound like, instead of what the labels say.
+    """
     wav = read_audio(video, duration=probe(video).duration)
     log_mel = mel(wav)
     ref_onsets = detect_onsets(log_mel).tolist()
     flux_onsets = detect_onsets_flux(log_mel).tolist()
     clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, hits=[])
-    if annotated is None and video.with_suffix(".json").is_file():
+    labels = [{"time": time} for time in ref_onsets]
+    if annotated is not None:
+        labels = [{"time": time} for time in annotated]
+    elif video.with_suffix(".json").is_file():
         labels = read_onsets(video)
         annotated = [onset["time"] for onset in labels]
-        clip.hits = judge.isolated_hits(labels)
     if annotated is not None:
         clip.onsets = annotated
         clip.flux_onsets = annotated
+    if material:
+        labels = [{**onset, "material": material[0]} for onset in labels]
+    if labels and "material" in labels[0]:
+        clip.hits = judge.isolated_hits(labels)
+    clip.told = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
@@ -582,7 +604,7 @@ def find_sample(folder: Path, video: Path):
 
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
-    names = ("seed", "steps", "cfg", "cg", "sampler")
+    names = ("seed", "steps", "cfg", "cg", "sampler", "onsets", "material")
     return Settings(**{name: getattr(args, name) for name in names})
 
 
@@ -596,7 +618,7 @@ def generate_sound(video, models, settings):
     return result.wav, time.perf_counter() - start
 
 
-def make_sounds(videos, args, changes, name):
+def make_sounds(videos, clips, args, changes, name):
     """[(sound (n,), seconds it took)], from --samples or generated with the seed + clip number."""
     if args.samples:
         paths = [find_sample(args.samples, video) for video in videos]
@@ -606,6 +628,8 @@ def make_sounds(videos, args, changes, name):
 
     def make(k):
         settings = replace(settings_of(args), seed=args.seed + k, **changes)
+        if settings.onsets == "annotated":
+            settings = replace(settings, onsets=clips[k].told)
         wav, seconds = generate_sound(videos[k], models, settings)
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
@@ -667,7 +691,7 @@ def evaluate(args):
         metrics.melception = Melception.load(args.official_melception, args.device)
 
     def read(k):
-        return read_clip(videos[k], metrics, annotations.get(videos[k]))
+        return read_clip(videos[k], metrics, annotations.get(videos[k]), args.material)
 
     clips = share_out(read, len(videos), "reading")
     if not any(clip.onsets for clip in clips):
@@ -684,7 +708,7 @@ def evaluate(args):
         measured[name] = share_out(measure_clip, len(clips), f"{name}: metrics")
 
     for name, changes in variants(args).items():
-        wavs, seconds = zip(*make_sounds(videos, args, changes, name), strict=True)
+        wavs, seconds = zip(*make_sounds(videos, clips, args, changes, name), strict=True)
         add_row(name, wavs, seconds)
     # the baselines; the wrong and the slid sounds are of the last variant
     wrong = [wavs[k] for k in derange(len(videos))]
@@ -818,6 +842,12 @@ def arguments(argv):
     )
     p.add_argument("--cg", type=float, help="classifier guidance; 0: off; default: likewise")
     p.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm")
+    p.add_argument(
+        "--onsets",
+        choices=(*FINDERS, "annotated"),
+        help="who finds the hits, as for sample.py; annotated: the model is told the true ones",
+    )
+    add_material(p)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = p.parse_args(argv)
     if args.samples and (args.ablate or len(args.weights) > 1):

@@ -12,8 +12,8 @@ The equations (Sec. 3.2), and where they are:
     denoising_loss   || noise - eps(alpha_t z + sigma_t noise, t, context) ||^2, t in 0..999
     Conditioner      context = W features + b + position, of zero features in a fifth of the samples
 
-The mini preset can be told more than the features: hits, a curve of where its onset head expects
-them, materials (common/controls.py). Half of its training tells the true hits.
+The mini preset can be told more than the features: hits and materials (common/controls.py). Half
+of its training tells the true ones. An onset head beside the U-Net finds hits in the features.
 
 Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the
 networks, the condition and both guidance scales (`kernels.fast.guided` is the same, faster, and
@@ -64,8 +64,6 @@ from vae import PRESETS as VAE_PRESETS
 
 # share of the training items with another clip's features, which learn to play what they are told
 STRANGERS = 0.15
-# weight of the onset head's loss; its gradient reaches nothing but the head
-ONSET_SHARE = 1.0
 # channels, rows of 8 mel bands, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
@@ -462,6 +460,7 @@ class Conditioner(nn.Module):
 
     def forward(self, features):
         dim = self.feature_dim
+        # what follows a feature, if anything does
         told = features[..., dim:]
         fits = features.shape[-1] == dim
         if told.shape[-1] and hasattr(self, "told"):
@@ -478,6 +477,7 @@ class Conditioner(nn.Module):
                 f"this network was trained on at most {len(table)} at a time"
             )
         context = self.embedder(features[..., :dim].to(table.dtype)) + table[:frames]
+        # each kind of knowledge by a map of its own, into one context
         if told.shape[-1]:
             context = context + self.told(told.to(table.dtype))
         return context
@@ -499,6 +499,7 @@ class LDM(nn.Module):
         # two names, as in the official keys
         self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
+        # mini: how much it can be told, and who finds the hits to tell
         told = 0
         if config.columns:
             told = controls.width(config.columns, len(config.materials))
@@ -536,13 +537,6 @@ class LDM(nn.Module):
         columns, materials = self.config.columns, len(self.config.materials)
         return torch.cat([features, controls.tokens(tracks, features, columns, materials)], 2)
 
-    def tell_curve(self, features, motion):
-        """The same with what the onset head finds in features and motion (b, 512)."""
-        if not self.config.columns:
-            return features
-        curve = self.onset_head(features, motion).sigmoid()
-        return self.tell(features, controls.Tracks(curve=curve, seen=features.new_ones(1, 1, 1)))
-
     @torch.no_grad()
     def decode(self, z):
         """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w): first channel, clamped to [0, 1]."""
@@ -570,11 +564,9 @@ def latents(vae, mel, noise):
     return LATENT_SCALE * sample_posterior(mean.float(), logvar.float(), noise)
 
 
-def denoising_loss(model, z, t, noise, features, drawn=None, v_loss=False, energy_weighting=False):
+def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=False):
     """Mean squared error of the predicted noise (Sec. 3.2); z, noise (b, 4, 16, w), t (b,),
     features (b, f, 512). The published loss has neither weighting.
-
-    drawn: what the items are told (controls.Draw); the loss of the onset head is then added.
 
     v_loss: divided by alpha_t^2, which makes it the error of v (Salimans & Ho 2022, arXiv
     2202.00512): then every noise level costs about the same. As published, a clip's unpredictable
@@ -582,10 +574,6 @@ def denoising_loss(model, z, t, noise, features, drawn=None, v_loss=False, energ
     energy_weighting: a column counts by the energy that the network itself expects there, so that
     hits are not outvoted by the hiss between them. The weight depends on the input alone, not on z,
     so the minimum of the loss stays the mean."""
-    if drawn is not None:
-        logits = model.onset_head(drawn.head_features, drawn.head_motion)
-        curve = controls.shown_curve(logits, drawn)
-        features = model.tell(drawn.features, drawn.tracks._replace(curve=curve))
     noisy = q_sample(z, t, noise)
     eps = model.unet(noisy, t, model.conditioner(features)).float()
     error = (eps - noise).square()
@@ -598,10 +586,19 @@ def denoising_loss(model, z, t, noise, features, drawn=None, v_loss=False, energ
         clean = (noisy - (1 - alphas).sqrt() * eps.detach()) / alphas.sqrt()
         energy = clean.square().mean((1, 2), keepdim=True)  # (b, 1, 1, w); about 1 on average
         error = error * energy.clamp(0.1, 8)
-    if drawn is not None:
-        onset_error = controls.onset_loss(logits, drawn.hits) * drawn.own
-        return error.mean() + ONSET_SHARE * onset_error.mean()
     return error.mean()
+
+
+def training_loss(model, z, t, noise, features, onsets=None, **weightings):
+    """The denoising loss, and beside it the onset head's, which reaches nothing but the head.
+
+    onsets: features (b, f, 512) that it sees, hits (b, s) to find, weights (b,) of the items."""
+    loss = denoising_loss(model, z, t, noise, features, **weightings)
+    # two networks that share no weights, in one step
+    if onsets is not None:
+        seen, hits, weight = onsets
+        loss = loss + (weight * controls.onset_loss(model.onset_head(seen), hits)).mean()
+    return loss
 
 
 def sample_timesteps(count: int, shift: float, rng):
@@ -676,6 +673,7 @@ def initial(args):
         return from_scratch(args.preset, args.vae)
     if "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
         return from_stable_diffusion(args.init, args.preset, args.vae)
+    # the preset says what can be told
     told = PRESETS[args.preset] if args.new_controls else None
     return from_ours(args.init, args.vae, args.new_conditioner, told)
 
@@ -684,10 +682,11 @@ def initial(args):
 # training
 
 
-def begin_run(args, model, network, validate):
+def begin_run(args, model, network, validate, **told):
     """-> run, optimizer and moving average, of a `model` that is on its device already.
 
-    network: its part that --lora adapts, and leaves fixed otherwise."""
+    network: its part that --lora adapts, and leaves fixed otherwise; told: what `data.Pairs` is to
+    give of hits and materials."""
     if args.lora < 0 or (args.lora and not args.init):
         raise training.TrainingError(
             "--lora RANK: adapts trained weights; "
@@ -710,19 +709,14 @@ def begin_run(args, model, network, validate):
     cfg = model.config
 
     def reader(split):
-        # only what is trained on is merged or rotated
-        merge, roll = (args.merge, args.roll) if split == "train" else (0.0, 0.0)
-        told = {}
-        if getattr(cfg, "columns", 0):
-            told = {
-                "columns": cfg.columns,
-                "materials": cfg.materials,
-                "labels": labels,
-                "strangers": STRANGERS if split == "train" else 0.0,
-            }
-        return data.Pairs(args.data, cfg.fps, cfg.frames, merge, roll, args.seed, split, **told)
+        # only what is trained on is merged, rotated or given another clip's features
+        augmentation = {}
+        if split == "train":
+            augmentation = {"merge": args.merge, "roll": args.roll, "strangers": STRANGERS}
+        return data.Pairs(
+            args.data, cfg.fps, cfg.frames, seed=args.seed, split=split, **augmentation, **told
+        )
 
-    labels = data.read_all_onsets(args.labels) if getattr(args, "labels", None) else None
     clips, held_out = training.train_val_split(reader)
     export = training.merge_lora if args.lora else None
     run = training.TrainingRun(
@@ -747,8 +741,6 @@ def validate(model, pairs, device, max_clips: int = 16, max_sampled: int = 4, **
         item = pairs[i]
         mel = audio.mel(item["wav"].to(device))[None]  # (1, 128, s)
         features = item["features"].to(device)[None]  # (1, f, 512)
-        if model.config.columns:
-            features = model.tell_curve(features, item["motion"].to(device)[None])
         # the loss, at all times in one batch
         z = latents(model.vae, mel, randn(1)).expand(len(t), -1, -1, -1)
         each = features.expand(len(t), -1, -1)
@@ -768,17 +760,23 @@ def final_lr(args):
     return 0.05 if args.preset == "mini" else 1.0
 
 
-def shown(config, features, batch, n: int, conditional, chances):
-    """-> what a micro-batch's networks see: features (b*n, f, 512), and controls.Draw or None."""
-    conditional = conditional.to(features.device)
-    if not config.columns:
+def repeat_items(model, batch, n: int, conditional, chances, noise):
+    """A micro-batch -> features (b*n, f, d) as the conditioner sees them, every clip n times, and
+    what the onset head learns from; conditional (b*n, 1, 1) is 0 for the unconditional branch."""
+
+    def repeat(name):
+        return batch[name].to(noise.device, non_blocking=True).repeat_interleave(n, 0)
+
+    features = repeat("features")
+    # the paper's network knows the features alone
+    if not model.config.columns:
         return features * conditional, None
-    tracks = (
-        batch[name].to(features.device).repeat_interleave(n, 0)
-        for name in ("motion", "hits", "materials", "stranger")
-    )
-    drawn = controls.draw(features, *tracks, len(config.materials), conditional, chances)
-    return features, drawn
+    # mini: what else is known of the clips, and what of it this step tells
+    hits, materials, stranger = map(repeat, ("hits", "materials", "stranger"))
+    onsets = controls.head_items(features, hits, stranger, noise)
+    count = len(model.config.materials)
+    drawn = controls.draw(features, hits, materials, stranger, count, conditional, chances)
+    return model.tell(*drawn), onsets
 
 
 def train(args):
@@ -802,8 +800,14 @@ def train(args):
     model.vae.requires_grad_(False)
     weightings = {"v_loss": args.v_loss, "energy_weighting": args.energy_weighting}
     measure = functools.partial(validate, device=device, **weightings)
-    run, optimizer, ema = begin_run(args, model, model.unet, measure)
-    network = distributed.wrap_ddp(model, functools.partial(denoising_loss, **weightings))
+    # what the set is asked for besides features and sound
+    config = model.config
+    told = {}
+    if config.columns:
+        labels = data.read_all_onsets(args.labels) if args.labels else None
+        told = {"columns": config.columns, "materials": config.materials, "labels": labels}
+    run, optimizer, ema = begin_run(args, model, model.unet, measure, **told)
+    network = distributed.wrap_ddp(model, functools.partial(training_loss, **weightings))
 
     n = args.repeats
     for step in run:
@@ -814,21 +818,26 @@ def train(args):
         t = sample_timesteps(args.batch * n, args.timestep_shift, rng)
         # four fifths; the others train the unconditional branch
         conditional = torch.rand(args.batch * n, 1, 1, generator=rng) >= 0.2
-        chances = torch.rand(args.batch * n, 9 + model.config.frames // 8, generator=rng)
+        chances = torch.rand(args.batch * n, 4, generator=rng)
+        head_noise = torch.randn(args.batch * n, config.frames, config.feature_dim, generator=rng)
         # this process's micro-batches
         for batch, rows in run.parts(network):
             repeated = slice(n * rows.start, n * rows.stop)
             mel = audio.mel(batch["wav"].to(device, non_blocking=True))  # (b, 128, 512)
-            features = batch["features"].to(device, non_blocking=True).repeat_interleave(n, 0)
-            features, drawn = shown(
-                model.config, features, batch, n, conditional[repeated], chances[repeated]
+            features, onsets = repeat_items(
+                model,
+                batch,
+                n,
+                conditional[repeated].to(device),
+                chances[repeated].to(device),
+                head_noise[repeated].to(device),
             )
             # each sound is encoded once and seen at n noise levels
             with training.autocast(args):
                 z = latents(model.vae, mel, posterior[rows].to(device))
                 z = z.repeat_interleave(n, 0)  # (b*n, 4, 16, 64)
                 loss = network(
-                    z, t[repeated].to(device), noise[repeated].to(device), features, drawn
+                    z, t[repeated].to(device), noise[repeated].to(device), features, onsets
                 )
             # gradients add up over the micro-batches to that of the whole batch's mean
             (loss / run.count).backward()

@@ -41,7 +41,6 @@ from pathlib import Path
 # Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -51,7 +50,7 @@ import kernels
 from align import Alignment
 from cavp import CAVP
 from common import audio, cli, controls, isolation, media, plots, watermark
-from common.audio import HOP, SAMPLE_RATE, WINDOW
+from common.audio import COLUMN, HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError, atomic_write, make_folder
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
@@ -67,7 +66,8 @@ VERSION = "0.2"
 COLUMNS = WINDOW // HOP  # mel columns of a window
 LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384  # samples that neighboring windows share at least
-FINDERS = ("model", "flow", "both")  # of hits: the onset head, by features, motion or both
+# of hits: the onset head, the picture's motion, both; none: stage 2 is not told any, as published
+FINDERS = ("model", "flow", "both", "none")
 FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
 
 
@@ -326,69 +326,52 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     return torch.cat(features)[:count]
 
 
-def given_hits(clip, onsets, materials):
-    """The hits for a clip, in seconds from its start on: `onsets` itself, or its file there."""
-    if not isinstance(onsets, tuple):
-        onsets = read_hits(onsets / f"{clip.source.stem}.onsets.txt", materials)
-    hits = [hit._replace(time=hit.time - clip.start) for hit in onsets]
-    inside = [hit for hit in hits if 0 <= hit.time < clip.seconds]
-    if len(inside) < len(hits):
-        warnings.warn(
-            f"{clip.source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of the "
-            "picture and are not played",
-            stacklevel=2,
-        )
-    return inside
-
-
 @torch.no_grad()
-def find_hits(clip, ldm, finder):
-    """-> (1, f * columns) the curve of where hits are expected: by the model's onset head, from
-    the features, from the picture's motion, or from both."""
-    features = clip.features[None]  # (1, f, d)
-    moved = np.zeros(0)
+def found_hits(clip, ldm, finder):
+    """The hits that the onset head finds in the clip's features, its motion shows, or both say."""
+    if finder == "none":
+        return []
+    # what each of the two says
+    logits = motion = None
+    if finder != "flow":
+        with clip.profile("features"):
+            logits = ldm.onset_head(clip.features[None])[0].cpu().numpy()
     if finder != "model":
         with clip.profile("decode"):
-            moved = media.clip_motion(clip.source, clip.start, clip.seconds)
-    track = controls.track_motion(moved, features.shape[1] * ldm.config.columns)
-    if finder == "flow":
-        features = torch.zeros_like(features)
-    with clip.profile("features"):
-        return ldm.onset_head(features, torch.from_numpy(track)[None].to(features.device)).sigmoid()
+            motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
+    return controls.find_hits(logits, motion, round(clip.seconds / COLUMN))
 
 
-@torch.no_grad()
 def tell(clip, models, settings):
-    """Sets a clip's conditions: its features, and what stage 2 is told beside them.
+    """Sets a clip's hits, and its conditions: the features and what stage 2 is told beside them.
 
-    With hits given it is told these and no others; else it sees the curve of where they are
-    expected. A material is the nearest hit's, or else one of those for the whole clip.
+    It is told the hits, found or given, and plays no others.
     """
-    ldm = models.ldm
-    config = ldm.config
-    features = clip.features[None]  # (1, f, d)
-    tracks = {}
-    materials = features.new_zeros(1, features.shape[1], len(config.materials))
-    for name in settings.material:
-        materials[..., config.materials.index(name)] = 1
+    config = models.ldm.config
+    clip.conditions = clip.features
+    # by the features alone, as the published weights
+    if not config.columns or (settings.onsets == "none" and not settings.material):
+        return
     if settings.onsets in FINDERS:
-        curve = find_hits(clip, ldm, settings.onsets)
-        clip.hits = [Hit(time) for time, _ in controls.peaks(curve[0].cpu())]
-        tracks = {"curve": curve, "seen": features.new_ones(1, 1, 1)}
-    elif config.columns:
-        clip.hits = given_hits(clip, settings.onsets, config.materials)
-        hits = controls.track_hits(clip.hits, features.shape[1] * config.columns)
-        nearest = controls.track_materials(
-            clip.hits, config.materials, features.shape[1], 1 / config.fps
-        )
-        named = torch.from_numpy(nearest).to(features.device)[None]
-        if (named >= 0).any():
-            materials = controls.one_hot(named, len(config.materials))
-        tracks = {
-            "hits": torch.from_numpy(hits).to(features.device)[None],
-            "told": features.new_ones(1, 1, 1),
-        }
-    clip.conditions = ldm.tell(features, controls.Tracks(materials=materials, **tracks))[0]
+        clip.hits = found_hits(clip, models.ldm, settings.onsets)
+    else:
+        hits = settings.onsets
+        if not isinstance(hits, tuple):
+            hits = read_hits(hits / f"{clip.source.stem}.onsets.txt", config.materials)
+        clip.hits = controls.hits_within(hits, clip.start, clip.seconds, clip.source)
+    # as tracks in time with the features
+    tracks = controls.make_tracks(
+        clip.hits,
+        settings.material,
+        config.materials,
+        len(clip.features),
+        config.columns,
+        1 / config.fps,
+    )
+    tracks = controls.Tracks(*(track.to(clip.features) for track in tracks))
+    if settings.onsets == "none":
+        tracks = tracks._replace(told=None)
+    clip.conditions = models.ldm.tell(clip.features[None], tracks)[0]
 
 
 @dataclass
@@ -500,7 +483,6 @@ class Result:
     wav: Tensor  # (samples,) of the best candidate, float32, 16 kHz, as long as the picture
     wavs: dict[int, Tensor]  # candidate -> its sound: the best one's, or all
     scores: list  # of each candidate, higher is better; None without a classifier
-    hits: list[Hit]  # that were told or found, in seconds of the source; of other weights heard
     best: int  # its number among the candidates
     mel: Tensor  # (128, columns) of the best
     starts: list[int]  # samples at which the windows start
@@ -511,6 +493,7 @@ class Result:
     profile: Profile
     tags: dict[str, str]
     marked: bool = True  # whether the sounds carry the watermark
+    hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -567,8 +550,8 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
         with clip.profile("vocoder"):
             wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
     hits = clip.hits
-    # weights that neither are told hits nor find them
-    if not models.ldm.config.columns:
+    # where nobody told or found any
+    if not models.ldm.config.columns or settings.onsets == "none":
         hits = [Hit(time) for time in audio.detect_onsets(mel.numpy())]
     return Result(
         hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
@@ -873,16 +856,11 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--onsets",
         metavar="|".join((*FINDERS, "FILE", "DIR")),
-        help="who finds the hits: the model, by what it sees; the flow of the picture; both (default); or "
-        "play exactly the hits of FILE: an Audacity label track, or a CSV of time, strength and material; "
-        "of many inputs, DIR/NAME.onsets.txt each",
+        help="who finds the hits: the model, by what it sees; the flow of the picture; both "
+        "(default); none: nobody, as published; or play exactly those of FILE: a label track of "
+        "Audacity, or a CSV of time, strength and material; of many inputs DIR/NAME.onsets.txt",
     )
-    g.add_argument(
-        "--material",
-        type=lambda text: tuple(text.split(",")),
-        metavar="NAME[,NAME]",
-        help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
-    )
+    add_material(g)
     g.add_argument(
         "--write-onsets",
         action="store_true",
@@ -896,6 +874,16 @@ def add_sampling_arguments(g):
     )
     g.add_argument(
         "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
+    )
+
+
+def add_material(g):
+    g.add_argument(
+        "--material",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        default=(),
+        metavar="NAME[,NAME]",
+        help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
     )
 
 
@@ -969,12 +957,23 @@ def add_run_arguments(g):
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
-def edited(target):
-    """Why --write-onsets would lose something; None where it would not."""
-    path = onsets_file(target)
-    if path.exists():
-        return f"{path}: is there already, perhaps edited; move it, or leave --write-onsets out"
-    return None
+def plan_jobs(args, settings):
+    """`media.plan_outputs`; videos whose onsets somebody may have edited are not overwritten."""
+    jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
+    # the same hits suit no two videos
+    if isinstance(settings.onsets, tuple) and len(jobs) > 1:
+        raise ValueError(
+            f"onsets {args.onsets}: is one file for {len(jobs)} videos; give a folder that has "
+            "NAME.onsets.txt of each"
+        )
+    # a file that is there may have been edited
+    if args.write_onsets:
+        for k, (video, target, error) in enumerate(jobs):
+            if error is None and onsets_file(target).exists():
+                path = onsets_file(target)
+                error = f"{path}: is there already; move it, or leave --write-onsets out"
+                jobs[k] = (video, target, error)
+    return jobs
 
 
 def report(line, args):
@@ -1016,6 +1015,7 @@ def main(argv=None):
         settings = settings.resolve(models)
         if args.out:
             make_folder(args.out)
+        jobs = plan_jobs(args, settings)
     except ValueError as error:
         print(f"sample.py: --{error}", file=sys.stderr)
         return 2
@@ -1024,17 +1024,7 @@ def main(argv=None):
         return 1
 
     # every input in order: its outputs, or why there are none
-    jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
-    if args.write_onsets:
-        jobs = [(video, target, error or edited(target)) for video, target, error in jobs]
     videos = [video for video, _, error in jobs if error is None]
-    if isinstance(settings.onsets, tuple) and len(videos) > 1:
-        print(
-            f"sample.py: --onsets {args.onsets}: is one file for {len(videos)} videos; give a "
-            "folder that has NAME.onsets.txt of each",
-            file=sys.stderr,
-        )
-        return 2
     any_failed = False
     with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
         files = [str(video) for video, _, _ in jobs]

@@ -1,4 +1,5 @@
-"""What stage 2 is told beside the features: tracks of hits, the onset head, what training leaves out."""
+"""What stage 2 is told beside the features: hits and materials as tracks, the onset head, and what
+training leaves out."""
 
 from dataclasses import replace
 
@@ -22,33 +23,36 @@ def test_hits_stand_in_their_columns_and_nothing_is_lost():
 
 
 def test_a_material_holds_up_to_the_middle_between_two_hits():
-    hits = [Hit(0.1, None, "glass"), Hit(0.2), Hit(0.62, None, "wood")]
-    # features of 0.1 s, by their middles: the hit without a material does not count
-    assert controls.track_materials(hits, MATERIALS, 6, 0.1).tolist() == [2, 2, 2, 2, 0, 0]
-    assert controls.track_materials(hits[1:2], MATERIALS, 3, 0.1).tolist() == [-1, -1, -1]
+    hits = [Hit(0.1, None, "glass"), Hit(0.3), Hit(0.62, None, "wood")]
+    # features of 0.1 s, by their middles; the second hit leaves its material open
+    assert controls.track_materials(hits, MATERIALS, 6, 0.1).tolist() == [2, 2, -1, -1, -1, 0]
+    assert controls.track_materials(hits[:1], MATERIALS, 3, 0.1).tolist() == [2, 2, 2]
+    assert controls.track_materials([], MATERIALS, 3, 0.1).tolist() == [-1, -1, -1]
     hot = controls.one_hot(torch.tensor([[2, -1]]), 3)
     assert hot.tolist() == [[[0, 0, 1], [0, 0, 0]]]
 
 
-def test_motion_is_read_at_the_mel_columns():
-    motion = np.arange(50, dtype=np.float32)  # 25 a second: its value is 25 times the time
-    track = controls.track_motion(motion, 100, start=0.5)
-    times = 0.5 + np.arange(100) * COLUMN
-    inside = times <= 49 / 25
-    assert np.allclose(track[inside], 25 * times[inside], atol=1e-4)
-    assert not track[~inside].any() and (~inside).any()
-    assert not controls.track_motion(motion[:0], 5).any()
+def test_hits_are_the_single_peaks_above_even_odds():
+    logits = np.full(60, -5.0)
+    logits[0] = 3
+    logits[20:23] = (1, 2, 2)
+    logits[24] = 1.5  # too near to a higher one
+    logits[40] = -0.5
 
+    def found(*given):
+        return [round(hit.time / COLUMN) for hit in controls.find_hits(*given, 60)]
 
-def test_peaks_are_single_columns_above_the_threshold():
-    curve = np.zeros(60)
-    curve[0] = 0.9
-    curve[20:23] = (0.5, 0.8, 0.8)
-    curve[24] = 0.7  # too near to a higher one
-    curve[40] = controls.HEARD / 2
-    found = controls.peaks(torch.tensor(curve))
-    assert [round(time / COLUMN) for time, _ in found] == [0, 21]
-    assert [height for _, height in found] == pytest.approx([0.9, 0.8])
+    assert found(logits, None) == [0, 21]
+    # a movement that stops at 40 decides there, and weakens what nothing moves at
+    motion = np.zeros(25)
+    stop = round((40 * COLUMN - controls.MOTION_LEAD) * 25)
+    motion[stop - 1 : stop + 2] = 2.5
+    assert found(logits, motion) == [0, 21, 40]
+    logits[0] = 0.5
+    assert found(logits, motion) == [21, 40]
+    assert abs(found(None, motion)[0] - 40) <= 1
+    # neither says anything
+    assert found(None, np.zeros(25)) == [] and found(np.full(70, -1.0), None) == []
 
 
 def test_tokens_are_laid_out_as_documented():
@@ -56,115 +60,90 @@ def test_tokens_are_laid_out_as_documented():
     tracks = controls.Tracks(
         hits=torch.tensor([[0, 0.5, 0, 0, -1.0, 0, 0, 0]]),
         told=torch.ones(1, 1, 1),
-        curve=torch.full((1, 8), 0.25),
-        seen=torch.ones(1, 1, 1),
         materials=controls.one_hot(torch.tensor([[1, 0]]), 3),
     )
     first, second = controls.tokens(tracks, features, 4, 3)[0].tolist()
-    assert first == [0, 1, 0, 0] + [0, 0.5, 0, 0] + [1] + [0.25] * 4 + [1] + [0, 1, 0]
-    assert second == [1, 0, 0, 0] + [0, 0, 0, 0] + [1] + [0.25] * 4 + [1] + [1, 0, 0]
+    assert first == [0, 1, 0, 0] + [0, 0.5, 0, 0] + [1] + [0, 1, 0]
+    assert second == [1, 0, 0, 0] + [0, 0, 0, 0] + [1] + [1, 0, 0]
     assert len(first) == controls.width(4, 3)
-    # a track without its flag says nothing, and no tracks are zeros
-    silent = tracks._replace(told=None, seen=None, materials=None)
+    # hits that are not told are not there, and no tracks are zeros
+    silent = tracks._replace(told=None, materials=None)
     assert not controls.tokens(silent, features, 4, 3).any()
     assert not controls.tokens(controls.Tracks(), features, 4, 3).any()
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """4,000 items whose features, motion and materials say which item they are of."""
+    """4,000 items, what they could be told, and what of it training tells them."""
     rng = torch.Generator().manual_seed(0)
     n = 4000
-    features = torch.arange(1.0, n + 1)[:, None, None].expand(n, 16, 4)
-    motion = torch.rand(n, 64, generator=rng)
+    features = torch.randn(n, 16, 4, generator=rng)
     hits = (torch.rand(n, 64, generator=rng) < 0.1) * torch.rand(n, 64, generator=rng)
     materials = torch.randint(0, 3, (n, 16), generator=rng)
-    conditional = (torch.rand(n, 1, 1, generator=rng) >= 0.2).float()
     stranger = (torch.rand(n, generator=rng) < 0.15).float()
-    u = torch.rand(n, 11, generator=rng)
-    result = controls.draw(features, motion, hits, materials, stranger, 3, conditional, u)
-    return features, motion, hits, stranger, conditional, result
+    conditional = (torch.rand(n, 1, 1, generator=rng) >= 0.2).float()
+    u = torch.rand(n, 4, generator=rng)
+    seen, tracks = controls.draw(features, hits, materials, stranger, 3, conditional, u)
+    return hits, stranger == 1, conditional.flatten() == 1, features, seen, tracks
 
 
 def test_the_unconditional_branch_is_told_nothing(drawn):
-    *_, conditional, result = drawn
-    without = conditional.flatten() == 0
-    assert 700 < without.sum() < 900
-    tokens = controls.tokens(result.tracks, result.features, 4, 3)
-    assert not tokens[without].any() and not result.features[without].any()
+    *_, conditional, features, seen, tracks = drawn
+    assert 700 < (~conditional).sum() < 900
+    tokens = controls.tokens(tracks, seen, 4, 3)
+    assert not tokens[~conditional].any() and not seen[~conditional].any()
+    assert torch.equal(seen[conditional], features[conditional])
 
 
 def test_each_kind_is_left_out_at_random(drawn):
-    features, motion, hits, stranger, conditional, result = drawn
-    n = conditional.sum().item()
-    told = result.tracks.told.flatten() == 1
-    seen = result.tracks.seen.flatten() == 1
-    assert torch.equal(result.own, 1 - stranger)
-    own = (stranger == 0) & (conditional.flatten() == 1)
+    hits, stranger, conditional, _, _, tracks = drawn
+    own = ~stranger & conditional
+    told = tracks.told.flatten() == 1
+    named = tracks.materials.any(2).any(1)
     assert abs(told[own].float().mean() - 0.5) < 0.03
-    assert abs((seen & ~told).sum() / (n - told.sum()) - 0.75) < 0.03
-    # the network must also know both kinds of silence: no hits told, and nothing told of them
-    assert (seen & told).any() and (~seen & ~told).any()
-    named = result.tracks.materials.any(2).any(1)
-    assert 0.5 < named.sum() / n < 0.65
-    # strengths: all known or all open
-    given = result.tracks.hits
+    assert abs(named[own].float().mean() - 0.5) < 0.03
+    # every combination of the two
+    assert all(
+        ((told == a) & (named == b))[own].any() for a in (True, False) for b in (True, False)
+    )
+    # strengths: of an item all known, or all open
     struck = hits != 0
-    assert torch.equal(given[~struck], torch.zeros_like(given[~struck]))
-    either = torch.where(struck, given == -1, True).all(1) | torch.where(
-        struck, given == hits, True
-    ).all(1)
-    assert either.all()
-    # the head: either input alone, both, and what it is to find is never changed
-    assert torch.equal(result.hits, hits)
-    blind = ~result.head_features.any(2).any(1)
-    still = ~result.head_motion.any(1)
-    assert abs(blind.float().mean() - 0.3) < 0.03 and abs(still.float().mean() - 0.4) < 0.03
-    assert (~blind & ~still).any()
+    assert not tracks.hits[~struck].any()
+    is_open = torch.where(struck, tracks.hits == -1, True).all(1)
+    is_known = torch.where(struck, tracks.hits == hits, True).all(1)
+    assert (is_open | is_known).all()
+    assert abs(is_open.float().mean() - 0.25) < 0.03
+    # materials: of the nearest hit, or the same at any time
+    constant = (tracks.materials == tracks.materials[:, :1]).all(2).all(1)
+    assert 0.4 < constant[named & own].float().mean() < 0.6
 
 
-def test_who_sees_a_stranger_is_told_everything(drawn):
-    *_, stranger, conditional, result = drawn
-    stranger = (conditional.flatten() == 1) & (stranger == 1)
-    assert (result.tracks.told.flatten()[stranger] == 1).all()
-    assert result.tracks.materials[stranger].any(2).all()
+def test_with_another_clips_features_an_item_is_told_everything(drawn):
+    _, stranger, conditional, _, _, tracks = drawn
+    assert (tracks.told.flatten()[stranger & conditional] == 1).all()
+    assert tracks.materials[stranger & conditional].any(2).all()
 
 
-def test_the_curve_is_late_or_early_and_has_gaps(drawn):
-    *_, result = drawn
-    logits = torch.full((4000, 64), -20.0)
-    logits[:, 30] = 20.0
-    curve = controls.shown_curve(logits, result)
-    place = curve.argmax(1)[curve.amax(1) > 0.5] - 30
-    assert sorted(place.unique().tolist()) == [-2, -1, 0, 1, 2]
-    lost = (curve.amax(1) < 0.5).float().mean()
-    assert 0.03 < lost < 0.1
-
-
-def test_the_head_learns_from_features_and_from_motion():
+def test_the_head_learns_where_onsets_are():
     torch.manual_seed(0)
     head = controls.OnsetHead(8, 4, hidden=16)
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
-    direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    directions = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
 
     def batch():
         hits = (torch.rand(16, 64) < 0.03).float()
-        seen = hits.unflatten(1, (16, 4)).amax(2)[..., None]  # which feature has one
-        return seen * direction, hits, hits
+        return hits.unflatten(1, (16, 4)) @ directions, hits  # each column its own direction
 
     for _ in range(150):
-        features, motion, hits = batch()
-        motion = motion * (torch.rand(16, 1) < 0.5)
-        loss = controls.onset_loss(head(features, motion), hits).mean()
+        features, hits = batch()
+        loss = controls.onset_loss(head(features), hits).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features, motion, hits = batch()
-    both = head(features, motion).sigmoid()
-    assert both[hits > 0].mean() > 0.6 and both[hits == 0].mean() < 0.15
-    # from features alone it knows the feature, not the column
-    alone = head(features, torch.zeros_like(motion)).sigmoid()
-    assert alone[hits > 0].mean() > 2 * alone[hits == 0].mean()
+    features, hits = batch()
+    found = head(features).sigmoid()
+    far = torch.nn.functional.max_pool1d(hits[:, None], 3, 1, 1)[:, 0] == 0
+    assert found[hits > 0].mean() > 0.7 and found[far].mean() < 0.2
 
 
 def test_new_layers_change_nothing_until_they_are_trained():

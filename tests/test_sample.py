@@ -169,7 +169,7 @@ class Seer:
     """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a
     column; a mel with four columns a frame."""
 
-    config = SimpleNamespace(fps=FPS, size=8, frames=128)
+    config = SimpleNamespace(fps=FPS, size=8, frames=128, columns=0)
     context = 0
 
     def encode_clip(self, frames):
@@ -206,7 +206,7 @@ def test_hits_stay_in_time_for_five_minutes(tmp_path):
     features = sample.video_features(
         video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0
     )
-    film = sample.Clip(video, 0.0, None, 308.0, Profile(), starts, features)
+    film = sample.Clip(video, 0.0, None, 308.0, Profile(), starts, features, features)
     settings = Settings(steps=10, cfg=1.0, cg=0.0)
     for k in range(0, len(starts), 8):
         windows = film.windows(settings)[k : k + 8]

@@ -94,9 +94,9 @@ class Sounds(RandomClips):
 
 
 class Pairs(RandomClips):
-    def __init__(self, root, fps, frames, merge=0.0, roll=0.0, seed=0, split=None, **told):
+    def __init__(self, root, fps, frames, seed=0, split=None, columns=0, **_):
         super().__init__(seed, split)
-        self.told = told
+        self.columns = columns
 
     def __getitem__(self, index):
         rng = self.rng(index)
@@ -105,11 +105,10 @@ class Pairs(RandomClips):
             "features": torch.nn.functional.normalize(features, dim=1),
             "wav": self.sound(rng, audio.WINDOW),
         }
-        if self.told:
-            count = 128 * self.told["columns"]
+        if self.columns:
+            count = 128 * self.columns
             item["hits"] = torch.from_numpy((rng.random(count) < 0.02) * rng.random(count)).float()
             item["materials"] = torch.from_numpy(rng.integers(-1, 3, 128))
-            item["motion"] = torch.from_numpy(rng.random(count)).float()
             item["stranger"] = torch.tensor(float(index % 4 == 3))
         return item
 
