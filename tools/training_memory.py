@@ -6,14 +6,15 @@
 A step is two micro-batches (so gradients exist while the second one's graph grows) of random data
 through the stage's own loss, backward pass, fused AdamW and moving average, with bfloat16 autocast.
 A micro-batch of stage 1 counts videos (three clips of 16 frames each at the published size), one of
-stage 2 windows. For a prediction the step runs on fake CUDA tensors, which have shapes and no
-values: every operation's output counts from when it is made until nothing holds it. Our kernels
-allocate what they do on a GPU and are not launched, so attention keeps q, k, v, its output and a
-number a row. GiB:
+stage 2 windows. For a prediction the step runs on fake tensors, which have shapes and no values, in
+the dtypes of CUDA's autocast: every operation's output counts from when it is made until nothing
+holds it. Our kernels allocate what they do on a GPU and are not launched, so attention keeps q, k,
+v, its output and a number a row. GiB:
 
     state        weights, gradients, Adam's two moments, moving average, buffers
     activations  what autograd keeps of one micro-batch's forward pass, weights' bfloat16 copies too
-    transient    the rest of the peak: with --recompute mostly one block's own activations
+    transient    the rest of the peak: with --recompute one block's own activations, or the weights'
+                 bfloat16 copies, which autocast holds until the forward pass ends
     predicted    the peak, all three
 
 Not counted: CUDA's own context, workspaces of cuDNN and cuBLAS, what the allocator rounds up and
@@ -117,6 +118,9 @@ class Stage:
 
     def features(self, chunk):
         """Stage 1's features of a micro-batch, with a graph."""
+        if self.device.type == "cpu":
+            # counts as the copy on a GPU
+            chunk = chunk._replace(video=chunk.video.clone(), mel=chunk.mel.clone())
         return cavp.encode(self.args, self.network, self.device, chunk)
 
     def loss(self, n):
@@ -130,14 +134,20 @@ class Stage:
             z = ldm.latents(self.model.vae, mel, posterior)
             return self.network(z, t, noise, features)
 
-    def forward(self, n):
-        """The graph of one micro-batch."""
-        return self.features(self.chunk(n)) if self.contrastive else self.loss(n)
+    def batches(self, n, count=2):
+        """Micro-batches of a step, in the CPU's memory; of stage 2, which are small, their size."""
+        return [self.chunk(n) if self.contrastive else n for _ in range(count)]
 
-    def step(self, n, count=2):
-        """Gradients of `count` micro-batches, then the update."""
+    def forward(self, batch):
+        """The graph of one micro-batch."""
+        return self.features(batch) if self.contrastive else self.loss(batch)
+
+    def step(self, batches):
+        """Gradients of all micro-batches, then the update."""
+        count = len(batches)
         if self.contrastive:
-            args = SimpleNamespace(micro_batch=n)
+            # the rows of a chunk are counted in videos
+            args = SimpleNamespace(micro_batch=len(batches[0].mel) // self.model.config.clips)
             run = SimpleNamespace(args=args, model=self.model, count=count)
             run.parts = functools.partial(training.TrainingRun.parts, run)
             loss_fn = functools.partial(
@@ -146,10 +156,9 @@ class Stage:
                 window_contrast=self.args.window_contrast,
                 temporal=self.args.temporal_contrast,
             )
-            chunks = [self.chunk(n) for _ in range(count)]
-            training.cached_backward(run, self.network, self.features, chunks, loss_fn)
+            training.cached_backward(run, self.network, self.features, batches, loss_fn)
         else:
-            for _ in range(count):
+            for n in batches:
                 (self.loss(n) / count).backward()
         training.update(self.args, 0, self.optimizer, self.ema, self.model)
 
@@ -278,23 +287,32 @@ class Prediction:
         with as_on_a_gpu(**how), mode(), self.memory:
             model = fake_network(name, preset)
             self.stage = Stage(model, MODULES[name].RECIPES[preset], recompute)
-            # the first step makes Adam's moments
-            self.stage.step(1)
+        batches = self.batches(1)
+        # the first step makes Adam's moments
+        with as_on_a_gpu(**how), mode(), self.memory:
+            self.stage.step(batches)
         self.state = self.memory.live + self.stage.trained()
+
+    def batches(self, n):
+        """On a GPU they are no part of its memory, so they are not counted."""
+        with self.mode():
+            return self.stage.batches(n)
 
     def peak(self, n):
         """Bytes at the peak of a step with micro-batches of n."""
         if n not in self.peaks:
+            batches = self.batches(n)
             with as_on_a_gpu(**self.how), self.mode(), self.memory:
                 self.memory.peak = self.memory.live
-                self.stage.step(n)
+                self.stage.step(batches)
             self.peaks[n] = self.memory.peak
         return self.peaks[n]
 
     def row(self, n):
         """{column: bytes}"""
+        batch = self.batches(n)[0]
         with as_on_a_gpu(**self.how), self.mode():
-            activations = kept_for_backward(self.stage.model, lambda: self.stage.forward(n))
+            activations = kept_for_backward(self.stage.model, lambda: self.stage.forward(batch))
         transient = self.peak(n) - self.state - activations
         return {
             "state": self.state,
@@ -321,6 +339,7 @@ class Prediction:
         return fits
 
 
+@functools.cache
 def predict(name, preset, recompute, sizes, cards):
     """-> {micro-batch: row of `Prediction`}, {card: the largest micro-batch that fits}"""
     prediction = Prediction(name, preset, recompute)
@@ -339,13 +358,14 @@ def measure(name, preset, recompute, sizes, steps=2):
     stage = Stage(model, module.RECIPES[preset], recompute, "cuda")
     for n in sizes:
         try:
+            batches = stage.batches(n)
             # compiles, and makes Adam's moments
-            stage.step(n)
+            stage.step(batches)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             for _ in range(steps):
-                stage.step(n)
+                stage.step(batches)
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - start) / steps
             yield {"measured": torch.cuda.max_memory_allocated(), "seconds": seconds}
@@ -393,12 +413,16 @@ def main():
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     cases = list(itertools.product(args.stages, (True, False)))
     # predictions take processors, measurements the GPU
-    processes = max(1, (os.cpu_count() or 1) // 2)
-    with ProcessPoolExecutor(min(len(cases), processes), get_context("spawn")) as pool:
-        predictions = [
-            pool.submit(predict, name, args.preset, recompute, args.micro_batches, args.cards)
-            for name, recompute in cases
-        ]
+    processes = (os.cpu_count() or 1) // 2
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(min(len(cases), max(1, processes)), spawn) as pool:
+        predictions = []
+        for name, recompute in cases:
+            wanted = name, args.preset, recompute, tuple(args.micro_batches), tuple(args.cards)
+            if args.measure or processes > 1:
+                predictions.append(pool.submit(predict, *wanted).result)
+            else:
+                predictions.append(functools.partial(predict, *wanted))
         fits = []
         for (name, recompute), prediction in zip(cases, predictions, strict=True):
             measured = itertools.repeat({})
@@ -407,7 +431,7 @@ def main():
             # the measurement first: meanwhile the prediction is made
             for n, found in zip(args.micro_batches, measured, strict=False):
                 row = {"stage": name, "micro_batch": n, "recompute": recompute}
-                row |= prediction.result()[0][n] | found
+                row |= prediction()[0][n] | found
                 show(row)
                 if args.out:
                     with args.out.open("a") as lines:
@@ -415,7 +439,7 @@ def main():
             # the network of this case is freed before the next one's is made
             del measured
             gc.collect()
-            fits.append((name, recompute, prediction.result()[1]))
+            fits.append((name, recompute, prediction()[1]))
     for name, recompute, largest in fits:
         for card, n in largest.items():
             how = "with" if recompute else "without"

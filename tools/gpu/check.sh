@@ -83,7 +83,8 @@ SMALL=()
 STEPS=()
 CLIPS=()
 TRAIN=(--measure)
-[ -n "$DRY" ] && TRAIN=(--preset mini --micro-batches 1)
+TRAIN_LIMIT=60
+[ -n "$DRY" ] && TRAIN_LIMIT=300 TRAIN=(--stages ldm --preset mini --micro-batches 1)
 [ -n "$DRY" ] && FEW=(--only 4) SMALL=(--mini) STEPS=(--steps 2) CLIPS=(--clips 1)
 [ -z "$DRY" ] && has xdist && N=(-n 6)
 
@@ -112,11 +113,11 @@ quick)
     ;;
 sweep)
     # 225 s in all, and some to set up
-    part warm 40 "$PYTHON" -m tools.gpu.warm -j $JOBS --sets sweep train "${FEW[@]}"
-    part train 60 "$PYTHON" -m tools.training_memory "${TRAIN[@]}" --cards --out "$OUT/training_memory.jsonl"
-    [ -n "$DRY" ] || part sweep 50 "$PYTHON" -m tools.gpu.sweep --out "$OUT"
-    [ -n "$FILMS" ] && part "mini in both dtypes" 45 bash tools/gpu/mini.sh
-    [ -n "$DRY" ] || part "8 and 64 clips" 30 "$PYTHON" -m tools.speed_gpu --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
+    part warm 35 "$PYTHON" -m tools.gpu.warm -j $JOBS --sets sweep train "${FEW[@]}"
+    part train $TRAIN_LIMIT "$PYTHON" -m tools.training_memory "${TRAIN[@]}" --cards --out "$OUT/training_memory.jsonl"
+    [ -n "$DRY" ] || part sweep 40 "$PYTHON" -m tools.gpu.sweep --out "$OUT"
+    [ -n "$FILMS" ] && part "mini in both dtypes" 65 bash tools/gpu/mini.sh
+    [ -n "$DRY" ] || part "8 and 64 clips" 25 "$PYTHON" -m tools.speed_gpu --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
     ;;
 all)
     part warm 75 "$PYTHON" -m tools.gpu.warm -j $JOBS "${FEW[@]}"
