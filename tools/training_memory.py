@@ -409,7 +409,8 @@ def main():
     if args.measure and not torch.cuda.is_available():
         p.error("--measure runs on an NVIDIA GPU, and there is none; leave it out to predict")
 
-    print(f"torch {torch.__version__}, preset {args.preset}, bfloat16 autocast; GiB")
+    device = torch.cuda.get_device_name() if args.measure else "no GPU"
+    print(f"{device}, {kernels.describe()}; preset {args.preset}, bfloat16 autocast; GiB")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     cases = list(itertools.product(args.stages, (True, False)))
     # predictions take processors, measurements the GPU
