@@ -27,7 +27,7 @@ triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux
 
 
 @triton
-@pytest.mark.parametrize("name", ["attention", "group_norm", "transformer", "networks"])
+@pytest.mark.parametrize("name", ["attention", "group_norm", "transformer", "networks", "memory"])
 def test_in_the_interpreter(name):
     done = subprocess.run(
         [

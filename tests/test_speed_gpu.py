@@ -185,6 +185,7 @@ def test_the_check_of_a_gpu_calls_what_is_there():
     called = set(re.findall(r"(?:tools|tests)/[\w/]+\.(?:py|sh)", script))
     modules = set(re.findall(r"-m (tools[\w.]+)", script))
     assert modules >= {f"tools.gpu.{name}" for name in ("warm", "step", "sweep", "weights")}
+    assert "tools.training_memory" in modules
     called |= {f"{name.replace('.', '/')}.py" for name in modules}
     assert all((TOOLS.parent.parent / path).is_file() for path in called)
     variants = set(re.findall(r'"([^"$]+)"', " ".join(re.findall(r"--only (.*)", script))))
@@ -219,9 +220,12 @@ def test_the_check_of_a_gpu_runs_without_one(mode, tmp_path):
         assert re.search(r"^fp32 0 seconds a clip: [\d.]+", done.stdout, re.M)
     parts = {
         "quick": {"warm", "tests", "steps", "weights", "demo, run 2", "demo, eight films, batch 8"},
-        "sweep": {"warm", "mini in both dtypes"},
+        "sweep": {"warm", "train", "mini in both dtypes"},
     }
     assert parts[mode] <= set(ends) and "left out" not in done.stdout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    kept = {"quick": {"steps.jsonl", "profile.txt"}, "sweep": {"bf16.tar.aa", "fp32.tar.aa"}}
+    kept = {
+        "quick": {"steps.jsonl", "profile.txt"},
+        "sweep": {"bf16.tar.aa", "fp32.tar.aa", "training_memory.jsonl"},
+    }
     assert kept[mode] | {"log.txt"} <= written

@@ -4,7 +4,7 @@
 #
 #   bash tools/gpu/check.sh                 tests, a guided step in all variants, sample.py, tables; TOTAL=540
 #   TOTAL=200 bash tools/gpu/check.sh quick tests, a guided step of ours and of torch's kernels, sample.py with both sizes
-#   TOTAL=230 bash tools/gpu/check.sh sweep block sizes, the mini model's sounds in both dtypes, 64 clips
+#   TOTAL=230 bash tools/gpu/check.sh sweep block sizes, memory of training, the mini model in both dtypes, 64 clips
 #   DRY=1 bash tools/gpu/check.sh quick     without a GPU: the same flow, small networks
 #
 # Results go to $OUT (/tmp/out). Where av and soundfile are not installed, wheels of av, soundfile, cffi and pycparser may
@@ -82,6 +82,9 @@ FEW=()          # what is compiled ahead, and what is drawn, on a machine withou
 SMALL=()
 STEPS=()
 CLIPS=()
+TRAIN=(--measure)
+TRAIN_LIMIT=60
+[ -n "$DRY" ] && TRAIN_LIMIT=300 TRAIN=(--stages ldm --preset mini --micro-batches 1)
 [ -n "$DRY" ] && FEW=(--only 4) SMALL=(--mini) STEPS=(--steps 2) CLIPS=(--clips 1)
 [ -z "$DRY" ] && has xdist && N=(-n 6)
 
@@ -109,10 +112,12 @@ quick)
     dub "demo, published size" "$WEIGHTS"
     ;;
 sweep)
-    part warm 45 "$PYTHON" -m tools.gpu.warm -j $JOBS --sets sweep "${FEW[@]}"
-    [ -n "$DRY" ] || part sweep 80 "$PYTHON" -m tools.gpu.sweep --out "$OUT"
-    [ -n "$FILMS" ] && part "mini in both dtypes" 75 bash tools/gpu/mini.sh
-    [ -n "$DRY" ] || part "8 and 64 clips" 60 "$PYTHON" -m tools.speed_gpu --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
+    # 225 s in all, and some to set up
+    part warm 35 "$PYTHON" -m tools.gpu.warm -j $JOBS --sets sweep train "${FEW[@]}"
+    part train $TRAIN_LIMIT "$PYTHON" -m tools.training_memory "${TRAIN[@]}" --cards --out "$OUT/training_memory.jsonl"
+    [ -n "$DRY" ] || part sweep 40 "$PYTHON" -m tools.gpu.sweep --out "$OUT"
+    [ -n "$FILMS" ] && part "mini in both dtypes" 65 bash tools/gpu/mini.sh
+    [ -n "$DRY" ] || part "8 and 64 clips" 25 "$PYTHON" -m tools.speed_gpu --ways ours --clips 8 64 --runs 1 --out "$OUT/speed64"
     ;;
 all)
     part warm 75 "$PYTHON" -m tools.gpu.warm -j $JOBS "${FEW[@]}"

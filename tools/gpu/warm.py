@@ -1,7 +1,7 @@
 """Compiles ahead what a first run on a GPU would compile one by one: all Triton kernels of the
 networks, the tests and the sweep, in parallel, without touching the GPU.
 
-    python -m tools.gpu.warm [-j 14] [--sets paper tests mini sweep]
+    python -m tools.gpu.warm [-j 14] [--sets paper tests mini sweep train]
 
 Launches are recorded on the meta device with the real networks, then compiled by the very
 JITFunction.run that a launch goes through, under a driver that answers "cuda:90": so the keys in
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -168,7 +169,24 @@ def sweep():
                 places.restore()
 
 
-SETS = {"paper": paper, "tests": tests, "mini": mini, "sweep": sweep}
+def train():
+    """Stage 2's forward and backward pass at the published size, with autocast's dtypes."""
+    from tools import training_memory as memory
+
+    run = launch.Launch.run
+    with launch.recording() as launches, memory.as_on_a_gpu(run), memory.fake_tensors():
+        stage = memory.Stage(memory.fake_network("ldm"), ldm.RECIPES["paper"], recompute=False)
+        for n in (1, 4, 16):
+            stage.loss(n).backward()
+    # the compiler takes tensors of the meta device, not fake ones
+    for job in launches:
+        args = {
+            k: empty(1, dtype=v.dtype) if torch.is_tensor(v) else v for k, v in job.args.items()
+        }
+        replace(job, args=args).run(job.kernel)
+
+
+SETS = {"paper": paper, "tests": tests, "mini": mini, "sweep": sweep, "train": train}
 
 
 def compile_one(name):
