@@ -66,7 +66,7 @@ from vae import PRESETS as VAE_PRESETS
 STRANGERS = 0.25
 # of what is told: its weights begin at zero beside features that weigh some ten times as much, and
 # at a scale of 1 they had not learned materials in 2900 steps
-TOLD_SCALE = 10
+TOLD_SCALE = 40
 # channels, rows of 8 mel bands, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
