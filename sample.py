@@ -55,7 +55,7 @@ from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError, atomic_write, make_folder
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
-from common.onsets import Hit, read_hits, write_hits
+from common.onsets import Hit, checked, read_hits, write_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, sigma
@@ -111,6 +111,10 @@ class Settings:
         for name in ("cfg", "cg"):
             if getattr(self, name) is not None:
                 cli.check_number(name, getattr(self, name), 0)
+        # a mere string would be read letter by letter
+        cli.check_type("material", self.material, tuple)
+        if self.onsets is not None and not isinstance(self.onsets, str | Path | tuple):
+            raise ValueError(f"onsets {cli.quoted(self.onsets)}: give a tuple of Hit, or a file")
 
     def resolve(self, models):
         """The same with the values that were left to the weights and to the device."""
@@ -134,8 +138,11 @@ class Settings:
                 known = ", ".join(config.materials)
                 raise ValueError(f"material {cli.quoted(name)}: not one of {known}")
         onsets = self.onsets
+        # hits of a program
+        if isinstance(onsets, tuple):
+            onsets = checked(onsets, config.materials)
         # a file is read at once, so that a mistake in it shows before any work
-        if onsets is not None and onsets not in FINDERS and not isinstance(onsets, tuple):
+        elif onsets is not None and onsets not in FINDERS:
             onsets = Path(onsets)
             if not onsets.is_dir():
                 onsets = tuple(read_hits(onsets, config.materials))

@@ -154,9 +154,7 @@ def find_hits(logits, motion, columns: int):
     """-> [Hit] in time order: the peaks of the sum of what is given, where it is above 0.
 
     logits (columns or more,): the head's log odds; motion (n,): `common.motion`'s curve, less 1 as
-    if it were log odds, too, or less 0.5 where it is alone; None: not given. Over the validation clips of procedural sets the sum
-    finds hits at real rates with an F1 of 0.88 instead of the head's 0.86, usual ones with 0.94 as
-    the head alone.
+    if it were log odds, too, or less 0.5 where it is alone; None: not given.
     """
     odds = np.zeros(columns)
     if logits is not None:

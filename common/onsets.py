@@ -115,6 +115,20 @@ def label_fields(line):
     return fields
 
 
+def checked(hits: Iterable[Hit], materials: Collection[str]) -> tuple[Hit, ...]:
+    """Hits that a program gives, ascending in time. ValueError for what cannot be, in one line."""
+    for hit in hits:
+        if not isinstance(hit, Hit):
+            raise ValueError(f"onsets {hit!r:.60}: is no Hit; give a tuple of common.onsets.Hit")
+        if not 0 <= hit.time < math.inf:
+            raise ValueError(f"onsets {hit}: its time is not 0 or more seconds")
+        if hit.strength is not None and not 0 < hit.strength <= 1:
+            raise ValueError(f"onsets {hit}: its strength is not above 0, up to 1")
+        if hit.material is not None and hit.material not in materials:
+            raise ValueError(f"onsets {hit}: its material is not one of {', '.join(materials)}")
+    return tuple(sorted(hits, key=lambda hit: hit.time))
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 weights, but are of the real classes; and what the shipped model then plays."""
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import asdict
@@ -209,6 +210,30 @@ def test_weights_that_cannot_be_told_say_so(models, clip):
     # and go by the features alone; their hits are those that are heard
     result = sample.generate(clip, untold, settings=Settings(steps=2, cg=0), mark=False)
     assert [hit.time for hit in result.hits] == audio.detect_onsets(result.mel.numpy()).tolist()
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"material": "wood"}, "material"),
+        ({"onsets": [Hit(1.0)]}, "onsets"),
+        ({"onsets": (1.0,)}, "onsets 1.0: is no Hit"),
+        ({"onsets": (Hit(-1.0),)}, "its time is not"),
+        ({"onsets": (Hit(math.nan),)}, "its time is not"),
+        ({"onsets": (Hit(1.0, 2.0),)}, "its strength is not"),
+        ({"onsets": (Hit(1.0, None, "cheese"),)}, "its material is not one of wood, metal"),
+    ],
+)
+def test_a_programs_nonsense_is_one_line_too(models, told, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Settings(**told).resolve(models)
+    assert "\n" not in str(caught.value)
+
+
+def test_hits_may_come_in_any_order(models, clip):
+    hits = (Hit(1.5, None, "wood"), Hit(0.5, None, "metal"))
+    told, _ = conditions(models, clip, Settings(onsets=hits))
+    assert [hit.time for hit in told.hits] == [0.5, 1.5]
 
 
 def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
