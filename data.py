@@ -944,6 +944,10 @@ class Pairs(Windows):
                 f"{root}: features at {self.set.metadata['fps']:g} a second, the model needs "
                 f"{fps:g}; extract them with a CAVP of the same preset"
             )
+        if labels and not any(self.stem(clip) in labels for clip in self.clips):
+            raise MediaError(
+                f"{root}: none of its clips has labels; give the folder that it was prepared from"
+            )
 
     def cut(self, clip, rng, frames, samples):
         """{"features", "wav", ...} of `frames` and `samples` from a random place of a clip."""
@@ -956,10 +960,14 @@ class Pairs(Windows):
             item |= self.tracks(clip, first / self.fps, frames, item["wav"])
         return item
 
+    def stem(self, clip):
+        """A clip's name without the suffix, as in `labels`."""
+        return Path(self.set.describe(clip)[0]).with_suffix("").as_posix()
+
     def tracks(self, clip, start, frames, wav):
         """What can be told of `frames` features of a clip from `start` seconds on."""
         count = frames * self.columns
-        name = Path(self.set.describe(clip)[0]).with_suffix("").as_posix()
+        name = self.stem(clip)
         hits = []
         if self.labels and name in self.labels:
             for onset in self.labels[name]:

@@ -92,7 +92,7 @@ from common.audio import (
     vocode_long,
 )
 from common.cli import Parser, number
-from common.files import atomic_write, make_folder, write_bytes
+from common.files import UserError, atomic_write, make_folder, write_bytes
 from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, write_wav
 from common.onsets import Hit
@@ -683,6 +683,15 @@ def score_rows(measured, clips):
 
 def evaluate(args):
     """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
+    # what these weights cannot be told shows before any clip is read
+    if args.material or args.onsets or args.ablate == "onsets":
+        try:
+            onsets = None if args.onsets == "annotated" else args.onsets
+            replace(settings_of(args), onsets=onsets).resolve(
+                load_models(args.weights[0], args.device)
+            )
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
     videos = find_clips(args)
     annotations = read_annotations(args.annotations, videos) if args.annotations else {}
     groups = read_groups(args.groups, videos) if args.groups else {}

@@ -526,6 +526,12 @@ class LDM(nn.Module):
     def vae(self):
         return self.first_stage_model
 
+    @property
+    def materials(self):
+        """Names of the materials that it has learned to be told; of others its weights are zero."""
+        columns = self.conditioner.told.weight[:, -len(self.config.materials) :].any(0)
+        return tuple(n for n, known in zip(self.config.materials, columns, strict=True) if known)
+
     def null_context(self, frames: int):
         """The unconditional branch as trained: the context of zero features, (1, f, dim)."""
         zeros = self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
@@ -806,6 +812,10 @@ def train(args):
     # what the set is asked for besides features and sound
     config = model.config
     told = {}
+    if args.labels and not config.columns:
+        raise training.TrainingError(
+            f"--labels {args.labels}: this network cannot be told anything; add --new-controls"
+        )
     if config.columns:
         labels = data.read_all_onsets(args.labels) if args.labels else None
         told = {"columns": config.columns, "materials": config.materials, "labels": labels}
@@ -891,8 +901,10 @@ def main(argv=None):
     cli.removed(p, "--model", "the classifier is trained by python align.py")
     cli.removed(p, "--convert", "it is now python -m common.checkpoints convert DIR OUT")
     args = p.parse_args(argv)
-    if args.new_conditioner and not args.init:
-        p.error("argument --new-conditioner: is for the network of --init; add that")
+    for flag in ("new_conditioner", "new_controls"):
+        if getattr(args, flag) and not args.init:
+            name = flag.replace("_", "-")
+            p.error(f"argument --{name}: is for the network of --init; add that")
     with distributed.report_errors("ldm.py"):
         # a folder as diffusers writes it: its two files, whose SHA-256 the run records
         if args.init and args.init.is_dir():

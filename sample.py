@@ -133,19 +133,23 @@ class Settings:
                 f"{models.name}: these weights cannot be told onsets or materials; leave --onsets "
                 "and --material out, or take --weights mini"
             )
+        known = models.ldm.materials if config.columns else ()
         for name in self.material:
-            if name not in config.materials:
-                known = ", ".join(config.materials)
-                raise ValueError(f"material {cli.quoted(name)}: not one of {known}")
+            if name not in known:
+                names = ", ".join(known)
+                raise ValueError(f"material {cli.quoted(name)}: not one of {names}")
         onsets = self.onsets
         # hits of a program
         if isinstance(onsets, tuple):
-            onsets = checked(onsets, config.materials)
+            onsets = checked(onsets, known)
         # a file is read at once, so that a mistake in it shows before any work
         elif onsets is not None and onsets not in FINDERS:
+            if not str(onsets) or not Path(onsets).exists():
+                names = ", ".join(FINDERS)
+                raise ValueError(f"onsets {cli.quoted(onsets)}: not one of {names}, nor a file")
             onsets = Path(onsets)
             if not onsets.is_dir():
-                onsets = tuple(read_hits(onsets, config.materials))
+                onsets = tuple(read_hits(onsets, known))
         if onsets is None and config.columns:
             onsets = "both"
         cfg = config.guidance if self.cfg is None else self.cfg
@@ -349,6 +353,11 @@ def found_hits(clip, ldm, finder):
     return controls.find_hits(logits, motion, round(clip.seconds / COLUMN))
 
 
+def labels_of(video, folder):
+    """The file of a video's hits in the folder that --onsets names."""
+    return folder / f"{Path(video).stem}.onsets.txt"
+
+
 def tell(clip, models, settings):
     """Sets a clip's hits, and its conditions: the features and what stage 2 is told beside them.
 
@@ -364,7 +373,7 @@ def tell(clip, models, settings):
     else:
         hits = settings.onsets
         if not isinstance(hits, tuple):
-            hits = read_hits(hits / f"{clip.source.stem}.onsets.txt", config.materials)
+            hits = read_hits(labels_of(clip.source, hits), models.ldm.materials)
         clip.hits = controls.hits_within(hits, clip.start, clip.seconds, clip.source)
     # as tracks in time with the features
     tracks = controls.make_tracks(
@@ -790,6 +799,8 @@ def write_outputs(result, target, args):
         "seed": args.seed,
         "score": result.scores[result.best],
     }
+    if args.write_onsets:
+        line["onsets"] = str(onsets_file(target))
     if candidates:
         line["candidates"] = candidates
     return line
@@ -887,7 +898,7 @@ def add_sampling_arguments(g):
 def add_material(g):
     g.add_argument(
         "--material",
-        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        type=lambda text: tuple(name.strip().lower() for name in text.split(",")),
         default=(),
         metavar="NAME[,NAME]",
         help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
@@ -964,9 +975,18 @@ def add_run_arguments(g):
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
-def plan_jobs(args, settings):
-    """`media.plan_outputs`; videos whose onsets somebody may have edited are not overwritten."""
+def plan_jobs(args, settings, materials):
+    """`media.plan_outputs`; videos whose onsets somebody may have edited are not overwritten, and
+    the files of all hits are read before any work."""
     jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
+    # a fault in one file is that video's alone
+    if isinstance(settings.onsets, Path):
+        for k, (video, target, error) in enumerate(jobs):
+            try:
+                if error is None:
+                    read_hits(labels_of(video, settings.onsets), materials)
+            except UserError as fault:
+                jobs[k] = (video, target, str(fault))
     # the same hits suit no two videos
     if isinstance(settings.onsets, tuple) and len(jobs) > 1:
         raise ValueError(
@@ -1022,7 +1042,7 @@ def main(argv=None):
         settings = settings.resolve(models)
         if args.out:
             make_folder(args.out)
-        jobs = plan_jobs(args, settings)
+        jobs = plan_jobs(args, settings, models.ldm.materials if settings.onsets else ())
     except ValueError as error:
         print(f"sample.py: --{error}", file=sys.stderr)
         return 2

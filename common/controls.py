@@ -69,14 +69,14 @@ def tokens(tracks: Tracks, features, columns: int, materials: int):
 def track_hits(hits, columns: int):
     """Hits (with .time in seconds and .strength) -> float32 (columns,), a number a mel column.
 
-    The strength in the column of a hit, -1 where it is None, 0 where there is no hit. Of two hits
-    in a column the last one counts.
+    The strength in the column of a hit, -1 where it is None, 0 where there is no hit. Of several
+    hits in a column the strongest one counts.
     """
     track = np.zeros(columns, np.float32)
     for hit in hits:
         column = round(hit.time / COLUMN)
         if 0 <= column < columns:
-            track[column] = -1 if hit.strength is None else hit.strength
+            track[column] = max(track[column], hit.strength or 0) or -1
     return track
 
 
@@ -115,8 +115,8 @@ def hits_within(hits, start: float, seconds: float, source):
     inside = [hit for hit in moved if 0 <= hit.time < seconds]
     if len(inside) < len(hits):
         warnings.warn(
-            f"{source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of the picture "
-            "and are not played",
+            f"{source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of the chosen "
+            "part and are not played",
             stacklevel=2,
         )
     return inside

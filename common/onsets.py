@@ -60,7 +60,7 @@ def hit_of(fields, materials):
                 f"the strength {text!r:.40} is not in range; give a number above 0, up to 1"
             )
         strength = float(text)
-    material = fields.get("material") or None
+    material = (fields.get("material") or "").lower() or None
     if material and material not in materials:
         known = ", ".join(materials)
         raise ValueError(f"the material {material!r:.40} is not known; give one of {known}")
@@ -102,10 +102,14 @@ def label_fields(line):
     if len(rest) not in (1, 2):
         raise ValueError("not a label; give start, end and text with a tab between them")
     # its end must be one, or this is some other table
-    seconds(rest[0].strip())
+    if seconds(rest[0].strip()) < seconds(start.strip()):
+        raise ValueError("ends before it starts; give start, end and text, or a CSV with commas")
     fields = {"time": start.strip()}
     # a word is a strength if it is a number, in whichever order they come
     for word in " ".join(rest[1:]).split():
+        # punctuation between the two
+        if not NUMBER.fullmatch(word):
+            word = word.strip(".;:")
         name = "strength" if NUMBER.fullmatch(word) else "material"
         if name in fields:
             raise ValueError(

@@ -98,7 +98,7 @@ def test_hits_are_told_where_they_are_and_with_their_materials(models, clip):
 
 def test_a_later_start_moves_the_hits_and_names_those_outside(models, clip):
     hits = (Hit(0.5), Hit(1.5), Hit(9.0))
-    with pytest.warns(UserWarning, match="2 of 3 hits lie outside of the picture"):
+    with pytest.warns(UserWarning, match="2 of 3 hits lie outside of the chosen part"):
         told, tokens = conditions(models, clip, Settings(onsets=hits), start=1.0, seconds=1.0)
     assert tokens[:, :4].flatten().nonzero().flatten().tolist() == [round(0.5 / COLUMN)]
     assert told.hits == [Hit(0.5)]
@@ -186,7 +186,7 @@ def test_of_many_videos_each_has_its_file(capsys, clip, args, tmp_path):
     "flags, status, message",
     [
         (("--material", "wood,cheese"), 2, '--material "cheese": not one of wood, metal'),
-        (("--onsets", "nowhere.csv"), 1, "nowhere.csv: cannot be read"),
+        (("--onsets", "nowhere.csv"), 2, "not one of model, flow, both, none, nor a file"),
         (("--onsets", "bad.csv"), 1, "bad.csv: line 2"),
     ],
 )
