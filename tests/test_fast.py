@@ -257,7 +257,7 @@ def test_windows_of_all_clips_share_the_recorded_steps(records):
         features = rule.normal(f"film {k}", 300, tiny.TIME["feature_dim"])
         starts = [0, 65536, 131072]
         settings = sample.Settings(seed=k, steps=2).resolve(models)
-        film = sample.Clip(f"film {k}", 0.0, None, 16.4, Profile(), starts, features)
+        film = sample.Clip(f"film {k}", 0.0, None, 16.4, Profile(), starts, features, features)
         windows = film.windows(settings)
         sample.denoise(windows[:2], models, settings)
         sample.denoise(windows[2:], models, settings)

@@ -133,7 +133,13 @@ class Seer:
     window."""
 
     config = SimpleNamespace(
-        fps=4.0, size=8, frames=32, feature_dim=16, guidance=1.0, unet=SimpleNamespace(aligned=0)
+        fps=4.0,
+        size=8,
+        frames=32,
+        feature_dim=16,
+        columns=0,
+        guidance=1.0,
+        unet=SimpleNamespace(aligned=0),
     )
     context = 0
 
