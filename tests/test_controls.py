@@ -20,6 +20,9 @@ def test_hits_stand_in_their_columns_and_nothing_is_lost():
     track = controls.track_hits(hits, 9)
     assert track.tolist() == [0.5, 0, 0, 0, 0, 0, -1, 0, 1.0]
     assert controls.track_hits([], 4).tolist() == [0, 0, 0, 0]
+    # of several in a column the strongest, whose strength may be open
+    close = [Hit(0.032, 0.25), Hit(0.033, 0.75), Hit(0.034, 0.5), Hit(0.064), Hit(0.065, 0.5)]
+    assert controls.track_hits(close, 5).tolist() == [0, 0, 0.75, 0, 0.5]
 
 
 def test_a_material_holds_up_to_the_middle_between_two_hits():

@@ -825,6 +825,58 @@ def test_pairs_keep_sound_and_features_together(extracted, kind):
     assert max(joins) == {0: 0, 1: 1, 2: 2}[len(kind)] and len(seams) >= 5 * len(kind)
 
 
+@pytest.mark.parametrize("kind", [{}, {"merge": 1.0}, {"roll": 1.0}, {"merge": 1.0, "roll": 1.0}])
+def test_what_can_be_told_stays_with_its_frames(extracted, kind):
+    """Every tenth frame of every clip is a hit, as strong as its number says, of the clip's own
+    material: cut, merged and rotated, the hits stay at the first mel column of their frames."""
+    labels = {
+        str(k): [
+            {"time": f / FPS, "strength": (f % 7 + 1) / 8, "material": "abcd"[k]}
+            for f in range(3, 160, 10)
+        ]
+        for k in range(4)
+    }
+    told = {"columns": 4, "materials": ("a", "b", "c", "d"), "labels": labels}
+    pairs = data.Pairs(extracted, FPS, 128, **kind, **told)
+    for index in range(12):
+        item = pairs[index]
+        frame = item["features"][:, 0].long()
+        clip, number = frame // 200, frame % 200
+        expected = torch.zeros(128, 4)
+        struck = number % 10 == 3
+        expected[struck, 0] = (number[struck] % 7 + 1) / 8
+        assert torch.equal(item["hits"].view(128, 4), expected)
+        assert torch.equal(item["materials"], clip)
+        assert item["stranger"] == 0
+    # another clip's features, and everything else the item's own
+    strange = data.Pairs(extracted, FPS, 128, **kind, **told, strangers=1.0)
+    for index in range(4):
+        assert strange[index]["stranger"] == 1
+        assert torch.equal(strange[index]["hits"], pairs[index]["hits"])
+        assert torch.equal(strange[index]["wav"], pairs[index]["wav"])
+    others = [not torch.equal(strange[k]["features"], pairs[k]["features"]) for k in range(12)]
+    assert sum(others) > 6
+
+
+def test_without_labels_hits_are_the_onsets_of_the_sound(tmp_path):
+    wav = np.zeros(160 * 1024, np.int16)
+    times = [1.0, 2.0, 3.5, 5.0]
+    rng = np.random.default_rng(0)
+    for onset in times:
+        start = round(onset * 16000)
+        wav[start : start + 3000] = (
+            8000 * rng.standard_normal(3000) * np.exp(-np.arange(3000) / 600)
+        )
+    with data.Writer(tmp_path / "set", FEATURES) as writer:
+        writer.add("a.mp4", "", "train", {"features": np.ones((160, 512), "f2"), "sound": wav})
+        writer.finish(needed=())
+    pairs = data.Pairs(tmp_path / "set", FPS, 160, columns=4, materials=("a",))
+    item = pairs[0]
+    columns = item["hits"].nonzero().flatten() * 256 / 16000
+    assert len(columns) == 4 and np.abs(columns.numpy() - times).max() < 0.05
+    assert (item["hits"][item["hits"] != 0] == -1).all() and (item["materials"] == -1).all()
+
+
 def test_pairs_are_a_function_of_seed_and_index(extracted):
     a, b = (data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=seed) for seed in (1, 1))
     other = data.Pairs(extracted, FPS, 128, merge=0.5, roll=0.5, seed=2)

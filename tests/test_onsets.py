@@ -157,3 +157,13 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file"):
         write_hits(tmp_path / "file" / "hits.txt", BOTH)
+
+
+def test_a_label_ends_after_it_starts_and_words_may_be_capitals(tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0.5\t0.5\tWood, 0.8\n1.0\t1.2\t0.3 METAL\n")
+    assert read_hits(labels, ("wood", "metal")) == [Hit(0.5, 0.8, "wood"), Hit(1.0, 0.3, "metal")]
+    # a table of time, strength and material with tabs is no label track
+    labels.write_text("0.5\t0.3\twood\n")
+    with pytest.raises(UserError, match="line 1: ends before it starts"):
+        read_hits(labels, ("wood", "metal"))

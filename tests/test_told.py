@@ -14,13 +14,16 @@ import torch
 from clips import make_video
 from main_job import run, shuffled
 
+import data
 import evaluate
+import ldm
 import sample
 from align import Alignment, AlignmentConfig
 from cavp import CAVP, CAVPConfig
 from common import audio, controls
 from common.audio import COLUMN
 from common.checkpoints import CheckpointError, save_model
+from common.media import MediaError
 from common.onsets import Hit, read_hits
 from common.profiling import Profile
 from ldm import LDM, LDMConfig, UNetConfig
@@ -185,6 +188,8 @@ def test_of_many_videos_each_has_its_file(capsys, clip, args, tmp_path):
 @pytest.mark.parametrize(
     "flags, status, message",
     [
+        (("--onsets", ""), 2, "not one of model, flow, both, none, nor a file"),
+        (("--material", "wood,"), 2, '--material "": not one of wood, metal'),
         (("--material", "wood,cheese"), 2, '--material "cheese": not one of wood, metal'),
         (("--onsets", "nowhere.csv"), 2, "not one of model, flow, both, none, nor a file"),
         (("--onsets", "bad.csv"), 1, "bad.csv: line 2"),
@@ -199,6 +204,64 @@ def test_nonsense_is_one_line_before_any_work(
     code, out, err = run(capsys, clip, *args, *flags)
     assert code == status and not out and len(err) == 1 and message in err[0], err
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_faults_in_a_folder_of_files_show_before_any_work(
+    capsys, clip, args, tmp_path, monkeypatch
+):
+    films = tmp_path / "films"
+    films.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(clip, films / f"{name}.mp4")
+        (films / f"{name}.onsets.txt").write_text("soon\t1.0\t\n")
+    monkeypatch.setattr(sample, "open_clip", None)
+    status, out, err = run(capsys, films, *args, "--onsets", films)
+    assert status == 1 and not out and len(err) == 2
+    assert "a.onsets.txt: line 1" in err[0] and "b.onsets.txt: line 1" in err[1]
+
+
+def test_a_material_that_it_never_heard_of_is_refused(models, clip):
+    """The weights of materials that no training told are zero: they would change nothing."""
+    weight = models.ldm.conditioner.told.weight
+    kept = weight[:, -1].clone()
+    assert models.ldm.materials == MATERIALS
+    with torch.no_grad():
+        weight[:, -1] = 0
+    try:
+        assert models.ldm.materials == ("wood",)
+        with pytest.raises(ValueError, match='material "metal": not one of wood'):
+            Settings(material=("metal",)).resolve(models)
+        with pytest.raises(ValueError, match="its material is not one of wood"):
+            Settings(onsets=(Hit(1.0, None, "metal"),)).resolve(models)
+    finally:
+        with torch.no_grad():
+            weight[:, -1] = kept
+
+
+def test_stage_2_says_where_its_labels_would_do_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ldm.main(["--data", str(tmp_path), "--new-controls", "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert "--new-controls: is for the network of --init" in capsys.readouterr().err
+    # a network that cannot be told, as weights of version 0.1
+    plain = LDM(LDMConfig(**TIME, unet=UNET, vae=VAEConfig(channels=1, width=8, groups=4)))
+    save_model(tmp_path / "old.safetensors", plain, asdict(plain.config))
+    command = ["--data", str(tmp_path), "--init", str(tmp_path / "old.safetensors")]
+    command += ["--labels", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="cannot be told anything; add --new-controls"):
+        ldm.main(command)
+    # labels of other clips
+    folder = tmp_path / "set"
+    columns = {"columns": ["features", "sound"], "fps": 15.625, "width": 16, "network": "made up"}
+    with data.Writer(folder, columns) as writer:
+        sound = np.zeros(131072, np.int16)
+        writer.add("a.mp4", "", "train", {"features": np.ones((128, 16), "f2"), "sound": sound})
+        writer.finish(needed=())
+    with pytest.raises(MediaError, match="none of its clips has labels"):
+        data.Pairs(folder, 15.625, 128, columns=4, materials=MATERIALS, labels={"b": []})
+    assert (
+        len(data.Pairs(folder, 15.625, 128, columns=4, materials=MATERIALS, labels={"a": []})) == 1
+    )
 
 
 def test_weights_that_cannot_be_told_say_so(models, clip):
