@@ -861,6 +861,8 @@ def arguments(argv):
     args = p.parse_args(argv)
     if args.samples and (args.ablate or len(args.weights) > 1):
         p.error("--samples: is one row; leave out --ablate and further --weights")
+    if args.onsets and args.ablate == "onsets":
+        p.error("--ablate onsets: has a row for each finder; leave out --onsets")
     try:
         settings_of(args)
         args.device = str(find_device(args.device))

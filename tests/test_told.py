@@ -319,6 +319,17 @@ def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
     assert [*rows][:5] == ["none", "model", "flow", "both", "told"]
 
 
+def test_evaluation_refuses_what_it_would_ignore_or_cannot_tell(tmp_path, weights, capsys):
+    command = ["--data", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*command, "--ablate", "onsets", "--onsets", "both"])
+    assert stopped.value.code == 2
+    assert "--ablate onsets: has a row for each finder" in capsys.readouterr().err
+    # before any clip is read: the folder has none
+    with pytest.raises(SystemExit, match='--material "marble": not one of wood, metal'):
+        evaluate.main([*command, "--material", "marble"])
+
+
 def test_the_shipped_model_plays_what_it_is_told():
     """Hits that the picture knows nothing of are heard within 50 ms, and hardly any others; and a
     material is heard more often where it was told than where the other one was."""
