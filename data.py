@@ -744,9 +744,14 @@ def read_onsets(video):
 
 def read_all_onsets(folder: Path):
     """{name: labels} of all clips below a folder that have some; names are without a suffix."""
+    folder = Path(folder)
+    files = sorted(folder.rglob("*"))
+    # a .json that has no clip beside it is something else
+    clips = {path.with_suffix("") for path in files if path.suffix != ".json" and path.is_file()}
     onsets = {}
-    for path in sorted(Path(folder).rglob("*.json")):
-        onsets[path.relative_to(folder).with_suffix("").as_posix()] = read_onsets(path)
+    for path in files:
+        if path.suffix == ".json" and path.with_suffix("") in clips:
+            onsets[path.relative_to(folder).with_suffix("").as_posix()] = read_onsets(path)
     if not onsets:
         raise MediaError(f"{folder}: no clip with a .json file beside it; give foley.py's folder")
     return onsets

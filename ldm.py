@@ -529,7 +529,8 @@ class LDM(nn.Module):
     @property
     def materials(self):
         """Names of the materials that it has learned to be told; of others its weights are zero."""
-        columns = self.conditioner.told.weight[:, -len(self.config.materials) :].any(0)
+        first = controls.width(self.config.columns, 0)
+        columns = self.conditioner.told.weight[:, first:].any(0)
         return tuple(n for n, known in zip(self.config.materials, columns, strict=True) if known)
 
     def null_context(self, frames: int):

@@ -875,8 +875,9 @@ def add_sampling_arguments(g):
         "--onsets",
         metavar="|".join((*FINDERS, "FILE", "DIR")),
         help="who finds the hits: the model, by what it sees; the flow of the picture; both "
-        "(default); none: nobody, as published; or play exactly those of FILE: a label track of "
-        "Audacity, or a CSV of time, strength and material; of many inputs DIR/NAME.onsets.txt",
+        "(default); none: nobody, as published; or play those of FILE and no others: a label "
+        "track of Audacity, or a CSV of time, strength and material; of many inputs "
+        "DIR/NAME.onsets.txt",
     )
     add_material(g)
     g.add_argument(

@@ -309,8 +309,8 @@ def detect_onsets(mel):
 def detect_onsets_flux(mel):
     """The textbook's spectral flux: mel (128, s) -> onset times in seconds, ascending.
 
-    A second opinion for evaluate.py. Rises of the log magnitude from one column to the next, meaned
-    over bins; peaks that exceed the local mean by RISE, more than APART columns from each other.
+    A second opinion for evaluate.py. Rises of the log magnitude from one column to the next, their
+    mean over bins; peaks above the local mean by RISE, more than APART columns from each other.
     """
     log_mel = np.asarray(mel, np.float32)
     flux = np.maximum(np.diff(log_mel, axis=1, prepend=log_mel[:, :1]), 0).mean(0)  # (s,)

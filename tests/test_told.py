@@ -264,6 +264,17 @@ def test_stage_2_says_where_its_labels_would_do_nothing(tmp_path, capsys):
     )
 
 
+def test_labels_are_those_that_lie_beside_a_clip(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.mp4").touch()
+    onsets = [{"time": 1.0, "material": "wood"}]
+    (tmp_path / "more" / "a.json").write_text(json.dumps({"onsets": onsets}))
+    (tmp_path / "settings.json").write_text("[1]")
+    assert data.read_all_onsets(tmp_path) == {"more/a": onsets}
+    with pytest.raises(MediaError, match="no clip with a .json file beside it"):
+        data.read_all_onsets(tmp_path / "nowhere")
+
+
 def test_weights_that_cannot_be_told_say_so(models, clip):
     plain = LDM(LDMConfig(**TIME, unet=UNET, vae=models.ldm.config.vae)).eval()
     untold = sample.Models(models.cavp, plain, None, name="published")
@@ -303,7 +314,10 @@ def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
     noise = 0.1 * np.random.default_rng(0).standard_normal(32000)
     for name in ("a", "b"):
         make_video(tmp_path / f"{name}.mp4", 2, sound=noise)
-        onsets = [{"time": 0.5, "material": "metal", "strength": 0.5}]
+        onsets = [
+            {"time": 0.5, "material": "metal", "strength": 0.5},
+            {"time": 1.5, "material": "marble"},
+        ]
         (tmp_path / f"{name}.json").write_text(json.dumps({"onsets": onsets}))
     asked = []
     monkeypatch.setattr(
@@ -313,7 +327,8 @@ def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
     )
     command = ["--data", str(tmp_path), "--weights", str(weights), "--judges", str(tmp_path)]
     evaluate.main([*command, "--out", str(tmp_path / "out"), "--ablate", "onsets"])
-    told = (Hit(0.5, 0.5, "metal"),)
+    # of a material that the weights do not know it is left open
+    told = (Hit(0.5, 0.5, "metal"), Hit(1.5))
     assert [s.onsets for s in asked[::2]] == ["none", "model", "flow", "both", told]
     rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["rows"]
     assert [*rows][:5] == ["none", "model", "flow", "both", "told"]
@@ -326,6 +341,13 @@ def test_evaluation_refuses_what_it_would_ignore_or_cannot_tell(tmp_path, weight
     assert stopped.value.code == 2
     assert "--ablate onsets: has a row for each finder" in capsys.readouterr().err
     # before any clip is read: the folder has none
+    plain = LDM(LDMConfig(**TIME, unet=UNET, vae=LDM.load(weights / "ldm.safetensors").config.vae))
+    for name in ("cavp", "align"):
+        shutil.copy(weights / f"{name}.safetensors", tmp_path)
+    save_model(tmp_path / "ldm.safetensors", plain, asdict(plain.config))
+    for flags in (["--onsets", "annotated"], ["--ablate", "onsets"]):
+        with pytest.raises(SystemExit, match="these weights cannot be told"):
+            evaluate.main([*command[:2], "--weights", str(tmp_path), *command[4:], *flags])
     with pytest.raises(SystemExit, match='--material "marble": not one of wood, metal'):
         evaluate.main([*command, "--material", "marble"])
 
