@@ -138,13 +138,13 @@ ABLATIONS = {
         "classifier_free": {"cg": 0.0},
         "both": {},
     },
-    # who finds the hits; told: the annotated ones
+    # who finds the hits
     "onsets": {
         "none": {"onsets": "none"},
         "model": {"onsets": "model"},
         "flow": {"onsets": "flow"},
         "both": {"onsets": "both"},
-        "told": {"onsets": "annotated"},
+        "annotated": {"onsets": "annotated"},
     },
     "cfg": {f"cfg_{cfg:g}": {"cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)},
     "cg": {f"cg_{cg:g}": {"cg": cg} for cg in (0.0, 5.0, 15.0, 30.0, 50.0)},
@@ -181,7 +181,7 @@ class EvalClip:
     onsets: list  # seconds, annotated; without labels those of the reference
     flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
-    told: tuple = ()  # Hit, all that is annotated: for rows that are told it
+    annotated: tuple = ()  # Hit, all that is annotated: for rows that are told it
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
@@ -560,7 +560,7 @@ def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, mate
         labels = [{**onset, "material": material[0]} for onset in labels]
     if labels and "material" in labels[0]:
         clip.hits = judge.isolated_hits(labels)
-    clip.told = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
+    clip.annotated = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
@@ -625,14 +625,14 @@ def make_sounds(videos, clips, args, changes, name):
         return share_out(lambda k: (read_audio(paths[k]), math.nan), len(videos), name)
     changes = dict(changes)
     models = load_models(changes.pop("weights", args.weights[0]), args.device)
-    told = [clip.told for clip in clips]
+    annotated = [clip.annotated for clip in clips]
 
     def make(k):
         settings = replace(settings_of(args), seed=args.seed + k, **changes)
         if settings.onsets == "annotated":
             # what these weights were never told of is left open, as in training
             known = models.ldm.materials
-            hits = [h if h.material in known else h._replace(material=None) for h in told[k]]
+            hits = [h if h.material in known else h._replace(material=None) for h in annotated[k]]
             settings = replace(settings, onsets=tuple(hits))
         wav, seconds = generate_sound(videos[k], models, settings)
         if args.keep:
@@ -690,8 +690,8 @@ def evaluate(args):
     # what these weights cannot be told shows before any clip is read
     if args.material or args.onsets or args.ablate == "onsets":
         try:
-            told = args.onsets == "annotated" or args.ablate == "onsets"
-            onsets = () if told else args.onsets
+            annotated = args.onsets == "annotated" or args.ablate == "onsets"
+            onsets = () if annotated else args.onsets
             replace(settings_of(args), onsets=onsets).resolve(
                 load_models(args.weights[0], args.device)
             )

@@ -63,10 +63,10 @@ from vae import (
 from vae import PRESETS as VAE_PRESETS
 
 # share of the training items with another clip's features, which learn to play what they are told
-STRANGERS = 0.25
+STRANGERS = 0.1
 # of what is told: its weights begin at zero beside features that weigh some ten times as much, and
 # at a scale of 1 they had not learned materials in 2900 steps
-TOLD_SCALE = 40
+CONTROL_SCALE = 40
 # channels, rows of 8 mel bands, columns of 8 mel columns (2048 samples) of one window
 LATENT_SHAPE = (4, 16, 64)
 
@@ -438,15 +438,15 @@ class UNet(Backbone):
 
 class Conditioner(nn.Module):
     """CAVP features (b, f, 512) -> context (b, f, context_dim): a linear map plus a learned
-    embedding of the position, and of the `told` numbers that may follow a feature. ValueError for
+    embedding of the position, and of the numbers that may follow a feature. ValueError for
     features of another shape, or too many frames."""
 
-    def __init__(self, feature_dim, context_dim, positions, told=0):
+    def __init__(self, feature_dim, context_dim, positions, numbers=0):
         super().__init__()
         self.feature_dim = feature_dim
-        if told:
+        if numbers:
             # nothing told, nothing added
-            self.told = zero_module(nn.Linear(told, context_dim, bias=False))
+            self.controls = zero_module(nn.Linear(numbers, context_dim, bias=False))
         self.embedder = nn.Sequential(nn.Linear(feature_dim, context_dim))
         # torch's own initialization takes a second and 150 MB of imports even on the meta device
         table = torch.empty(positions, context_dim)
@@ -464,10 +464,10 @@ class Conditioner(nn.Module):
     def forward(self, features):
         dim = self.feature_dim
         # what follows a feature, if anything does
-        told = features[..., dim:]
+        given = features[..., dim:]
         fits = features.shape[-1] == dim
-        if told.shape[-1] and hasattr(self, "told"):
-            fits = told.shape[-1] == self.told.in_features
+        if given.shape[-1] and hasattr(self, "controls"):
+            fits = given.shape[-1] == self.controls.in_features
         if features.ndim != 3 or not fits:
             raise ValueError(
                 f"features of shape {tuple(features.shape)}; wanted is (b, frames, {dim})"
@@ -481,8 +481,8 @@ class Conditioner(nn.Module):
             )
         context = self.embedder(features[..., :dim].to(table.dtype)) + table[:frames]
         # each kind of knowledge by a map of its own, into one context
-        if told.shape[-1]:
-            context = context + self.told(TOLD_SCALE * told.to(table.dtype))
+        if given.shape[-1]:
+            context = context + self.controls(CONTROL_SCALE * given.to(table.dtype))
         return context
 
 
@@ -503,12 +503,12 @@ class LDM(nn.Module):
         self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
         # mini: how much it can be told, and who finds the hits to tell
-        told = 0
+        numbers = 0
         if config.columns:
-            told = controls.width(config.columns, len(config.materials))
+            numbers = controls.width(config.columns, len(config.materials))
             self.onset_head = controls.OnsetHead(config.feature_dim, config.columns)
         self.cond_stage_model = Conditioner(
-            config.feature_dim, config.unet.context_dim, config.positions, told
+            config.feature_dim, config.unet.context_dim, config.positions, numbers
         )
 
     __repr__ = one_line
@@ -530,7 +530,7 @@ class LDM(nn.Module):
     def materials(self):
         """Names of the materials that it has learned to be told; of others its weights are zero."""
         first = controls.width(self.config.columns, 0)
-        columns = self.conditioner.told.weight[:, first:].any(0)
+        columns = self.conditioner.controls.weight[:, first:].any(0)
         return tuple(n for n, known in zip(self.config.materials, columns, strict=True) if known)
 
     def null_context(self, frames: int):
@@ -538,8 +538,8 @@ class LDM(nn.Module):
         zeros = self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
         return self.conditioner(zeros)
 
-    def tell(self, features, tracks: controls.Tracks):
-        """Features (b, f, d) -> (b, f, d + told), with what the tracks say after each feature.
+    def with_controls(self, features, tracks: controls.Tracks):
+        """Features (b, f, d) -> (b, f, d + controls), with what the tracks say after each feature.
 
         A network that cannot be told anything, as the published one, gets the features alone."""
         if not self.config.columns:
@@ -628,15 +628,17 @@ def sample_timesteps(count: int, shift: float, rng):
 # what a training starts from
 
 
-def from_ours(path, vae=None, new_conditioner=False, told=None):
+def from_ours(path, vae=None, new_conditioner=False, controls_of=None):
     """One of ours, or the official file. vae: path of an autoencoder to put in place of its own;
-    new_conditioner: start that part anew; told: a configuration whose `columns` and `materials`
-    this network is to have from now on. CheckpointError if the autoencoder does not fit."""
+    new_conditioner: start that part anew; controls_of: a configuration whose `columns` and
+    `materials` this network is to have from now on. CheckpointError if the autoencoder does not fit."""
     model = LDM.load(path)
-    if told is not None:
+    if controls_of is not None:
         # new layers, which at first change nothing
-        old = {k: v for k, v in model.state_dict().items() if ".told." not in k}
-        model = LDM(replace(model.config, columns=told.columns, materials=told.materials))
+        old = {k: v for k, v in model.state_dict().items() if ".controls." not in k}
+        model = LDM(
+            replace(model.config, columns=controls_of.columns, materials=controls_of.materials)
+        )
         model.load_state_dict({**model.state_dict(), **old})
     if new_conditioner:
         model.conditioner.reset()
@@ -684,19 +686,19 @@ def initial(args):
     if "cond_stage_model.pos_emb.weight" not in Checkpoint(args.init):
         return from_stable_diffusion(args.init, args.preset, args.vae)
     # the preset says what can be told
-    told = PRESETS[args.preset] if args.new_controls else None
-    return from_ours(args.init, args.vae, args.new_conditioner, told)
+    controls_of = PRESETS[args.preset] if args.new_controls else None
+    return from_ours(args.init, args.vae, args.new_conditioner, controls_of)
 
 
 # --------------------------------------------------------------------------------------------------
 # training
 
 
-def begin_run(args, model, network, validate, **told):
+def begin_run(args, model, network, validate, **labels):
     """-> run, optimizer and moving average, of a `model` that is on its device already.
 
-    network: its part that --lora adapts, and leaves fixed otherwise; told: what `data.Pairs` is to
-    give of hits and materials."""
+    network: its part that --lora adapts, and leaves fixed otherwise; labels: what `data.Pairs` is
+    to give of hits and materials."""
     if args.lora < 0 or (args.lora and not args.init):
         raise training.TrainingError(
             "--lora RANK: adapts trained weights; "
@@ -724,7 +726,7 @@ def begin_run(args, model, network, validate, **told):
         if split == "train":
             augmentation = {"merge": args.merge, "roll": args.roll, "strangers": STRANGERS}
         return data.Pairs(
-            args.data, cfg.fps, cfg.frames, seed=args.seed, split=split, **augmentation, **told
+            args.data, cfg.fps, cfg.frames, seed=args.seed, split=split, **augmentation, **labels
         )
 
     clips, held_out = training.train_val_split(reader)
@@ -786,7 +788,7 @@ def repeat_items(model, batch, n: int, conditional, chances, noise):
     onsets = controls.head_items(features, hits, stranger, noise)
     count = len(model.config.materials)
     drawn = controls.draw(features, hits, materials, stranger, count, conditional, chances)
-    return model.tell(*drawn), onsets
+    return model.with_controls(*drawn), onsets
 
 
 def train(args):
@@ -812,15 +814,15 @@ def train(args):
     measure = functools.partial(validate, device=device, **weightings)
     # what the set is asked for besides features and sound
     config = model.config
-    told = {}
+    labels = {}
     if args.labels and not config.columns:
         raise training.TrainingError(
             f"--labels {args.labels}: this network cannot be told anything; add --new-controls"
         )
     if config.columns:
-        labels = data.read_all_onsets(args.labels) if args.labels else None
-        told = {"columns": config.columns, "materials": config.materials, "labels": labels}
-    run, optimizer, ema = begin_run(args, model, model.unet, measure, **told)
+        onsets = data.read_all_onsets(args.labels) if args.labels else None
+        labels = {"columns": config.columns, "materials": config.materials, "labels": onsets}
+    run, optimizer, ema = begin_run(args, model, model.unet, measure, **labels)
     network = distributed.wrap_ddp(model, functools.partial(training_loss, **weightings))
 
     n = args.repeats

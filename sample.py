@@ -358,7 +358,7 @@ def labels_of(video, folder):
     return folder / f"{Path(video).stem}.onsets.txt"
 
 
-def tell(clip, models, settings):
+def set_conditions(clip, models, settings):
     """Sets a clip's hits, and its conditions: the features and what stage 2 is told beside them.
 
     It is told the hits, found or given, and plays no others.
@@ -386,8 +386,8 @@ def tell(clip, models, settings):
     )
     tracks = controls.Tracks(*(track.to(clip.features) for track in tracks))
     if settings.onsets == "none":
-        tracks = tracks._replace(told=None)
-    clip.conditions = models.ldm.tell(clip.features[None], tracks)[0]
+        tracks = tracks._replace(given=None)
+    clip.conditions = models.ldm.with_controls(clip.features[None], tracks)[0]
 
 
 @dataclass
@@ -401,7 +401,7 @@ class Clip:
     profile: Profile
     starts: list = ()  # samples at which its windows start
     features: Tensor = None  # (f, d)
-    conditions: Tensor = None  # (f, d + told): features, and what stage 2 is told beside them
+    conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
@@ -729,7 +729,7 @@ def open_clip(source, models, settings, start, duration, progress):
     clip.starts = plan_windows(clip.samples, config.fps)
     count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
     clip.features = video_features(source, models.cavp, count, seconds, start, profile)
-    tell(clip, models, settings)
+    set_conditions(clip, models, settings)
     return clip
 
 

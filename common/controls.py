@@ -5,7 +5,7 @@ numbers too, after each feature, where c is the number of mel columns that a fea
 
     hits        1 in the mel column of every hit that is told                      c
     strengths   its strength, 0 where that is left open                            c
-    told        1 if hits are told: then there are these and no others             1
+    given       1 if hits are told: then there are these and no others             1
     materials   1 for each material that may be heard at this time, 0: left open   a number each
 
 Zeros say nothing of a kind, as in training, where each is left out at random. Who tells it the
@@ -37,7 +37,7 @@ class Tracks(NamedTuple):
     """What is said of some clips; None or zeros: nothing. c mel columns to a feature."""
 
     hits: torch.Tensor | None = None  # (b, f * c) strength in the hits' columns, -1: left open
-    told: torch.Tensor | None = None  # (b, 1, 1) 1 where the hits are told
+    given: torch.Tensor | None = None  # (b, 1, 1) 1 where the hits are told
     materials: torch.Tensor | None = None  # (b, f, materials) 0 or 1
 
 
@@ -50,17 +50,17 @@ def tokens(tracks: Tracks, features, columns: int, materials: int):
     """-> (b, f, width): the numbers beside features (b, f, d), as the module's table has them."""
     b, f, _ = features.shape
     hits = strengths = features.new_zeros(b, f, columns)
-    told = features.new_zeros(b, f, 1)
+    given = features.new_zeros(b, f, 1)
     named = features.new_zeros(b, f, materials)
-    if tracks.told is not None:
-        told = told + tracks.told
+    if tracks.given is not None:
+        given = given + tracks.given
     if tracks.hits is not None:
-        given = tracks.hits.to(features).unflatten(1, (f, columns))
-        hits = (given != 0) * told
-        strengths = given.clamp_min(0) * told
+        track = tracks.hits.to(features).unflatten(1, (f, columns))
+        hits = (track != 0) * given
+        strengths = track.clamp_min(0) * given
     if tracks.materials is not None:
         named = named + tracks.materials
-    return torch.cat([hits, strengths, told, named], 2)
+    return torch.cat([hits, strengths, given, named], 2)
 
 
 # ---- hits as tracks ------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def draw(features, hits, materials, stranger, count: int, conditional, u):
     materials: what is told counts, whatever is to be seen. The others go by the features.
     """
     stranger = stranger == 1
-    told = (u[:, 0] < 0.5) | stranger
+    given = (u[:, 0] < 0.5) | stranger
     # the strength is left open for a quarter of them
     is_open = (u[:, 1] < 0.25)[:, None] & (hits != 0)
 
@@ -209,7 +209,7 @@ def draw(features, hits, materials, stranger, count: int, conditional, u):
 
     tracks = Tracks(
         hits=torch.where(is_open, -1.0, hits),
-        told=told[:, None, None] * conditional,
+        given=given[:, None, None] * conditional,
         materials=known * named[:, None, None] * conditional,
     )
     return features * conditional, tracks

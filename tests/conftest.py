@@ -61,7 +61,7 @@ FAST = {
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
     "test_controls": (),
-    "test_told": ("test_the_shipped_model_plays_what_it_is_told",),
+    "test_directing": ("test_the_shipped_model_plays_what_it_is_told",),
     "test_media": ("test_a_full_disk_leaves_nothing",),
     "test_containers": (
         "test_two_signals_end_it_at_once",

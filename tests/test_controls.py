@@ -62,7 +62,7 @@ def test_tokens_are_laid_out_as_documented():
     features = torch.zeros(1, 2, 5)
     tracks = controls.Tracks(
         hits=torch.tensor([[0, 0.5, 0, 0, -1.0, 0, 0, 0]]),
-        told=torch.ones(1, 1, 1),
+        given=torch.ones(1, 1, 1),
         materials=controls.one_hot(torch.tensor([[1, 0]]), 3),
     )
     first, second = controls.tokens(tracks, features, 4, 3)[0].tolist()
@@ -70,7 +70,7 @@ def test_tokens_are_laid_out_as_documented():
     assert second == [1, 0, 0, 0] + [0, 0, 0, 0] + [1] + [1, 0, 0]
     assert len(first) == controls.width(4, 3)
     # hits that are not told are not there, and no tracks are zeros
-    silent = tracks._replace(told=None, materials=None)
+    silent = tracks._replace(given=None, materials=None)
     assert not controls.tokens(silent, features, 4, 3).any()
     assert not controls.tokens(controls.Tracks(), features, 4, 3).any()
 
@@ -101,7 +101,7 @@ def test_the_unconditional_branch_is_told_nothing(drawn):
 def test_each_kind_is_left_out_at_random(drawn):
     hits, stranger, conditional, _, _, tracks = drawn
     own = ~stranger & conditional
-    told = tracks.told.flatten() == 1
+    told = tracks.given.flatten() == 1
     named = tracks.materials.any(2).any(1)
     assert abs(told[own].float().mean() - 0.5) < 0.03
     assert abs(named[own].float().mean() - 0.5) < 0.03
@@ -123,7 +123,7 @@ def test_each_kind_is_left_out_at_random(drawn):
 
 def test_with_another_clips_features_an_item_is_told_everything(drawn):
     _, stranger, conditional, _, _, tracks = drawn
-    assert (tracks.told.flatten()[stranger & conditional] == 1).all()
+    assert (tracks.given.flatten()[stranger & conditional] == 1).all()
     assert tracks.materials[stranger & conditional].any(2).all()
 
 
@@ -155,18 +155,18 @@ def test_new_layers_change_nothing_until_they_are_trained():
     small = replace(config.unet, width=16, multipliers=(1, 2), attention=(2,), heads=1, groups=4)
     model = LDM(replace(config, unet=small, materials=MATERIALS))
     features = torch.randn(2, 128, 512)
-    tracks = controls.Tracks(hits=torch.rand(2, 512), told=torch.ones(1, 1, 1))
-    told = model.tell(features, tracks)
+    tracks = controls.Tracks(hits=torch.rand(2, 512), given=torch.ones(1, 1, 1))
+    told = model.with_controls(features, tracks)
     assert told.shape == (2, 128, 512 + controls.width(4, 3))
     assert torch.equal(model.conditioner(told), model.conditioner(features))
     # and then they do, where something is told
-    torch.nn.init.normal_(model.conditioner.told.weight)
+    torch.nn.init.normal_(model.conditioner.controls.weight)
     assert not torch.allclose(model.conditioner(told), model.conditioner(features))
-    nothing = model.tell(features, controls.Tracks())
+    nothing = model.with_controls(features, controls.Tracks())
     assert torch.equal(model.conditioner(nothing), model.conditioner(features))
     with pytest.raises(ValueError, match=r"wanted is \(b, frames, 512\)"):
         model.conditioner(torch.randn(1, 128, 513))
     # the published network cannot be told anything
     plain = LDM(replace(config, unet=small, columns=0, materials=()))
-    assert plain.tell(features, tracks) is features
-    assert not any("told" in name or "onset" in name for name in plain.state_dict())
+    assert plain.with_controls(features, tracks) is features
+    assert not any("controls" in name or "onset" in name for name in plain.state_dict())

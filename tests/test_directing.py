@@ -80,7 +80,7 @@ def conditions(models, clip, settings, start=0.0, seconds=2.0):
     """-> the clip, with what stage 2 is told of it after the features (f, 2 * 4 + 1 + 2)."""
     features = torch.zeros(128, 16)
     told = sample.Clip(clip, start, None, seconds, Profile(), [0], features)
-    sample.tell(told, models, settings.resolve(models))
+    sample.set_conditions(told, models, settings.resolve(models))
     return told, told.conditions[:, 16:]
 
 
@@ -222,7 +222,7 @@ def test_faults_in_a_folder_of_files_show_before_any_work(
 
 def test_a_material_that_it_never_heard_of_is_refused(models, clip):
     """The weights of materials that no training told are zero: they would change nothing."""
-    weight = models.ldm.conditioner.told.weight
+    weight = models.ldm.conditioner.controls.weight
     kept = weight[:, -1].clone()
     assert models.ldm.materials == MATERIALS
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
     told = (Hit(0.5, 0.5, "metal"), Hit(1.5))
     assert [s.onsets for s in asked[::2]] == ["none", "model", "flow", "both", told]
     rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["rows"]
-    assert [*rows][:5] == ["none", "model", "flow", "both", "told"]
+    assert [*rows][:5] == ["none", "model", "flow", "both", "annotated"]
 
 
 def test_evaluation_refuses_what_it_would_ignore_or_cannot_tell(tmp_path, weights, capsys):
