@@ -12,6 +12,7 @@ The equations, and where they are:
     q_sample     x_t = alpha_t z + sigma_t noise,  alpha_t^2 + sigma_t^2 = 1          (Sec. 3.2)
     guided_eps   eps = eps_null + cfg (eps_cond - eps_null)                           (Eq. 9)
                  eps = eps - cg sigma_t grad_x log p(aligned | x, t, features)        (Eq. 10)
+    fill_in      eps = (x - alpha_t z) / sigma_t where z is known
 
 The training loss || noise - eps(x_t, t) ||^2 is `ldm.denoising_loss`. All functions here are pure
 and know no network and no device. DPM-Solver++ is Lu et al. 2022 (arXiv 2211.01095), DDIM Song et
@@ -116,6 +117,23 @@ def guided_eps(
         return eps
 
     return eps_fn
+
+
+def fill_in(eps_fn, z, known):
+    """eps(x, t) for a sampler that fills in what is not known of latents z (b, 4, 16, w).
+
+    known: bool, broadcast to z. There eps is what leads back to z, so that x is z noised to each
+    step's level, as RePaint puts it there (Lugmayr et al. 2022, Eq. 8), with one noise for all
+    steps: then a multistep solver's history fits, too. All samplers end with a little noise on it.
+    """
+
+    def eps_of_unknown(x, t):
+        alpha_t = log_alpha(t).exp().to(x)[:, None, None, None]
+        sigma_t = sigma(t).to(x)[:, None, None, None]
+        # x = alpha_t z + sigma_t eps, solved for eps
+        return torch.where(known, (x - alpha_t * z) / sigma_t, eps_fn(x, t))
+
+    return eps_of_unknown
 
 
 # --------------------------------------------------------------------------------------------------

@@ -631,7 +631,8 @@ def sample_timesteps(count: int, shift: float, rng):
 def from_ours(path, vae=None, new_conditioner=False, controls_of=None):
     """One of ours, or the official file. vae: path of an autoencoder to put in place of its own;
     new_conditioner: start that part anew; controls_of: a configuration whose `columns` and
-    `materials` this network is to have from now on. CheckpointError if the autoencoder does not fit."""
+    `materials` this network is to have from now on. CheckpointError if the autoencoder does not
+    fit."""
     model = LDM.load(path)
     if controls_of is not None:
         # new layers, which at first change nothing

@@ -25,7 +25,6 @@ another rate than it was made with.
 
 import functools
 import itertools
-import json
 import math
 import os
 import sys
@@ -33,7 +32,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -45,20 +43,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import kernels
 from align import Alignment
 from cavp import CAVP
-from common import audio, cli, controls, isolation, media, plots, watermark
+from common import audio, cli, controls, isolation, media, watermark
 from common.audio import COLUMN, HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import Checkpoint, CheckpointError
-from common.files import UserError, atomic_write, make_folder
+from common.files import UserError, make_folder
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
-from common.onsets import Hit, checked, read_hits, write_hits
+from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, sigma
+from film.jobs import labels_of, plan_jobs, report
+from film.outputs import write_outputs
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -351,11 +350,6 @@ def found_hits(clip, ldm, finder):
         with clip.profile("decode"):
             motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
     return controls.find_hits(logits, motion, round(clip.seconds / COLUMN))
-
-
-def labels_of(video, folder):
-    """The file of a video's hits in the folder that --onsets names."""
-    return folder / f"{Path(video).stem}.onsets.txt"
 
 
 def set_conditions(clip, models, settings):
@@ -747,66 +741,6 @@ def generate_as_official(source, models, settings, start, seconds, profile, prog
 
 
 # ----------------------------------------------------------------------------------------------
-# files
-
-
-def plot(path, result, count=12):
-    """NAME.foley.png of one result, with `count` frames."""
-    # the frame in the middle of each of `count` equal parts
-    width = result.seconds / count
-    frames = media.read_frames(
-        result.source, 1 / width, 96, result.start + width / 2, result.seconds
-    )
-    onsets = {"generated": audio.detect_onsets(result.mel.numpy())}
-    with suppress(MediaError):  # no labels
-        annotated = data.read_onsets(result.source)
-        onsets["annotated"] = [onset["time"] - result.start for onset in annotated]
-    name = result.source.name
-    plots.plot_result(path, name, frames[:count], onsets, result.mel, result.wav, result.seconds)
-
-
-def onsets_file(target):
-    """NAME.onsets.txt of the output NAME.foley."""
-    return Path(f"{str(target).removesuffix('.foley')}.onsets.txt")
-
-
-def write_outputs(result, target, args):
-    """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
-    video = f"{target}{media.output_suffix(result.source)}"
-    sounds = {f"{target}.wav": result.wav}
-    candidates = []
-    if args.keep_all:
-        for k, wav in result.wavs.items():
-            sounds[f"{target}.{k}.wav"] = wav
-            candidates.append({"wav": f"{target}.{k}.wav", "score": result.scores[k]})
-    # all under temporary names first, so that a full disk leaves none of them
-    with ExitStack() as stack:
-        with result.profile("writing"):
-            result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
-            for path, wav in sounds.items():
-                media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
-            if args.write_onsets:
-                write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
-        if args.plot:
-            with result.profile("plot"):
-                plot(stack.enter_context(atomic_write(f"{target}.png")), result)
-    line = {
-        "input": str(result.source),
-        "output": video,
-        "wav": f"{target}.wav",
-        "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
-        "windows": len(result.starts),
-        "seed": args.seed,
-        "score": result.scores[result.best],
-    }
-    if args.write_onsets:
-        line["onsets"] = str(onsets_file(target))
-    if candidates:
-        line["candidates"] = candidates
-    return line
-
-
-# ----------------------------------------------------------------------------------------------
 # command line
 
 
@@ -974,49 +908,6 @@ def add_run_arguments(g):
         help="print seconds and peak memory of each stage; total: since the output before",
     )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
-
-
-def plan_jobs(args, settings, materials):
-    """`media.plan_outputs`; videos whose onsets somebody may have edited are not overwritten, and
-    the files of all hits are read before any work."""
-    jobs = media.plan_outputs(args.inputs, args.out, args.verbose)
-    # a fault in one file is that video's alone
-    if isinstance(settings.onsets, Path):
-        for k, (video, target, error) in enumerate(jobs):
-            try:
-                if error is None:
-                    read_hits(labels_of(video, settings.onsets), materials)
-            except UserError as fault:
-                jobs[k] = (video, target, str(fault))
-    # the same hits suit no two videos
-    if isinstance(settings.onsets, tuple) and len(jobs) > 1:
-        raise ValueError(
-            f"onsets {args.onsets}: is one file for {len(jobs)} videos; give a folder that has "
-            "NAME.onsets.txt of each"
-        )
-    # a file that is there may have been edited
-    if args.write_onsets:
-        for k, (video, target, error) in enumerate(jobs):
-            if error is None and onsets_file(target).exists():
-                path = onsets_file(target)
-                error = f"{path}: is there already; move it, or leave --write-onsets out"
-                jobs[k] = (video, target, error)
-    return jobs
-
-
-def report(line, args):
-    """What one input came to: on stdout as JSON or in words, mistakes on stderr."""
-    if "error" in line:
-        print(f"sample.py: {line['error']}", file=sys.stderr)
-    elif not args.json:
-        print(f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}", flush=True)
-    if args.json:
-        print(json.dumps(line), flush=True)
-    if args.profile and "error" not in line:
-        out = sys.stderr if args.json else sys.stdout
-        print(f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}", file=out)
-        for stage, row in line["profile"].items():
-            print(f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}", file=out)
 
 
 def load(args):

@@ -13,7 +13,6 @@ that cannot be used raises MediaError.
 
 import io
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -188,34 +187,3 @@ def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
             setattr(file, name, value)
         file.write(wav.detach().float().cpu().clamp(-1, 1).numpy())
     write_bytes(out, memory.getvalue())
-
-
-def plan_outputs(inputs, out, verbose=False):
-    """-> [(video, output without its suffix, None)], or (input, None, why there is none).
-
-    Every video once. verbose: what else lies in a folder is named on stderr.
-    """
-    jobs = []
-    seen = set()
-    taken = {}
-    for given in inputs:
-        try:
-            videos = find_videos([given])
-            if verbose and Path(given).is_dir():
-                for other in search(given)[1]:
-                    print(f"sample.py: {other}: no video, left alone", file=sys.stderr)
-        except MediaError as error:
-            jobs.append((given, None, str(error)))
-            continue
-        for video in videos:
-            if video.resolve() in seen:
-                continue
-            seen.add(video.resolve())
-            target = (out or video.parent) / f"{video.stem}.foley"
-            other = taken.setdefault(target.resolve(), video)
-            if other is video:
-                jobs.append((video, target, None))
-                continue
-            reason = f"{video}: {other} has the same output {target}"
-            jobs.append((video, None, f"{reason}; rename one, or do it alone with another --out"))
-    return jobs

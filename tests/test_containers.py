@@ -21,6 +21,7 @@ from clips import TICK, add_frame, add_sound, clicks, grey, make, onsets, packet
 import data
 import sample
 from common import ffmpeg, isolation, media, mux
+from film import jobs
 
 ROOT = Path(__file__).parent.parent
 SAID = pytest.mark.filterwarnings("ignore:.*encoded anew")
@@ -711,9 +712,9 @@ def test_whatever_ffmpeg_opens_in_a_folder_is_a_video(tmp_path, capsys):
         "sound.wav",
         "still.png",
     ]
-    jobs = media.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
+    planned = jobs.plan_outputs([folder, tmp_path / "linked"], tmp_path, verbose=True)
     said = capsys.readouterr().err
-    assert len(jobs) == len(names) + 1 and all(
+    assert len(planned) == len(names) + 1 and all(
         f"{name}: no video" in said for name in ("notes.nfo", "still.png", "sound.wav")
     )
     report = data.prepare(folder, tmp_path / "set")

@@ -32,6 +32,7 @@ from common.media import MediaError
 from common.profiling import Profile
 from compat import hub
 from diffusion import log_alpha, sigma
+from film import outputs
 from ldm import LDM, LDMConfig, UNetConfig
 from sample import Settings
 from vae import VAEConfig
@@ -508,7 +509,7 @@ def test_plot_marks_annotated_and_generated_onsets(clip, tmp_path, monkeypatch):
         result = sample.Result(
             wav, {0: wav}, [None], 0, audio.mel(wav), [0], 2.0, path, start, None, Profile(), {}
         )
-        sample.plot(tmp_path / "shown.png", result)
+        outputs.plot(tmp_path / "shown.png", result)
     marks = [
         [list(events.get_positions()) for events in figure.axes[1].collections]
         for figure in figures

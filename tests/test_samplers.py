@@ -241,6 +241,30 @@ def test_samplers_leave_their_input_alone(inputs, sampler):
     assert torch.equal(inputs[0], before)
 
 
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+def test_what_is_known_stays_and_the_rest_is_drawn_to_fit(inputs, sampler):
+    x, _, _ = inputs
+    z = rule.normal("in.known", 2, 4, 16, 64)
+    known = torch.arange(64) < 40
+
+    def from_neighbors(x, t):
+        # every column wants to be what its left neighbor is
+        return torch.tanh(x - x.roll(1, 3))
+
+    drawn = diffusion.SAMPLERS[sampler](diffusion.fill_in(from_neighbors, z, known), x, 10)
+    # known latents come back, with no more noise on them than every sampler leaves
+    begin = torch.tensor([float(max(diffusion.TIMES[sampler](10)))])
+    noise = (x - diffusion.log_alpha(begin).exp() * z) / diffusion.sigma(begin)
+    end = torch.zeros(1)
+    kept = diffusion.log_alpha(end).exp() * z + diffusion.sigma(end) * noise
+    assert torch.allclose(drawn[..., :40], kept[..., :40].float(), atol=2e-4)
+    # and the first column that is not known depends on the last one that is
+    other = torch.where(torch.arange(64) == 39, z + 1, z)
+    again = diffusion.SAMPLERS[sampler](diffusion.fill_in(from_neighbors, other, known), x, 10)
+    assert (again - drawn)[..., 40].abs().mean() > 0.01
+    assert torch.equal(again[..., :39], drawn[..., :39])
+
+
 def test_log_alpha_at_the_knots():
     t = torch.arange(1000)
     rule.close("alpha^2", (2 * diffusion.log_alpha(t)).exp(), SCHEDULE["alphas_cumprod"], 1e-6)

@@ -22,7 +22,7 @@ LAYERS = (  # a module imports from lower layers, and from its own package; test
     ("vae", "cavp"),
     ("ldm", "metrics.judge"),
     ("align", "metrics.melception"),
-    ("compat.official",),
+    ("compat.official", "film.*"),
     ("sample",),
     ("evaluate",),
 )
@@ -34,7 +34,7 @@ SOURCES = sorted(
         *ROOT.glob("*.py"),
         *(
             p
-            for folder in ("kernels", "common", "compat", "metrics")
+            for folder in ("kernels", "common", "compat", "metrics", "film")
             for p in ROOT.glob(f"{folder}/*.py")
         ),
     ]
