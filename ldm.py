@@ -479,6 +479,7 @@ class Conditioner(nn.Module):
                 f"features of {frames} frames; "
                 f"this network was trained on at most {len(table)} at a time"
             )
+        # what is seen, and when
         context = self.embedder(features[..., :dim].to(table.dtype)) + table[:frames]
         # each kind of knowledge by a map of its own, into one context
         if given.shape[-1]:
