@@ -55,7 +55,7 @@ from common.media import MediaError
 from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
-from diffusion import SAMPLERS, TIMES, sigma
+from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
 from kernels import fast
@@ -397,6 +397,8 @@ class Clip:
     features: Tensor = None  # (f, d)
     conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
+    # (candidate, start) -> latents (4, 16, 64) of a window, and which of its columns are known (64,)
+    known: dict = field(default_factory=dict)
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
 
@@ -434,6 +436,14 @@ def denoise(windows, models, settings, callback=None):
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
     v = torch.stack(features)  # (b, f, d)
 
+    # what is known of some of these windows, and is not to be drawn
+    nothing = torch.zeros(LATENT_SHAPE), torch.zeros(LATENT_SHAPE[2], dtype=torch.bool)
+    known = [clip.known.get((candidate, start), nothing) for clip, candidate, start in windows]
+    known_z = torch.stack([z for z, _ in known]).to(x)
+    is_known = torch.stack([mask for _, mask in known])[:, None, None]  # (b, 1, 1, 64)
+    any_known = is_known.any()
+    is_known = is_known.to(x.device)
+
     # latents, by the sampler under double guidance; the classifier then scores them
     clips = [clip for clip, _, _ in windows]
     profiles = [clip.profile for clip in clips]
@@ -449,7 +459,10 @@ def denoise(windows, models, settings, callback=None):
             times=TIMES[settings.sampler](settings.steps),
             sigma=sigma,
         )
-        z = SAMPLERS[settings.sampler](eps, x, settings.steps, callback)  # (b, 4, 16, 64)
+        if any_known:
+            eps = fill_in(eps, known_z, is_known)
+        z = SAMPLERS[settings.sampler](eps, x, settings.steps, callback)
+        z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
             for clip, score in zip(clips, scores, strict=True):
