@@ -397,7 +397,7 @@ class Clip:
     features: Tensor = None  # (f, d)
     conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
-    # (candidate, start) -> latents (4, 16, 64) of a window, and which of its columns are known (64,)
+    # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
