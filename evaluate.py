@@ -605,7 +605,8 @@ def find_sample(folder: Path, video: Path):
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
     names = ("seed", "steps", "cfg", "cg", "sampler", "onsets", "material")
-    return Settings(**{name: getattr(args, name) for name in names})
+    # the model's own level, which the table measures
+    return Settings(lufs=None, **{name: getattr(args, name) for name in names})
 
 
 def generate_sound(video, models, settings):

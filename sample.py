@@ -15,8 +15,8 @@ make one sound of the windows' spectrograms.
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
 conditioned, classifier included, on the frames of its own seconds. Windows that overlap begin from
 the same slice of one noise field and are cross-faded as spectrograms, so that one phase-coherent
-Griffin-Lim makes the whole sound. It is scaled down where it would clip; but for the watermark
-(1 dB, see common/watermark.py) nothing else changes its level.
+Griffin-Lim makes the whole sound. It gets the watermark (1 dB, see common/watermark.py) and one
+constant gain, to a loudness of -23 LUFS or a true peak of -1 dBTP (film/level.py).
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops
 tails, crashes under 8 s, shows its classifier the frames of the whole clip, and inverts the mel at
@@ -56,8 +56,9 @@ from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
+from film import level
 from film.jobs import labels_of, plan_jobs, report
-from film.outputs import write_outputs
+from film.outputs import save, write_outputs
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -87,6 +88,12 @@ class Settings:
     keep_all: bool = False  # the sound of every candidate, not of the best alone
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
     keep_audio: float | None = None  # dB: gain of the clip's own sound under the new one; None: off
+    # loudness of the generated sound (ITU-R BS.1770), unless that takes a true peak above -1 dBTP;
+    # None: as the model makes it
+    lufs: float | None = -23.0
+    duck: float | None = None  # dB by which keep_audio's sound is lowered under each hit
+    rate: int = SAMPLE_RATE  # of what is written; 48000
+    layout: str = "mono"  # of what is written; "stereo"
     as_official: bool = False  # the official demo quirk for quirk (compat/official.py)
     # who finds the hits, one of FINDERS; or the hits themselves, their file (common/onsets.py), or
     # a folder of such files for many videos; None: what suits the weights
@@ -107,6 +114,7 @@ class Settings:
             cli.check_number("batch", self.batch, 1, 4096, whole=True)
         if self.keep_audio is not None:
             cli.check_number("keep_audio", self.keep_audio, -100, 100)
+        level.check(self)
         for name in ("cfg", "cg"):
             if getattr(self, name) is not None:
                 cli.check_number(name, getattr(self, name), 0)
@@ -478,16 +486,6 @@ def denoise(windows, models, settings, callback=None):
 # from spectrogram to sound
 
 
-def mix(wavs, source, gain, start):
-    """The clip's own sound, `gain` dB louder, under every candidate {number: sound (n,)}."""
-    if not media.probe(source).has_audio:
-        warnings.warn(f"{source}: has no sound of its own to mix in", stacklevel=2)
-        return wavs
-    samples = len(next(iter(wavs.values())))
-    own = media.read_audio(source, start, samples / SAMPLE_RATE) * 10 ** (gain / 20)
-    return {k: audio.limit(wav + own) for k, wav in wavs.items()}
-
-
 def tags_of(name, seed, mark=True):
     """The tags of an output: what made it, and whether the sound itself says so."""
     comment = f"{watermark.CLAIM} {name}, seed {seed}, version {VERSION}"
@@ -503,7 +501,9 @@ def add_watermark(wav):
 class Result:
     """The sound of one clip."""
 
-    wav: Tensor  # (samples,) of the best candidate, float32, 16 kHz, as long as the picture
+    # (samples,) of the best candidate, float32, 16 kHz, as long as the picture; the sound that
+    # keep_audio keeps is mixed in where it is written
+    wav: Tensor
     wavs: dict[int, Tensor]  # candidate -> its sound: the best one's, or all
     scores: list  # of each candidate, higher is better; None without a classifier
     best: int  # its number among the candidates
@@ -515,6 +515,8 @@ class Result:
     duration: float | None  # seconds asked for; None: to the end
     profile: Profile
     tags: dict[str, str]
+    settings: Settings  # as resolved
+    gains: dict[int, float]  # candidate -> dB by which it is louder than the model made it
     marked: bool = True  # whether the sounds carry the watermark
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
 
@@ -523,7 +525,7 @@ class Result:
         return f"Result({self.source}: {self.seconds:.2f} s, {candidates}, marked={self.marked})"
 
     def save(self, path: str | Path, keep_tracks: bool = False):
-        """Write the picture with this sound (mp4, mov, mkv, webm), or the sound alone (wav).
+        """Write the picture with this sound (mp4, mov, mkv, webm), or the sound alone (wav, flac).
 
         Both are tagged. keep_tracks: the source's own sound tracks stay as further tracks. Raises
         MediaError and FileError; a file is written whole or not at all.
@@ -531,12 +533,12 @@ class Result:
         path = Path(path)
         if path.resolve() == self.source.resolve():
             raise MediaError(f"{path}: is the source itself; give another name")
-        if path.suffix.lower() == ".wav":
-            media.write_wav(path, self.wav, self.tags)
-        else:
-            media.write_video(
-                self.source, self.wav, path, self.tags, self.start, self.duration, keep_tracks
-            )
+        save(self, path, keep_tracks)
+
+    @property
+    def gain(self):
+        """dB by which the sound is louder than the model made it."""
+        return self.gains[self.best]
 
 
 def finish(clip, models, settings, mark):
@@ -564,14 +566,11 @@ def finish(clip, models, settings, mark):
 
 
 def make_result(clip, models, settings, mark, wavs, scores, best, mel):
-    """The last steps: the clip's own sound mixed in, if wanted, and the watermark over both."""
-    # in this order, so that the mix as a whole is marked
-    if settings.keep_audio is not None:
-        with clip.profile("decode"):
-            wavs = mix(wavs, clip.source, settings.keep_audio, clip.start)
-    if mark:
-        with clip.profile("vocoder"):
+    """The last steps: the watermark, and the gain to the loudness that is wanted."""
+    with clip.profile("vocoder"):
+        if mark:
             wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
+        wavs, gains = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":
@@ -590,6 +589,8 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
         duration=clip.duration,
         profile=clip.profile,
         tags=tags_of(models.name, settings.seed, mark),
+        settings=settings,
+        gains=gains,
         marked=mark,
     )
 
@@ -786,6 +787,7 @@ def parse_arguments(argv=None):
         p.add_argument_group("sampling; steps and sampler are the paper's by default")
     )
     add_input_arguments(p.add_argument_group("input"))
+    level.add_arguments(p.add_argument_group("level, mix and format"))
     add_run_arguments(p.add_argument_group("run"))
     p.set_defaults(**asdict(Settings()))
     args = p.parse_args(argv)
@@ -873,8 +875,7 @@ def add_input_arguments(g):
         nargs="?",
         const=0.0,
         metavar="dB",
-        help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written: "
-        "16 kHz, one channel",
+        help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written",
     )
     g.add_argument(
         "--keep-tracks",

@@ -618,7 +618,10 @@ def name_channels(container, stream):
 
 
 def downmix_weights(layout: av.AudioLayout):
-    """Weight of each channel in mono, float32 (channels,): ITU-R BS.775, else the mean."""
+    """Weight of each channel in mono, float32 (channels,): ITU-R BS.775, else the mean.
+
+    Mono is the mean of left and right.
+    """
     count = len(layout.channels)
     if layout.name == f"{count} channels" and count in CHANNEL_GUESSES:
         layout = av.AudioLayout(CHANNEL_GUESSES[count])
@@ -628,55 +631,79 @@ def downmix_weights(layout: av.AudioLayout):
     return np.array([DOWNMIX[name] for name in names], np.float32)
 
 
+def stereo_weights(layout: av.AudioLayout):
+    """Weights of each channel in left and right, float32 (channels, 2), of which mono is the mean.
+
+    A channel without a name, or in the middle, is heard on both sides.
+    """
+    mono = downmix_weights(layout)
+    left = np.ones(len(mono), np.float32)
+    right = np.ones(len(mono), np.float32)
+    names = [channel.name for channel in layout.channels]
+    if len(names) > 1 and all(name in DOWNMIX for name in names):
+        for k, name in enumerate(names):
+            # FL, BL, SL, TFL, FLC are on the left; FC, TC, LFE in the middle
+            left[k] = {"L": 2, "R": 0}.get(name.removesuffix("C")[-1], 1)
+            right[k] = 2 - left[k]
+    return np.stack([mono * left, mono * right], 1)
+
+
 def sound_format(frame):
     """All that frames must share to go through one `Downmixer`."""
     return frame.sample_rate, frame.layout.name, frame.format.name
 
 
 class Downmixer:
-    """Frames of one rate, layout and sample format -> float32 mono at 16 kHz, in `pieces`.
+    """Frames of one rate, layout and sample format -> float32 at `rate`, one or two channels.
 
     FFmpeg converts to interleaved floats first: of planar sound with eight channels or more PyAV
     would read a plane too many (a segmentation fault).
     """
 
-    def __init__(self, frame, start):
+    def __init__(self, frame, start, rate, channels):
         self.start = start  # seconds, of the first sample
+        self.count = 0  # samples that were handed out
+        self.channels = channels
+        self.layout = "mono" if channels == 1 else "stereo"
         self.format = sound_format(frame)
         self.to_float = av.AudioResampler("flt", frame.layout, frame.sample_rate)
-        self.to_16k = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        self.weights = downmix_weights(frame.layout)
+        self.to_rate = av.AudioResampler("flt", self.layout, rate)
+        weights = downmix_weights if channels == 1 else stereo_weights
+        self.weights = weights(frame.layout)  # (channels of the frame,) or (those, 2)
         self.rate = frame.sample_rate
-        self.pieces = []
         self.invalid = 0  # samples that are no numbers
 
     def push(self, frame):
-        """Take a frame, or None at the end."""
+        """Take a frame, or None at the end; yields (seconds of `start`, samples since, block)."""
         for part in self.to_float.resample(frame):
             samples = part.to_ndarray().reshape(-1, len(self.weights))  # (n, channels)
             valid = np.abs(samples) < LOUDEST  # false for NaN
             if not valid.all():
                 self.invalid += int(samples.size - valid.sum())
                 samples = np.where(valid, samples, 0)
-            mono = (samples @ self.weights)[None]
-            mono = av.AudioFrame.from_ndarray(mono, format="flt", layout="mono")
-            mono.sample_rate = self.rate
-            self.collect(self.to_16k.resample(mono))
+            mixed = (samples @ self.weights).reshape(1, -1)
+            mixed = av.AudioFrame.from_ndarray(mixed, format="flt", layout=self.layout)
+            mixed.sample_rate = self.rate
+            yield from self.hand_out(self.to_rate.resample(mixed))
         if frame is None:
-            self.collect(self.to_16k.resample(None))
+            yield from self.hand_out(self.to_rate.resample(None))
 
-    def collect(self, frames):
-        self.pieces += [frame.to_ndarray()[0] for frame in frames]
+    def hand_out(self, frames):
+        for frame in frames:
+            block = frame.to_ndarray().reshape(-1, self.channels)
+            yield self.start, self.count, block
+            self.count += len(block)
 
 
-def sound_runs(container, stream, path, zero, until):
-    """Stretches of sound without a jump of the clock: [(start in seconds, samples (n,))].
+def mixed_blocks(container, stream, path, zero, until, rate, channels):
+    """Sound in blocks: (start of its stretch in seconds, samples since, (n, channels)).
 
-    Seconds count from `zero` of the container's clock, or from the first sample where that is None;
-    what begins after `until` is not read. Samples that are no numbers become silence, with a
-    warning.
+    A stretch has no jump of the clock. Seconds count from `zero` of the container's clock, or from
+    the first sample where that is None; what begins after `until` is not read. Samples that are no
+    numbers become silence, with a warning.
     """
-    mixers = []
+    mixer = None
+    invalid = 0
     end = 0.0
     name_channels(container, stream)
     for moment, frame in timed_frames(container, stream, path):
@@ -684,32 +711,26 @@ def sound_runs(container, stream, path, zero, until):
             zero = moment
         if moment - zero >= until:
             break
-        # another format or a jump of the clock begins a new run
-        goes_on = mixers and mixers[-1].format == sound_format(frame) and abs(moment - end) <= 0.02
-        if not goes_on:
-            if mixers:
-                mixers[-1].push(None)
-            mixers.append(Downmixer(frame, moment - zero))
+        # another format or a jump of the clock begins a new stretch
+        if mixer is None or mixer.format != sound_format(frame) or abs(moment - end) > 0.02:
+            if mixer is not None:
+                yield from mixer.push(None)
+                invalid += mixer.invalid
+            mixer = Downmixer(frame, moment - zero, rate, channels)
             end = moment
-        mixers[-1].push(frame)
+        yield from mixer.push(frame)
         end += frame.samples / frame.sample_rate
-    if mixers:
-        mixers[-1].push(None)
-    invalid = sum(mixer.invalid for mixer in mixers)
+    if mixer is not None:
+        yield from mixer.push(None)
+        invalid += mixer.invalid
     if invalid:
         warnings.warn(
             f"{path}: {invalid} samples of its sound are no numbers; silence instead", stacklevel=3
         )
-    return [(mixer.start, np.concatenate(mixer.pieces)) for mixer in mixers if mixer.pieces]
 
 
-def read_audio(path: Path | str, start: float = 0.0, duration: float | None = None):
-    """float32 (n,), 16 kHz mono; sample 0 is heard `start` seconds after the first picture.
-
-    Downmix by ITU-R BS.775. Silence fills what the track leaves out; with `duration` n =
-    round(16000 * duration), else all sound from `start` on. Kept in [-1, 1] by division where the
-    peak exceeds 1, as decoded lossy sound may.
-    """
+def sound_blocks(path, start, duration, rate, channels):
+    """(sample at which it begins, counted from `start`, block (n, channels)) of a file's sound."""
     with open_input(path) as container:
         stream = container.streams.best("audio")
         if stream is None or stream.codec_context is None:
@@ -720,23 +741,72 @@ def read_audio(path: Path | str, start: float = 0.0, duration: float | None = No
             seek(container, stream, info.start + start - 1.0)
         zero = info and info.start  # sound alone starts its own clock
         until = LONGEST if duration is None else start + duration  # beyond, the clock is damaged
-        runs = sound_runs(container, stream, path, zero, until)
-    if not runs and duration is None:
+        blocks = mixed_blocks(container, stream, path, zero, until, rate, channels)
+        for moment, since, block in blocks:
+            yield round((moment - start) * rate) + since, block
+
+
+def end_of_sound(path, start, end, rate):
+    """The sample at which the sound ends whose last block ends at sample `end`.
+
+    Coders fill their last block, but packets know where sound ends.
+    """
+    with open_input(path) as container:
+        if not has_picture(container):
+            return end
+    info = probe(path)
+    known = round((info.audio_start + info.audio_duration - start) * rate)
+    return known if 0 < end - known < rate // 10 else end
+
+
+def read_audio(
+    path: Path | str,
+    start: float = 0.0,
+    duration: float | None = None,
+    rate: int = SAMPLE_RATE,
+    channels: int = 1,
+):
+    """float32 (n,), mono at 16 kHz; sample 0 is heard `start` seconds after the first picture.
+
+    Downmix by ITU-R BS.775, of two channels (n, 2). Silence fills what the track leaves out; with
+    `duration` n = round(rate * duration), else all sound from `start` on. Kept in [-1, 1] by
+    division where the peak exceeds 1, as decoded lossy sound may.
+    """
+    blocks = list(sound_blocks(path, start, duration, rate, channels))
+    if not blocks and duration is None:
         raise MediaError(f"{path}: its sound track does not decode; give a video with sound")
+    end = max((at + len(block) for at, block in blocks), default=0)
+    end = end_of_sound(path, start, end, rate)
+    n = end if duration is None else round(duration * rate)
 
-    # where each run begins and all end, in samples from `start`
-    runs = [(round((moment - start) * SAMPLE_RATE), samples) for moment, samples in runs]
-    end = max((at + len(samples) for at, samples in runs), default=0)
-    if info:
-        # coders fill their last block, but packets know where sound ends
-        known = round((info.audio_start + info.audio_duration - start) * SAMPLE_RATE)
-        if 0 < end - known < SAMPLE_RATE // 10:
-            end = known
-    n = end if duration is None else round(duration * SAMPLE_RATE)
-
-    wav = np.zeros(max(0, n), np.float32)
-    for at, samples in runs:
-        part = samples[max(0, -at) : max(0, min(end, n) - at)]
+    wav = np.zeros((max(0, n), channels), np.float32)
+    for at, block in blocks:
+        part = block[max(0, -at) : max(0, min(end, n) - at)]
         wav[max(0, at) :][: len(part)] = part
     wav /= max(1.0, wav.max(initial=0), -wav.min(initial=0))
-    return wav  # (n,)
+    return wav[:, 0] if channels == 1 else wav
+
+
+def spool_audio(
+    path: Path | str, out: Path | str, start: float, duration: float, rate: int, channels: int
+) -> float:
+    """The sound of `read_audio` in a file of plain float32, a block at a time; -> its peak.
+
+    It is not divided by its peak.
+    """
+    n = round(duration * rate)
+    end = 0
+    peak = 0.0
+    with open(out, "r+b") as file:
+        file.truncate(4 * n * channels)  # silence
+        for at, block in sound_blocks(path, start, duration, rate, channels):
+            end = max(end, at + len(block))
+            part = block[max(0, -at) : max(0, n - at)]
+            peak = max(peak, float(np.abs(part).max(initial=0)))
+            if len(part):
+                file.seek(4 * max(0, at) * channels)
+                part.tofile(file)
+        known = max(0, min(n, end_of_sound(path, start, end, rate)))
+        file.seek(4 * known * channels)
+        np.zeros((max(0, min(n, end) - known), channels), np.float32).tofile(file)
+    return peak

@@ -54,6 +54,23 @@ def atomic_write(path: Path | str):
             part.unlink()
 
 
+@contextlib.contextmanager
+def scratch_file(folder: Path | str):
+    """The path of an empty file in a folder, deleted in the end. Raises FileError."""
+    path = make_folder(folder) / f".{secrets.token_hex(8)}.part"
+    try:
+        path.touch()
+        yield path
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(
+            f"{folder}: cannot be written to ({reason}); free some space or choose another folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def write_bytes(path: Path | str, content: bytes):
     """Write a small file atomically. Raises FileError."""
     with atomic_write(path) as part:

@@ -17,13 +17,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 
 from common import isolation
 from common.ffmpeg import SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo
-from common.files import atomic_write, write_bytes
+from common.files import atomic_write
 from common.mux import CONTAINERS
+from common.resample import blocks_of
 
 # files beside clips (labels, lists), which need not be opened to know that they are no videos
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
@@ -129,13 +131,26 @@ def read_frames(path: Path | str, fps, size: int, start=0.0, duration: float | N
     return torch.from_numpy(in_child(path, "common.ffmpeg", "read_frames", *args))
 
 
-def read_audio(path: Path | str, start: float = 0.0, duration: float | None = None):
+def read_audio(
+    path: Path | str,
+    start: float = 0.0,
+    duration: float | None = None,
+    rate: int = SAMPLE_RATE,
+    channels: int = 1,
+):
     """float32 (n,), 16 kHz mono; sample 0 is heard `start` seconds after the first picture.
 
-    Downmix by ITU-R BS.775. Silence fills what the track leaves out; with `duration` n =
-    round(16000 * duration), else all sound from `start` on.
+    Downmix by ITU-R BS.775, of two channels (n, 2). Silence fills what the track leaves out; with
+    `duration` n = round(rate * duration), else all sound from `start` on.
     """
-    return torch.from_numpy(in_child(path, "common.ffmpeg", "read_audio", path, start, duration))
+    args = (path, start, duration, rate, channels)
+    return torch.from_numpy(in_child(path, "common.ffmpeg", "read_audio", *args))
+
+
+def spool_audio(path: Path | str, out: Path | str, start, duration, rate, channels) -> float:
+    """The same as plain float32 in the file `out`, of any length in little memory; -> its peak."""
+    args = (path, out, start, duration, rate, channels)
+    return in_child(path, "common.ffmpeg", "spool_audio", *args)
 
 
 def clip_motion(path: Path | str, start: float = 0.0, seconds: float | None = None):
@@ -159,31 +174,62 @@ def write_video(
     start: float = 0.0,
     duration: float | None = None,
     keep_tracks: bool = False,
+    rate: int = SAMPLE_RATE,
+    channels: int = 1,
 ):
-    """Write the picture of `source` with the sound `wav` (n,), cut or padded to its length.
+    """Write the picture of `source` with the sound `wav`, cut or padded to its length.
 
-    Atomic; see `common.mux.write_video`. Raises MediaError, or FileError where `out` cannot be
-    written.
+    wav: a tensor (n,) or (n, channels), or a file of that as plain float32. Atomic; see
+    `common.mux.write_video`. Raises MediaError, or FileError where `out` cannot be written.
     """
     if Path(out).suffix.lower() not in CONTAINERS:
         suffixes = ", ".join(CONTAINERS)
         raise MediaError(f"{out}: we write no sound into this kind of file; end it in {suffixes}")
     # the child gets an array, not a tensor: it must not import torch
-    wav = wav.detach().float().cpu().numpy()
+    if isinstance(wav, torch.Tensor):
+        wav = wav.detach().float().cpu().numpy()
     with atomic_write(out) as part:
-        args = (source, wav, part, tags, start, duration, keep_tracks)
+        args = (source, wav, part, tags, start, duration, keep_tracks, rate, channels)
         in_child(source, "common.mux", "write_video", *args)
 
 
-def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
-    """Write sound (n,) as 16-bit wav, atomically. Raises FileError.
+class CarefulFile(io.FileIO):
+    """A file that libsndfile, which reports no full disk, writes to: `refused` is its error."""
 
-    `tags` by the names that wav knows: title, artist, comment, copyright, software.
+    refused = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refused = self.refused or error
+            return len(data)
+
+
+def write_sound(
+    out: Path | str,
+    blocks: Iterable[np.ndarray],
+    rate: int,
+    channels: int,
+    tags: dict[str, str] | None = None,
+):
+    """Write blocks of sound (n, channels) as wav or flac, atomically. Raises FileError.
+
+    At 16 kHz in 16 bits, else in 24. `tags` by the names that both know: title, artist, comment,
+    copyright, software.
     """
-    # in memory first: libsndfile does not report a full disk
-    memory = io.BytesIO()
-    with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
-        for name, value in (tags or {}).items():
-            setattr(file, name, value)
-        file.write(wav.detach().float().cpu().clamp(-1, 1).numpy())
-    write_bytes(out, memory.getvalue())
+    kind = "FLAC" if Path(out).suffix.lower() == ".flac" else "WAV"
+    bits = "PCM_16" if rate == SAMPLE_RATE else "PCM_24"
+    with atomic_write(out) as part, CarefulFile(part, "w+") as disk:
+        with soundfile.SoundFile(disk, "w", rate, channels, bits, format=kind) as file:
+            for name, value in (tags or {}).items():
+                setattr(file, name, value)
+            for block in blocks:
+                file.write(np.clip(block, -1, 1))
+        if disk.refused:
+            raise disk.refused
+
+
+def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
+    """Write mono sound (n,) at 16 kHz as 16-bit wav, atomically: see `write_sound`."""
+    write_sound(out, blocks_of(wav.detach().float().cpu().numpy()), SAMPLE_RATE, 1, tags)

@@ -1,6 +1,6 @@
 """Writing video files: the picture of a source with new sound, and all else that came with it.
 
-in   a source video, sound (n,) at 16 kHz, which stretch of the picture
+in   a source video, sound (n,) or (n, channels), which stretch of the picture
 out  a file whose picture is copied packet by packet where possible, and encoded anew where not
 
 Like `common.ffmpeg`, this runs in a child process and does not import torch.
@@ -49,6 +49,8 @@ CONTAINERS = {
     ".mkv": ("matroska", "flac"),
     ".webm": ("webm", "libopus"),
 }
+# QuickTime and Matroska could hold these two, and no player expects them there
+UNEXPECTED = ("gif", "rawvideo")
 # tags that describe the old file
 STRUCTURE = {"major_brand", "minor_version", "compatible_brands", "encoder", "timecode"}
 TICK = Fraction(1, 90000)  # seconds; the clock of what is encoded anew
@@ -65,12 +67,13 @@ class Job:
     """One file to write: `seconds` of the picture of `source` from `start` on, with new sound."""
 
     source: Path
-    wav: np.ndarray  # (n,) at 16 kHz
+    wav: np.ndarray  # (n, channels)
     tags: dict
     start: float
     seconds: float
     suffix: str
     keep_tracks: bool = False
+    rate: int = SAMPLE_RATE  # of the sound
 
     @property
     def muxer(self):
@@ -105,8 +108,7 @@ def output_suffix(source: Path | str) -> str:
     """
     codec = probe(source).codec
     suffixes = [".mp4", ".mkv", ".mov"]
-    # QuickTime and Matroska could hold these two, and no player expects them there
-    if codec in ("gif", "rawvideo"):
+    if codec in UNEXPECTED:
         return ".mp4"
     own = Path(source).suffix.lower()
     if own in CONTAINERS:
@@ -414,14 +416,18 @@ def encoded_packets(source, track, encoding, start, seconds):
 # ---- sound, and everything else in the source --------------------------------------------------
 
 
-def sound_packets(wav, track):
-    """Sound (n,) encoded a second at a time."""
-    for at in range(0, len(wav), SAMPLE_RATE):
-        samples = wav[None, at : at + SAMPLE_RATE]
-        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
+def sound_packets(wav, track, samples):
+    """Sound (n, channels), cut or padded to so many samples, encoded a second at a time."""
+    rate = track.rate
+    layout = track.layout.name
+    for at in range(0, samples, rate):
+        block = np.clip(wav[at : min(at + rate, samples)], -1, 1)
+        missing = min(rate, samples - at) - len(block)
+        block = np.pad(block, ((0, missing), (0, 0))).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(block.reshape(1, -1), format="flt", layout=layout)
+        frame.sample_rate = rate
         frame.pts = at
-        frame.time_base = Fraction(1, SAMPLE_RATE)
+        frame.time_base = Fraction(1, rate)
         yield from track.encode(frame)
     yield from track.encode(None)
 
@@ -674,14 +680,25 @@ def add_picture(dst, src, stream, job, method, first, keep_tag):
     return track, packets
 
 
-def add_sound(dst, codec):
-    """A mono track at 16 kHz, the one that players choose."""
+def add_sound(dst, codec, rate, channels):
+    """A track of one or two channels, the one that players choose."""
     # as many bits as AAC takes here; its fast search is 4 times faster and no worse (measured)
     options = {"aac_coder": "fast"} if codec == "aac" else {}
-    track = dst.add_stream(codec, rate=SAMPLE_RATE, layout="mono", options=options)
-    track.bit_rate = 96000
+    layout = "mono" if channels == 1 else "stereo"
+    track = dst.add_stream(codec, rate=rate, layout=layout, options=options)
+    track.bit_rate = (96000 if rate == SAMPLE_RATE else 128000) * channels
+    # sound at 16 kHz is ours alone, which 16 bits hold; beside it may be somebody's recording
+    if codec == "flac" and rate != SAMPLE_RATE:
+        track.codec_context.format = "s32"  # FLAC's name for 24 bits
     track.disposition = av.stream.Disposition.default
     return track
+
+
+def load_sound(wav, channels):
+    """Sound (n, channels) of an array, or of a file of plain float32 that is read as needed."""
+    if not isinstance(wav, np.ndarray):
+        wav = np.memmap(wav, np.float32, "r") if Path(wav).stat().st_size else np.zeros(0)
+    return wav.reshape(-1, channels)
 
 
 def muxer_options(muxer, tags, patch_aspect):
@@ -714,13 +731,14 @@ def write(out, job, method, keep_tag=True, extras_too=True):
             track, pictures = add_picture(dst, src, stream, job, method, first, keep_tag)
             if patch_aspect:
                 track.set_display_rotation(180)  # leaves the place that `set_display_size` needs
-            sound = add_sound(dst, CONTAINERS[job.suffix][1])
+            sound = add_sound(dst, CONTAINERS[job.suffix][1], job.rate, job.wav.shape[1])
             if extras_too:
                 extras = add_extras(dst, src, stream, job)
                 if src.chapters():
                     dst.set_chapters(chapters_of(src, job))
             # all packets, in order of decoding
-            sources = [pictures, sound_packets(job.wav, sound)]
+            samples = round(job.seconds * job.rate)  # sound exactly as long as the picture
+            sources = [pictures, sound_packets(job.wav, sound, samples)]
             if extras.tracks:
                 sources.append(extra_packets(job, extras.tracks))
             for packet in heapq.merge(*sources, key=lambda packet: packet.dts * packet.time_base):
@@ -742,7 +760,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
 def choose_method(job):
     """-> ("copy", "encode" or a KeyFrameCut, what to say of it)."""
     info = probe(job.source)
-    if not holds(job.suffix, info.codec):
+    if not holds(job.suffix, info.codec) or info.codec in UNEXPECTED:
         return "encode", f"{job.suffix} does not hold {info.codec}"
     with open_input(job.source) as src:
         unordered = lacks_display_times(src, picture_stream(src, job.source))
@@ -771,14 +789,18 @@ def attempts(job):
 
 def write_video(
     source: Path | str,
-    wav: np.ndarray,
+    wav: np.ndarray | str,
     out: Path | str,
     tags: dict[str, str] | None = None,
     start: float = 0.0,
     duration: float | None = None,
     keep_tracks: bool = False,
+    rate: int = SAMPLE_RATE,
+    channels: int = 1,
 ):
-    """Write the picture of `source` with the sound `wav` (n,), cut or padded to its length.
+    """Write the picture of `source` with the sound `wav`, cut or padded to its length.
+
+    wav: (n,) or (n, channels), or a file of that as plain float32, which may be longer than memory.
 
     Copied packet by packet: all of the picture, with rotation, colors, aspect ratio and codec tag,
     and a cut that begins and ends on key frames. Encoded anew, with a warning: any other cut, and
@@ -790,10 +812,9 @@ def write_video(
     """
     out = Path(out)
     seconds = min(check_start(source, start) - start, duration or LONGEST)
-    # sound exactly as long as the picture
-    n = round(seconds * SAMPLE_RATE)
-    wav = np.pad(np.clip(wav[:n], -1, 1), (0, max(0, n - len(wav)))).astype(np.float32)
-    job = Job(Path(source), wav, tags or {}, start, seconds, out.suffix.lower(), keep_tracks)
+    wav = load_sound(wav, channels)
+    suffix = out.suffix.lower()
+    job = Job(Path(source), wav, tags or {}, start, seconds, suffix, keep_tracks, rate)
     # the first attempt that a muxer takes
     refusal = None
     for method, options, reason in attempts(job):

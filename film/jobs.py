@@ -6,6 +6,7 @@ out  (video, output without its suffix, None), or (input, None, why there is non
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from common import media
@@ -17,6 +18,21 @@ from common.onsets import read_hits
 def onsets_file(target):
     """NAME.onsets.txt of the output NAME.foley."""
     return Path(f"{str(target).removesuffix('.foley')}.onsets.txt")
+
+
+def stem_file(target, name, suffix=".wav"):
+    """NAME.own.wav or NAME.mix.wav beside the output NAME.foley."""
+    return Path(f"{str(target).removesuffix('.foley')}.{name}{suffix}")
+
+
+def foreign_stem(target, suffix):
+    """A file that --stems would write over and that is not ours, or None."""
+    for name in ("own", "mix"):
+        path = stem_file(target, name, suffix)
+        with suppress(MediaError):
+            if path.exists() and "diff-foley" not in media.read_tags(path).get("comment", ""):
+                return path
+    return None
 
 
 def labels_of(video, folder):
@@ -73,6 +89,14 @@ def plan_jobs(args, settings, materials):
             f"onsets {args.onsets}: is one file for {len(jobs)} videos; give a folder that has "
             "NAME.onsets.txt of each"
         )
+    # films have mixes of such names already
+    if args.stems:
+        suffix = ".flac" if args.format == "flac" else ".wav"
+        for k, (video, target, error) in enumerate(jobs):
+            path = foreign_stem(target, suffix) if error is None else None
+            if path is not None:
+                error = f"{path}: is there already and not ours; move it, or leave --stems out"
+                jobs[k] = (video, target, error)
     # a file that is there may have been edited
     if args.write_onsets:
         for k, (video, target, error) in enumerate(jobs):

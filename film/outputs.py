@@ -4,15 +4,24 @@ in   a `sample.Result`, and the command line's arguments
 out  NAME.foley.mp4 (or what holds the picture), NAME.foley.wav, ..., all of them or none
 """
 
+import math
+import sys
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import data
 from common import audio, media, plots
 from common.audio import SAMPLE_RATE
-from common.files import atomic_write
+from common.files import atomic_write, scratch_file
 from common.media import MediaError
 from common.onsets import write_hits
-from film.jobs import onsets_file
+from film.jobs import onsets_file, stem_file
+from film.level import CEILING, down, with_gain
+from film.mix import foley, mix, own_sound
+
+SOUNDS = (".wav", ".flac")  # outputs without a picture
+LOSSLESS = (".mkv",)  # videos whose sound is not encoded to something else
+OWN = {"comment": "the clip's own sound, a stem beside diff-foley's"}  # says whose file it is
 
 
 def plot(path, result, count=12):
@@ -30,34 +39,137 @@ def plot(path, result, count=12):
     plots.plot_result(path, name, frames[:count], onsets, result.mel, result.wav, result.seconds)
 
 
+# ---- one file ----------------------------------------------------------------------------------
+
+
+def write_video(result, sound, path, keep_tracks=False):
+    """The picture with a Sound, which is made quieter until the encoded one keeps to CEILING.
+
+    -> the Sound that was written.
+    """
+    suffix = Path(path).suffix.lower()
+    form = sound.rate, sound.channels
+    with scratch_file(Path(path).parent) as spool:
+        while True:
+            with open(spool, "wb") as file:
+                for block in sound.blocks():
+                    file.write(memoryview(block.astype("float32")).cast("B"))
+            # the official demo's sound is left alone
+            if suffix in LOSSLESS or result.settings.as_official:
+                break
+            args = (spool, suffix, *form)
+            peak = media.in_child(result.source, "film.encoding", "encoded_peak", *args)
+            if peak <= CEILING:
+                break
+            sound = sound.louder(down(CEILING - 0.05 - peak))
+        media.write_video(
+            result.source,
+            spool,
+            path,
+            with_gain(result.tags, sound.gain),
+            result.start,
+            result.duration,
+            keep_tracks,
+            *form,
+        )
+    return sound
+
+
+def write(result, sound, path, keep_tracks=False):
+    """A Sound as the path's suffix says: alone, or with the picture. -> the Sound as written."""
+    if Path(path).suffix.lower() not in SOUNDS:
+        return write_video(result, sound, path, keep_tracks)
+    tags = with_gain(result.tags, sound.gain)
+    media.write_sound(path, sound.blocks(), sound.rate, sound.channels, tags)
+    return sound
+
+
+def own_if_asked(result, folder, stack, stems=False):
+    """The clip's Own sound in a file that the stack deletes; None where nobody wants it."""
+    if not stems and result.settings.keep_audio is None:
+        return None
+    return stack.enter_context(own_sound(result, folder))
+
+
+def save(result, path, keep_tracks=False):
+    """The best candidate in one file: see `sample.Result.save`."""
+    with ExitStack() as stack:
+        own = own_if_asked(result, Path(path).parent, stack)
+        write(result, mix(result, own, result.best), path, keep_tracks)
+
+
+# ---- all of one input --------------------------------------------------------------------------
+
+
+def sounds_of(result, target, suffix, own, stems, keep_all):
+    """-> the Sound of the video, {path: Sound} of the files beside it, --json's candidates."""
+    best = mix(result, own, result.best)
+    sounds = {f"{target}{suffix}": best}
+    if stems:
+        sounds = {
+            f"{target}{suffix}": foley(result, result.best),
+            stem_file(target, "mix", suffix): best,
+        }
+    candidates = []
+    if keep_all:
+        for k in result.wavs:
+            path = f"{target}.{k}{suffix}"
+            sounds[path] = mix(result, own, k)
+            candidates.append({"wav": path, "score": result.scores[k]})
+    return best, sounds, candidates
+
+
+def explain(result, args):
+    """With --verbose: that a sound is quieter than was asked, and why."""
+    wanted = result.settings.lufs
+    if args.verbose and result.gain != 0 and wanted is not None:
+        level = foley(result, result.best).level
+        if level.loudness < wanted - 0.1:
+            print(
+                f"sample.py: {result.source}: {level.loudness:.1f} LUFS instead of {wanted:g}: "
+                f"its true peak is at {level.true_peak:.1f} dBTP",
+                file=sys.stderr,
+            )
+
+
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
-    video = f"{target}{media.output_suffix(result.source)}"
-    sounds = {f"{target}.wav": result.wav}
-    candidates = []
-    if args.keep_all:
-        for k, wav in result.wavs.items():
-            sounds[f"{target}.{k}.wav"] = wav
-            candidates.append({"wav": f"{target}.{k}.wav", "score": result.scores[k]})
+    suffix = ".flac" if args.format == "flac" else ".wav"
+    alone = args.format in ("wav", "flac")
+    video = f".{args.format}" if args.format else media.output_suffix(result.source)
+    output = f"{target}{suffix if alone else video}"
     # all under temporary names first, so that a full disk leaves none of them
     with ExitStack() as stack:
         with result.profile("writing"):
-            result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
-            for path, wav in sounds.items():
-                media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
+            own = own_if_asked(result, Path(target).parent, stack, args.stems)
+            best, sounds, candidates = sounds_of(
+                result, target, suffix, own, args.stems, args.keep_all
+            )
+            if not alone:
+                part = stack.enter_context(atomic_write(output))
+                best = write_video(result, best, part, args.keep_tracks)
+            for path, sound in sounds.items():
+                write(result, sound, stack.enter_context(atomic_write(path)))
+            if args.stems and own is not None:
+                part = stack.enter_context(atomic_write(stem_file(target, "own", suffix)))
+                form = result.settings.rate, own.channels
+                media.write_sound(part, own.blocks(), *form, OWN)
             if args.write_onsets:
                 write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
         if args.plot:
             with result.profile("plot"):
                 plot(stack.enter_context(atomic_write(f"{target}.png")), result)
+    explain(result, args)
     line = {
         "input": str(result.source),
-        "output": video,
-        "wav": f"{target}.wav",
+        "output": output,
+        "wav": f"{target}{suffix}",
         "seconds": round(len(result.wav) / SAMPLE_RATE, 4),
         "windows": len(result.starts),
         "seed": args.seed,
         "score": result.scores[result.best],
+        "gain": round(best.gain, 2),
+        "lufs": round(best.level.loudness, 2) if math.isfinite(best.level.loudness) else None,
     }
     if args.write_onsets:
         line["onsets"] = str(onsets_file(target))

@@ -1,0 +1,114 @@
+"""How loud the generated sound is, and what of it is written: --lufs, --duck, --rate, --layout.
+
+in   sound float32 (n,) at 16 kHz, and the Settings that say how loud it should be
+out  the gain that makes it so, in dB, which stands in the tags of what is written
+"""
+
+import math
+
+from common import cli
+from common.audio import SAMPLE_RATE
+from common.resample import blocks_of
+from film import loudness
+
+# dBTP; no file that we write has more when it is played. A tenth less is aimed at: between samples
+# another meter, or a player, may find a little more than ours (film/loudness.py).
+CEILING = -1.0
+AIM = CEILING - 0.1
+MOST_BOOST = 20.0  # dB: more would be the noise of a sound that is all but silent
+RATES = (SAMPLE_RATE, 3 * SAMPLE_RATE)
+LAYOUTS = {"mono": 1, "stereo": 2}  # and their channels
+
+
+def add_arguments(g):
+    """The flags of level, mix and format; the defaults are those of Settings."""
+    g.add_argument(
+        "--lufs",
+        type=lambda text: None if text == "off" else cli.number(float, -60, -5)(text),
+        metavar="LUFS|off",
+        help="loudness of the generated sound (ITU-R BS.1770), less where it would have a true "
+        "peak above -1 dBTP; off: as the model made it",
+    )
+    g.add_argument(
+        "--duck",
+        type=cli.number(float, -60, 0),
+        nargs="?",
+        const=-9.0,
+        metavar="dB",
+        help="with --keep-audio: lower the clip's own sound under each hit by this (-9 if none is "
+        "given)",
+    )
+    g.add_argument(
+        "--stems",
+        action="store_true",
+        help="three sounds: NAME.foley.wav is the generated one alone, NAME.own.wav the clip's "
+        "own, untouched, NAME.mix.wav what the video has",
+    )
+    g.add_argument(
+        "--rate",
+        type=int,
+        choices=RATES,
+        help="of what is written; sound is generated at 16000 (wav then has 16 bits, else 24)",
+    )
+    g.add_argument(
+        "--layout",
+        choices=tuple(LAYOUTS),
+        help="of what is written; the generated sound is the same in both channels, the clip's "
+        "own keeps its sides",
+    )
+    g.add_argument(
+        "--format",
+        choices=("mp4", "mov", "mkv", "webm", "wav", "flac"),
+        help="of what is written; wav and flac: the sound alone; default: what holds the picture",
+    )
+
+
+def check(settings):
+    """Raises ValueError, in one line, for values of Settings that cannot be."""
+    if settings.lufs is not None:
+        cli.check_number("lufs", settings.lufs, -60, -5)
+    if settings.duck is not None:
+        cli.check_number("duck", settings.duck, -60, 0)
+        if settings.keep_audio is None:
+            raise ValueError(
+                f"duck {settings.duck:g}: lowers the clip's own sound, which is heard with "
+                "--keep-audio alone; give both, or neither"
+            )
+    if settings.rate not in RATES:
+        raise ValueError(f"rate {cli.quoted(settings.rate)}: not one of {RATES[0]}, {RATES[1]}")
+    if settings.layout not in LAYOUTS:
+        raise ValueError(f"layout {cli.quoted(settings.layout)}: not one of mono, stereo")
+
+
+def down(decibels):
+    """To hundredths, as tags have them, and never up."""
+    return math.floor(100 * decibels) / 100
+
+
+def gain_to(wav, settings):
+    """The gain in dB that sets a sound (n,) to the loudness of the settings, in their layout.
+
+    One constant gain: less where the true peak would be too high, and 0 for silence. As the
+    official demo has it, the sound is left alone.
+    """
+    if settings.lufs is None or settings.as_official:
+        return 0.0
+    level = loudness.measure(blocks_of(wav.numpy()), SAMPLE_RATE)
+    if level.loudness == -math.inf:
+        return 0.0
+    # the same in two channels counts twice
+    now = level.loudness + 10 * math.log10(LAYOUTS[settings.layout])
+    return down(min(settings.lufs - now, MOST_BOOST, AIM - level.true_peak))
+
+
+def apply(wavs, settings):
+    """Sounds by candidate -> the same at the loudness of the settings, and their gains in dB."""
+    gains = {k: gain_to(wav, settings) for k, wav in wavs.items()}
+    return {k: wav * 10 ** (gains[k] / 20) for k, wav in wavs.items()}, gains
+
+
+def with_gain(tags, gain):
+    """Tags whose comment says by how much a generated sound was made louder, if it was."""
+    if abs(gain) < 0.005:
+        return tags
+    return {**tags, "comment": f"{tags['comment']}, gain {gain:+.2f} dB"}
