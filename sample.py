@@ -515,10 +515,11 @@ class Result:
     duration: float | None  # seconds asked for; None: to the end
     profile: Profile
     tags: dict[str, str]
-    settings: Settings  # as resolved
-    gains: dict[int, float]  # candidate -> dB by which it is louder than the model made it
     marked: bool = True  # whether the sounds carry the watermark
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
+    settings: Settings = Settings()  # as resolved
+    # candidate -> dB by which it is louder than the model made it
+    gains: dict[int, float] = field(default_factory=dict)
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -538,7 +539,7 @@ class Result:
     @property
     def gain(self):
         """dB by which the sound is louder than the model made it."""
-        return self.gains[self.best]
+        return self.gains.get(self.best, 0.0)
 
 
 def finish(clip, models, settings, mark):

@@ -75,7 +75,7 @@ DOWNMIX = {
     **dict.fromkeys(("LFE", "LFE2"), 0.0),
 }
 # layouts by number of channels, as FFmpeg's own program guesses where names are missing
-CHANNEL_GUESSES = {6: "5.1", 7: "6.1", 8: "7.1"}
+CHANNEL_GUESSES = {2: "stereo", 6: "5.1", 7: "6.1", 8: "7.1"}
 
 
 class MediaError(UserError):
@@ -617,16 +617,20 @@ def name_channels(container, stream):
         context.layout = CHANNEL_GUESSES.get(channels, f"{channels} channels")
 
 
-def downmix_weights(layout: av.AudioLayout):
-    """Weight of each channel in mono, float32 (channels,): ITU-R BS.775, else the mean.
-
-    Mono is the mean of left and right.
-    """
+def channel_names(layout: av.AudioLayout):
+    """Names of a layout's channels that `DOWNMIX` knows, guessed by their number, or None."""
     count = len(layout.channels)
     if layout.name == f"{count} channels" and count in CHANNEL_GUESSES:
         layout = av.AudioLayout(CHANNEL_GUESSES[count])
     names = [channel.name for channel in layout.channels]
-    if count == 1 or not all(name in DOWNMIX for name in names):
+    return names if count > 1 and all(name in DOWNMIX for name in names) else None
+
+
+def downmix_weights(layout: av.AudioLayout):
+    """Weight of each channel in mono, float32 (channels,): ITU-R BS.775, else the mean."""
+    count = len(layout.channels)
+    names = channel_names(layout)
+    if names is None:
         return np.full(count, 1 / count, np.float32)
     return np.array([DOWNMIX[name] for name in names], np.float32)
 
@@ -638,14 +642,10 @@ def stereo_weights(layout: av.AudioLayout):
     """
     mono = downmix_weights(layout)
     left = np.ones(len(mono), np.float32)
-    right = np.ones(len(mono), np.float32)
-    names = [channel.name for channel in layout.channels]
-    if len(names) > 1 and all(name in DOWNMIX for name in names):
-        for k, name in enumerate(names):
-            # FL, BL, SL, TFL, FLC are on the left; FC, TC, LFE in the middle
-            left[k] = {"L": 2, "R": 0}.get(name.removesuffix("C")[-1], 1)
-            right[k] = 2 - left[k]
-    return np.stack([mono * left, mono * right], 1)
+    for k, name in enumerate(channel_names(layout) or ()):
+        # FL, BL, SL, TFL, FLC are on the left; FC, TC, LFE in the middle
+        left[k] = {"L": 2, "R": 0}.get(name.removesuffix("C")[-1], 1)
+    return np.stack([mono * left, mono * (2 - left)], 1)
 
 
 def sound_format(frame):

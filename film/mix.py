@@ -76,7 +76,9 @@ def foley_blocks(wav, settings):
 def foley(result, k):
     """Candidate k alone, as a Sound."""
     wav = result.wavs[k]
-    return finished(lambda: foley_blocks(wav, result.settings), result.settings, result.gains[k])
+    return finished(
+        lambda: foley_blocks(wav, result.settings), result.settings, result.gains.get(k, 0.0)
+    )
 
 
 # ---- the clip's own sound ----------------------------------------------------------------------
@@ -194,4 +196,4 @@ def mix(result, own, k):
     """What is written of candidate k: with the clip's own sound if that was asked for."""
     if own is None or result.settings.keep_audio is None:
         return foley(result, k)
-    return finished(partial(mix_blocks, result, own, k), result.settings, result.gains[k])
+    return finished(partial(mix_blocks, result, own, k), result.settings, result.gains.get(k, 0.0))

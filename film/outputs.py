@@ -20,7 +20,7 @@ from film.level import CEILING, down, with_gain
 from film.mix import foley, mix, own_sound
 
 SOUNDS = (".wav", ".flac")  # outputs without a picture
-LOSSLESS = (".mkv",)  # videos whose sound is not encoded to something else
+LOSSY = (".mp4", ".m4v", ".mov", ".webm")  # videos whose sound is not quite what was encoded
 OWN = {"comment": "the clip's own sound, a stem beside diff-foley's"}  # says whose file it is
 
 
@@ -55,7 +55,7 @@ def write_video(result, sound, path, keep_tracks=False):
                 for block in sound.blocks():
                     file.write(memoryview(block.astype("float32")).cast("B"))
             # the official demo's sound is left alone
-            if suffix in LOSSLESS or result.settings.as_official:
+            if suffix not in LOSSY or result.settings.as_official:
                 break
             args = (spool, suffix, *form)
             peak = media.in_child(result.source, "film.encoding", "encoded_peak", *args)

@@ -133,8 +133,8 @@ def test_peaks_between_samples_of_tech_3341(case, rate):
 
 @pytest.mark.parametrize("offset", range(4))
 def test_a_peak_lies_anywhere_between_samples(offset):
-    """As in cases 20 to 23: one period at full scale in a tone of half that, made at four times the rate
-    and taken at every fourth sample from four beginnings; 0 dBTP, +0.2 and -0.4 dB allowed."""
+    """As in cases 20 to 23: one period at full scale in a tone of half that, made at four times the
+    rate and taken at every fourth sample from four beginnings; 0 dBTP, +0.2 and -0.4 dB allowed."""
     fine = 4 * RATE
     tone = 0.5 * np.sin(2 * np.pi * np.arange(fine // 2) / 24)  # a sixth of the rate
     at = 24 * (len(tone) // 48)

@@ -458,7 +458,8 @@ def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_pat
     status, lines, err = run(capsys, clip, *flags, "--json", "--profile", "--plot")
     assert status == 0
     line = json.loads(lines[0])
-    assert set(line) == {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
+    told = {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
+    assert set(line) == told | {"gain", "lufs"}
     assert (
         line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
     )
@@ -677,7 +678,7 @@ def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        media, "write_wav", full_disk
+        media, "write_sound", full_disk
     )  # the second file fails after the first was written
     status, _, err = run(
         capsys, clip, "--out", tmp_path / "out", "--weights", weights, "--steps", 1
