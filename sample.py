@@ -571,7 +571,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
     with clip.profile("vocoder"):
         if mark:
             wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
-        wavs, gains = level.apply(wavs, settings)
+        gains = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":

@@ -102,9 +102,12 @@ def gain_to(wav, settings):
 
 
 def apply(wavs, settings):
-    """Sounds by candidate -> the same at the loudness of the settings, and their gains in dB."""
+    """Sets sounds by candidate, in place, to the loudness of the settings; -> gains in dB."""
     gains = {k: gain_to(wav, settings) for k, wav in wavs.items()}
-    return {k: wav * 10 ** (gains[k] / 20) for k, wav in wavs.items()}, gains
+    for k, wav in wavs.items():
+        if gains[k]:
+            wav *= 10 ** (gains[k] / 20)
+    return gains
 
 
 def with_gain(tags, gain):

@@ -84,36 +84,54 @@ def foley(result, k):
 # ---- the clip's own sound ----------------------------------------------------------------------
 
 
+def read_blocks(path, channels):
+    """Blocks (n, channels) of a file of plain float32."""
+    with open(path, "rb") as file:
+        while len(block := np.fromfile(file, np.float32, BLOCK * channels)):
+            yield block.reshape(-1, channels)
+
+
+def write_blocks(path, blocks):
+    """Blocks of sound as a file of plain float32."""
+    with open(path, "wb") as file:
+        for block in blocks:
+            block.astype(np.float32).tofile(file)
+
+
 @dataclass(frozen=True)
 class Own:
-    """The clip's own sound in a file of plain float32."""
+    """The clip's own sound, in files of plain float32."""
 
-    path: Path
-    scale: float  # that keeps it in [-1, 1]: decoded lossy sound may exceed it
+    path: Path  # as it is
+    marked: Path  # as it is mixed in: with the watermark, unless nothing has it
+    scale: np.float32  # that keeps it in [-1, 1]: decoded lossy sound may exceed it
     channels: int
 
     def blocks(self):
         """(n, channels), as it is."""
-        with open(self.path, "rb") as file:
-            while len(block := np.fromfile(file, np.float32, BLOCK * self.channels)):
-                yield block.reshape(-1, self.channels) * np.float32(self.scale)
+        return (self.scale * block for block in read_blocks(self.path, self.channels))
 
 
 @contextmanager
 def own_sound(result, folder):
-    """The clip's Own sound as long as the result lives in a file there; None if it has none."""
+    """The clip's Own sound, as long as the result's, in files there; None if it has none."""
     settings = result.settings
     if not media.probe(result.source).has_audio:
         warnings.warn(f"{result.source}: has no sound of its own to mix in", stacklevel=3)
         yield None
         return
-    with scratch_file(folder) as path:
+    with scratch_file(folder) as path, scratch_file(folder) as with_mark:
         channels = level.LAYOUTS[settings.layout]
         seconds = len(result.wav) / SAMPLE_RATE
-        peak = media.spool_audio(
-            result.source, path, result.start, seconds, settings.rate, channels
-        )
-        yield Own(path, 1 / max(1.0, peak), channels)
+        form = settings.rate, channels
+        peak = media.spool_audio(result.source, path, result.start, seconds, *form)
+        own = Own(path, with_mark, np.float32(1 / max(1.0, peak)), channels)
+        # once, as every measurement and every file reads it again
+        if settings.keep_audio is not None:
+            mark = result.marked
+            factor = settings.rate // SAMPLE_RATE
+            write_blocks(with_mark, marked(own.blocks(), factor) if mark else own.blocks())
+        yield own
 
 
 def marked(blocks, factor):
@@ -139,8 +157,8 @@ def duck_curve(wav, hits):
     Fully while the sound is heard and at each hit, in seconds; smoothly before and after.
     """
     # moments at which something sounds
-    power = np.square(wav[: len(wav) // STEP * STEP].reshape(-1, STEP)).mean(1)
-    power = np.append(power, 0.0)
+    frames = wav[: len(wav) // STEP * STEP].reshape(-1, STEP)
+    power = np.append(np.einsum("ij,ij->i", frames, frames) / STEP, 0.0)
     heard = power > FAINT
     sounds = heard & (power > UNDER * power[heard].mean() if heard.any() else heard)
     hits = np.array([round(time * SAMPLE_RATE / STEP) for time in hits], int)
@@ -172,15 +190,12 @@ def ducked(blocks, curve, decibels, step):
 def own_blocks(result, own, k):
     """The clip's own sound as it is mixed in under candidate k: louder, marked, ducked."""
     settings = result.settings
-    factor = settings.rate // SAMPLE_RATE
     gain = np.float32(10 ** (settings.keep_audio / 20))
-    blocks = (gain * block for block in own.blocks())
-    if result.marked:
-        blocks = marked(blocks, factor)
+    blocks = (gain * block for block in read_blocks(own.marked, own.channels))
     if settings.duck is not None:
         hits = [hit.time - result.start for hit in result.hits]
         curve = duck_curve(result.wavs[k].numpy(), hits)
-        blocks = ducked(blocks, curve, settings.duck, STEP * factor)
+        blocks = ducked(blocks, curve, settings.duck, STEP * settings.rate // SAMPLE_RATE)
     return blocks
 
 

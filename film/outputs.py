@@ -17,7 +17,7 @@ from common.media import MediaError
 from common.onsets import write_hits
 from film.jobs import onsets_file, stem_file
 from film.level import CEILING, down, with_gain
-from film.mix import foley, mix, own_sound
+from film.mix import foley, mix, own_sound, write_blocks
 
 SOUNDS = (".wav", ".flac")  # outputs without a picture
 LOSSY = (".mp4", ".m4v", ".mov", ".webm")  # videos whose sound is not quite what was encoded
@@ -51,9 +51,7 @@ def write_video(result, sound, path, keep_tracks=False):
     form = sound.rate, sound.channels
     with scratch_file(Path(path).parent) as spool:
         while True:
-            with open(spool, "wb") as file:
-                for block in sound.blocks():
-                    file.write(memoryview(block.astype("float32")).cast("B"))
+            write_blocks(spool, sound.blocks())
             # the official demo's sound is left alone
             if suffix not in LOSSY or result.settings.as_official:
                 break

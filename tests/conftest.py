@@ -58,6 +58,8 @@ FAST = {
         "test_a_long_sound_is_marked_throughout",
     ),
     # files
+    "test_loudness": (),
+    "test_mix": ("test_all_flags_at_once",),
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
     "test_controls": (),

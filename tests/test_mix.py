@@ -18,6 +18,7 @@ import torch
 from clips import make, make_video, steady
 from main_job import run, shuffled
 
+import evaluate
 import sample
 from align import Alignment, AlignmentConfig
 from cavp import CAVP, CAVPConfig
@@ -57,7 +58,7 @@ def result_of(wav, source, mark=True, **settings):
     """A Result as `sample.make_result` makes it of one candidate."""
     settings = Settings(**settings)
     wavs = {0: sample.add_watermark(wav) if mark else wav}
-    wavs, gains = level.apply(wavs, settings)
+    gains = level.apply(wavs, settings)
     return sample.Result(
         wav=wavs[0],
         wavs=wavs,
@@ -166,6 +167,12 @@ def test_off_leaves_the_level_of_the_model(silent, tmp_path):
     line = written(result_of(bursts(1.0), silent, lufs=None), tmp_path)
     assert measure(blocks_of(read(line["wav"])), SAMPLE_RATE).true_peak <= level.CEILING
     assert line["gain"] < 0 and tagged_gain(line["output"]) == pytest.approx(line["gain"])
+
+
+def test_the_table_measures_the_models_own_level():
+    names = ("seed", "steps", "cfg", "cg", "sampler", "onsets", "material")
+    args = Namespace(**{name: getattr(Settings(), name) for name in names})
+    assert evaluate.settings_of(args).lufs is None
 
 
 def test_the_official_demos_sound_is_left_alone(silent, tmp_path):
