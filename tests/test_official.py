@@ -490,7 +490,11 @@ def test_decoded_mels_go_on_as_they_are_there_and_clamped_here(models, film, mon
     monkeypatch.setattr(models.ldm.vae, "decode", lambda z: channels.expand(len(z), -1, -1, -1))
     theirs, ours = (
         sample.generate(
-            film, models, settings=Settings(steps=1, as_official=there), duration=8, mark=False
+            film,
+            models,
+            settings=Settings(steps=1, as_official=there, lufs=None),
+            duration=8,
+            mark=False,
         )
         for there in (True, False)
     )
@@ -533,7 +537,8 @@ def test_command_says_and_writes_what_the_demo_makes(film, weights, tmp_path):
         assert done.returncode == 0 and re.fullmatch(CUT, done.stderr.strip()), done.stderr
         lines.append(json.loads(done.stdout))
     line = lines[0]
-    assert set(line) == {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
+    told = {"input", "output", "wav", "seconds", "windows", "seed", "score", "profile"}
+    assert set(line) == told | {"gain", "lufs"} and line["gain"] == 0
     assert (
         line["seconds"] == 8.176
         and line["windows"] == 1
