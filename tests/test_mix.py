@@ -22,7 +22,7 @@ import evaluate
 import sample
 from align import Alignment, AlignmentConfig
 from cavp import CAVP, CAVPConfig
-from common import audio, media, watermark
+from common import audio, ffmpeg, media, watermark
 from common.audio import SAMPLE_RATE
 from common.checkpoints import save_model
 from common.onsets import Hit
@@ -230,6 +230,38 @@ def test_sound_alone(silent, tmp_path, form):
     assert media.read_tags(line["wav"])["comment"].startswith(watermark.CLAIM)
     assert soundfile.info(line["wav"]).subtype == "PCM_16"
     assert len(read(line["wav"])) == SECONDS * SAMPLE_RATE
+
+
+def test_a_picture_that_no_player_expects_there_is_encoded_anew(tmp_path):
+    with av.open(str(tmp_path / "a.gif"), "w") as file:
+        video = file.add_stream("gif", rate=10, options={})
+        video.width, video.height, video.pix_fmt = 32, 32, "rgb8"
+        for k in range(10):
+            image = np.full((32, 32, 3), 20 * k, np.uint8)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        file.mux(video.encode(None))
+    result = result_of(bursts(times=(0.5,), seconds=1), tmp_path / "a.gif")
+    with pytest.warns(UserWarning, match="encoded anew"):
+        line = written(result, tmp_path, format="mkv")
+    with av.open(line["output"]) as file:
+        assert file.streams.video[0].codec_context.name == "h264"
+
+
+@pytest.mark.parametrize(
+    "layout, expected",
+    [
+        ("mono", [[1, 1]]),
+        ("stereo", [[1, 0], [0, 1]]),
+        ("5.1", [[1, 0], [0, 1], [0.71, 0.71], [0, 0], [0.71, 0], [0, 0.71]]),
+        ("6.1", [[1, 0], [0, 1], [0.71, 0.71], [0, 0], [0.5, 0.5], [0.71, 0], [0, 0.71]]),
+    ],
+)
+def test_every_channel_stays_on_its_side(layout, expected):
+    """ITU-R BS.775; what is heard on neither side is the LFE."""
+    layout = av.AudioLayout(layout)
+    weights = ffmpeg.stereo_weights(layout)
+    assert np.allclose(weights, expected, atol=0.01)
+    assert np.allclose(weights.mean(1), ffmpeg.downmix_weights(layout))
 
 
 def test_a_result_saves_flac(silent, tmp_path):
