@@ -1,5 +1,6 @@
 """Pages as sample.py and evaluate.py write them, of small clips and without a model."""
 
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +23,10 @@ def outputs(folder, name=NAME, seconds=6.0, candidates=3, codec="libx264"):
     )
     target = folder / f"{name}.foley"
     times = steady(10, seconds)
-    make(
-        f"{target}.mp4",
-        times,
-        wav=sound,
-        codec=codec,
-        levels=[40 + k for k in range(len(times) - 1)],
-    )
+    levels = [40 + k for k in range(len(times) - 1)]
+    # a clock that every codec takes
+    tick = Fraction(1, 1000)
+    make(f"{target}.mp4", times, levels, wav=sound, codec=codec, tick=tick)
     line = {
         "input": str(source),
         "output": f"{target}.mp4",
