@@ -719,9 +719,9 @@ def score_rows(measured, clips):
     return result
 
 
-def evaluate(args):
-    """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
-    # what these weights cannot be told shows before any clip is read
+def check_first(args, videos):
+    """Raises UserError for what would only show after an hour."""
+    # what these weights cannot be told
     if args.material or args.onsets or args.ablate == "onsets":
         try:
             annotated = args.onsets == "annotated" or args.ablate == "onsets"
@@ -731,13 +731,18 @@ def evaluate(args):
             )
         except ValueError as error:
             raise UserError(f"--{error}") from None
-    videos = find_clips(args)
-    # what stands in the way of a listening test shows now, not after an hour
+    # what stands in the way of a listening test
     if args.page:
         listen.check_free(args.out)
     if args.against:
         for video in videos:
             find_sample(args.against, video, "--against")
+
+
+def evaluate(args):
+    """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
+    videos = find_clips(args)
+    check_first(args, videos)
     annotations = read_annotations(args.annotations, videos) if args.annotations else {}
     groups = read_groups(args.groups, videos) if args.groups else {}
     metrics = load_metrics(args.judges)
