@@ -110,7 +110,8 @@ def test_the_axis_seeks_and_its_lanes_choose(page):
         )
         assert (hit["x"] - box["x"]) / box["width"] == pytest.approx(1 / SECONDS, abs=0.005)
         page.press("+")
-    assert page.run("$('.rows').clientWidth > 2 * $('.axis').clientWidth")
+    for part in (".rows", ".row.frames img", ".row.sound img"):
+        assert page.run(f"$('{part}').clientWidth > 2 * $('.axis').clientWidth")
 
 
 def test_what_is_marked_as_best_is_kept_and_saved(page, index):
