@@ -17,15 +17,17 @@ KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"}
 
 def have_chromium(may_install):
     """Skips the test where there is no Chromium and none may or can be installed."""
-    if shutil.which("chromium") and shutil.which("chromedriver"):
-        return
-    if may_install and os.geteuid() == 0 and shutil.which("apt-get"):
+    reason = INSTALL
+    if not is_installed() and may_install and os.geteuid() == 0 and shutil.which("apt-get"):
         command = f"apt-get update && {INSTALL}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
-        if done.returncode == 0:
-            return
-        pytest.skip(f"chromium: cannot be installed: {done.stderr[-200:]}")
-    pytest.skip(f"chromium and chromedriver are not there; {INSTALL}")
+        reason = f"apt-get: {done.stderr[-200:]}"
+    if not is_installed():
+        pytest.skip(f"chromium and chromedriver are not there; {reason}")
+
+
+def is_installed():
+    return bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 class Browser:
