@@ -12,6 +12,8 @@ out  the table, and one for each of --groups; OUT/evaluate.png; OUT/evaluate.jso
     python evaluate.py --data held-out --ablate guidance --out scores/guidance
     torchrun --nproc_per_node 4 evaluate.py --data held-out      the clips divided; the same table
     python evaluate.py --data FOLDER --annotations onsets.json --groups groups.csv     real footage
+    python evaluate.py --data held-out --clips 20 --page --out test     blind listening too: see
+    python evaluate.py --out test --ratings ratings-*.json              film/listen.py
 
 row                the sound that each video gets
 ours               generated for it
@@ -94,9 +96,10 @@ from common.audio import (
 from common.cli import Parser, number
 from common.files import UserError, atomic_write, make_folder, write_bytes
 from common.machine import find_device
-from common.media import MediaError, find_videos, probe, read_audio, write_wav
+from common.media import MediaError, find_videos, probe, read_audio, read_tags, write_wav
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
+from film import listen
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
@@ -591,14 +594,14 @@ def load_metrics(folder: Path):
     return metrics
 
 
-def find_sample(folder: Path, video: Path):
+def find_sample(folder: Path, video: Path, flag="--samples"):
     """The sound made elsewhere for a video; raises MediaError if there is none."""
     for suffix in (".foley.wav", ".wav", ".foley.mp4", ".mp4"):
         path = folder / f"{video.stem}{suffix}"
         if path.is_file():
             return path
     raise MediaError(
-        f"{folder}: no {video.stem}.foley.wav, .wav or .mp4; make it, or leave out --samples"
+        f"{folder}: no {video.stem}.foley.wav, .wav or .mp4; make it, or leave out {flag}"
     )
 
 
@@ -645,6 +648,37 @@ def make_sounds(videos, clips, args, changes, name):
     return share_out(make, len(videos), name)
 
 
+def write_listening(videos, wavs, partners, args):
+    """--page: a blind listening test of these sounds, ours or of --samples, one of each video.
+
+    partners: the video whose sound each video has in the pair with the wrong one.
+    """
+    weights = Path(args.weights[0]).resolve().name
+    ours = []
+    for k, wav in enumerate(wavs):
+        # what is generated here is marked here; what was made elsewhere keeps its tag
+        if args.samples:
+            ours.append((wav, tags_elsewhere(find_sample(args.samples, videos[k]))))
+        else:
+            ours.append((add_watermark(wav), tags_of(weights, args.seed + k)))
+    sounds = {
+        "ours": ours,
+        "ground_truth": [(read_audio(video), {}) for video in videos],
+        "wrong_video": [ours[k] for k in partners],
+    }
+    if args.against:
+        paths = [find_sample(args.against, video, "--against") for video in videos]
+        sounds["against"] = [(read_audio(path), tags_elsewhere(path)) for path in paths]
+    listen.write_test(args.out, videos, sounds, args.seed)
+    print(f"{args.out / 'listen.html'}  open it in a browser; {listen.KEY} is not for raters")
+
+
+def tags_elsewhere(path):
+    """The comment of a sound made elsewhere, which may say how."""
+    tags = read_tags(path)
+    return {"comment": tags["comment"]} if "comment" in tags else {}
+
+
 @torch.no_grad()
 def round_trip(clip: EvalClip, vae):
     """The reference as an autoencoder and the vocoder reproduce it, window by window: (n,)."""
@@ -686,9 +720,9 @@ def score_rows(measured, clips):
     return result
 
 
-def evaluate(args):
-    """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
-    # what these weights cannot be told shows before any clip is read
+def check_first(args, videos):
+    """Raises UserError for what would only show after an hour."""
+    # what these weights cannot be told
     if args.material or args.onsets or args.ablate == "onsets":
         try:
             annotated = args.onsets == "annotated" or args.ablate == "onsets"
@@ -698,7 +732,18 @@ def evaluate(args):
             )
         except ValueError as error:
             raise UserError(f"--{error}") from None
+    # what stands in the way of a listening test
+    if args.page:
+        listen.check_free(args.out)
+    if args.against:
+        for video in videos:
+            find_sample(args.against, video, "--against")
+
+
+def evaluate(args):
+    """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
     videos = find_clips(args)
+    check_first(args, videos)
     annotations = read_annotations(args.annotations, videos) if args.annotations else {}
     groups = read_groups(args.groups, videos) if args.groups else {}
     metrics = load_metrics(args.judges)
@@ -726,7 +771,10 @@ def evaluate(args):
         wavs, seconds = zip(*make_sounds(videos, clips, args, changes, name), strict=True)
         add_row(name, wavs, seconds)
     # the baselines; the wrong and the slid sounds are of the last variant
-    wrong = [wavs[k] for k in derange(len(videos))]
+    partners = derange(len(videos))
+    wrong = [wavs[k] for k in partners]
+    if args.page and distributed.rank() == 0:
+        write_listening(videos, wavs, partners, args)
     add_row("ground_truth", [read_audio(video) for video in videos])
     add_row("wrong_video", wrong)
     measured["slid"] = [slid_stats(stats) for stats in measured[name]]
@@ -804,7 +852,7 @@ def write(args, rows, intervals, groups, clips):
 
 def arguments(argv):
     p = Parser("evaluate.py", __doc__)
-    p.add_argument("--data", type=Path, required=True, help="folder of clips, best with labels")
+    p.add_argument("--data", type=Path, help="folder of clips, best with labels")
     p.add_argument(
         "--samples",
         type=Path,
@@ -864,7 +912,9 @@ def arguments(argv):
     )
     add_material(p)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_listening_arguments(p.add_argument_group("blind listening"))
     args = p.parse_args(argv)
+    check_listening(p, args)
     if args.samples and (args.ablate or len(args.weights) > 1):
         p.error("--samples: is one row; leave out --ablate and further --weights")
     if args.onsets and args.ablate == "onsets":
@@ -877,9 +927,47 @@ def arguments(argv):
     return args
 
 
+def add_listening_arguments(g):
+    g.add_argument(
+        "--page",
+        action="store_true",
+        help="OUT/listen.html too: pairs of sounds in random order, which fits the picture?",
+    )
+    g.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="with --page: pairs with these sounds of another model too, named as for --samples",
+    )
+    g.add_argument(
+        "--ratings",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="instead of all else: how often ours was preferred, by the ratings that the page in "
+        "--out saved",
+    )
+
+
+def check_listening(p, args):
+    """What cannot be asked for of --page, --against and --ratings ends the program."""
+    if not args.ratings and args.data is None:
+        p.error("--data: is missing; give a folder of clips")
+    if args.ratings and (args.page or args.data):
+        p.error("--ratings: is by itself; leave out --page and --data")
+    if args.against and not args.page:
+        p.error("--against: is for listening; add --page")
+    if args.page and (args.ablate or len(args.weights) > 1):
+        p.error("--page: compares one row of ours; leave out --ablate and further --weights")
+
+
 def main(argv=None):
     args = arguments(argv)
     with distributed.report_errors("evaluate.py"):
+        if args.ratings:
+            pairs, raters = listen.read_ratings(args.ratings, args.out / listen.KEY)
+            print(listen.report(listen.tally(pairs, raters)))
+            return
         distributed.init(args.device)
         make_folder(args.out)
         result = evaluate(args)

@@ -59,6 +59,7 @@ from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import level
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import save, write_outputs
+from film.page import Page
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -922,6 +923,11 @@ def add_run_arguments(g):
         action="store_true",
         help="print seconds and peak memory of each stage; total: since the output before",
     )
+    g.add_argument(
+        "--page",
+        action="store_true",
+        help="index.html in --out, or beside the first output: pick by ear, in a browser",
+    )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
@@ -950,6 +956,7 @@ def main(argv=None):
         if args.out:
             make_folder(args.out)
         jobs = plan_jobs(args, settings, models.ldm.materials if settings.onsets else ())
+        page = Page(args, jobs)
     except ValueError as error:
         print(f"sample.py: --{error}", file=sys.stderr)
         return 2
@@ -990,7 +997,8 @@ def main(argv=None):
                 any_failed = True
                 line = {"input": str(given), "error": str(failure)}
             report(line, args)
-    return 1 if any_failed else 0
+            page.add(line, target, result)
+    return 0 if page.write() and not any_failed else 1
 
 
 if __name__ == "__main__":

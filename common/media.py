@@ -158,6 +158,11 @@ def clip_motion(path: Path | str, start: float = 0.0, seconds: float | None = No
     return torch.from_numpy(in_child(path, "common.motion", "clip_motion", path, start, seconds))
 
 
+def jpeg(image) -> bytes:
+    """A picture uint8 (h, w, 3) as a JPEG: see `common.ffmpeg.jpeg`."""
+    return in_child("picture", "common.ffmpeg", "jpeg", image.numpy()).tobytes()
+
+
 # ---- writing -----------------------------------------------------------------------------------
 
 

@@ -5,11 +5,18 @@ out  the picture, written to `path`
 """
 
 import math
+import struct
+import zlib
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from common.audio import HOP, SAMPLE_RATE
+
+# red, green and blue of a spectrogram on dark ground, from silence to the loudest
+DARK = ((13, 15, 22), (43, 29, 89), (126, 37, 119), (211, 73, 86), (247, 153, 61), (252, 246, 196))
+SHADES = 32  # in between: what the eye tells apart at this size, and a third of the bytes of 256
 
 
 @contextmanager
@@ -119,3 +126,30 @@ def plot_speedups(path, title: str, ratios: dict):
         axis.set(yticks=range(len(names)), yticklabels=names)
         axis.invert_yaxis()
         axis.legend()
+
+
+def mel_png(mel):
+    """A mel (m, s) in [0, 1] as the bytes of a png, a pixel for each value, low bands below.
+
+    In colors of `DARK`, without axes: for a page that draws its own.
+    """
+    anchors = np.linspace(0, SHADES - 1, len(DARK))
+    palette = [np.interp(range(SHADES), anchors, channel) for channel in zip(*DARK, strict=True)]
+    palette = np.stack(palette, 1).round().astype(np.uint8)  # (shades, 3)
+    shades = (mel.float().clamp(0, 1) * (SHADES - 1)).round().byte().numpy()[::-1]  # (m, s)
+
+    # every row begins with the number of its filter; 0 is none
+    rows = np.pad(shades, ((0, 0), (1, 0))).tobytes()
+    height, width = shades.shape
+    chunks = {
+        # 8 bits a pixel, indices of a palette
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": palette.tobytes(),
+        b"IDAT": zlib.compress(rows, 9),
+        b"IEND": b"",
+    }
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks.items():
+        check = zlib.crc32(name + content)
+        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+    return png

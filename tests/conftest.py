@@ -76,6 +76,12 @@ FAST = {
         "test_convert",
     ),
     "test_hub": (),
+    "test_page": (
+        "test_a_page_of_somebody_else_is_not_overwritten",
+        "test_other_sounds_are_another_clip",
+        "test_stems_are_heard_but_not_those_of_an_earlier_run",
+        "test_the_key_says_which_sound_is_whose_and_nothing_else_does",
+    ),
     # the command line: outputs and mistakes
     "test_sample": (
         "test_windows_of_many_clips_share_batches",
@@ -88,6 +94,7 @@ FAST = {
         "test_ctrl_c_says_one_line_and_leaves_nothing",
         "test_sound_is_exactly_as_long_as_the_picture",
         "test_every_sound_that_is_written_is_marked",
+        "test_page_has_every_input_or_why_not",
         "test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it",
         "test_command_writes_video_and_wav_and_says_so",
         "test_best_candidate_is_the_highest_score_and_scores_see_the_picture",

@@ -655,6 +655,35 @@ def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch
     assert list(written["rows"])[:4] == ["none", "classifier", "classifier_free", "both"]
 
 
+def test_a_listening_test_of_generated_sounds(foley_set, tmp_path, monkeypatch, capsys):
+    """What it holds: tests/test_page.py."""
+
+    def generate(video, models, *, settings, mark):
+        return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
+
+    monkeypatch.setattr(
+        evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny")
+    )
+    monkeypatch.setattr(evaluate, "generate", generate)
+    flags = ["--data", str(foley_set), "--out", str(tmp_path), "--judges", str(tmp_path)]
+    flags += ["--clips", "2", "--page"]
+    evaluate.main([*flags, "--against", str(foley_set)])
+    assert "listen.html" in capsys.readouterr().out
+    key = json.loads((tmp_path / "listen-key.json").read_text())["pairs"]
+    others = sorted({"a": side["b"], "b": side["a"]}[k] for side in key.values() for k in "ab")
+    assert others == ["against"] * 2 + ["ground_truth"] * 2 + ["ours"] * 6 + ["wrong_video"] * 2
+    assert (tmp_path / "listen.html").exists() and len(list((tmp_path / "listen").iterdir())) == 14
+
+    # its key is not written over, nor is a sound that lacks found out at the end
+    for more, word in (
+        ([], "another --out"),
+        (["--out", str(tmp_path / "b"), "--against", str(tmp_path)], "leave out --against"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main([*flags, *more])
+        assert word in str(stopped.value)
+
+
 def test_mistakes_are_one_line(foley_set, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "columns.csv").write_text("name,kind\n00000,a\n")

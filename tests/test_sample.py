@@ -549,6 +549,27 @@ def test_keep_all_writes_every_candidate_with_its_score(capsys, clip, weights, t
     assert len({Path(c["wav"]).read_bytes() for c in line["candidates"]}) == 3
 
 
+def test_page_has_every_input_or_why_not(capsys, clip, weights, tmp_path):
+    """What it holds: tests/test_page.py."""
+    flags = ("--weights", weights, "--out", tmp_path, "--steps", 1, "--page")
+    flags += ("--candidates", 2, "--keep-all", "--start", 0.5)
+    status, out, err = run(capsys, tmp_path / "none.mp4", clip, *flags)
+    assert status == 1 and err[0].endswith("no such file; check the path")
+    assert out[-1].startswith(str(tmp_path / "index.html"))
+    page = (tmp_path / "index.html").read_text()
+    data = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    failed, made = json.loads(data)["inputs"]
+    assert failed == {"name": "none.mp4", "error": err[0].removeprefix("sample.py: ")}
+    files = [(sound["file"], sound["offset"]) for sound in made["sounds"]]
+    assert files == [("clip.foley.0.wav", 0), ("clip.foley.1.wav", 0), ("clip.mp4", 0.5)]
+    assert made["seconds"] == 1.5 and made["name"] == "clip.mp4"
+    assert all(0 <= time <= 1.5 for time, _ in made["hits"])
+
+    # with --json stdout is JSON alone
+    _, out, _ = run(capsys, clip, *flags, "--json")
+    assert [json.loads(line)["input"] for line in out] == [str(clip)]
+
+
 def test_every_sound_that_is_written_is_marked(capsys, clip, weights, tmp_path):
     """As drawn, then marked, in all files and with --keep-all; `watermark.py` says what the mark is
     worth."""

@@ -1,0 +1,246 @@
+"""A page to pick by ear: `sample.py --page` writes OUT/index.html, which a browser shows from disk.
+
+in   what sample.py prints of each input with --json, and the files that this names
+out  index.html: for every input its picture with each of its sounds, frames, hits, spectrograms and
+     scores on one time axis; or why there is none
+
+The page refers to pictures and sounds by relative links and holds all else itself (page.html with
+player.js), so that it moves with its folder and needs no network.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import urllib.parse
+from pathlib import Path
+
+import soundfile
+import torch
+
+import foley
+from common import media, plots
+from common.audio import HOP, SAMPLE_RATE, mel
+from common.files import UserError, write_bytes
+from common.onsets import read_hits
+from film.jobs import onsets_file
+
+FOLDER = Path(__file__).parent
+GENERATOR = b'<meta name="generator" content="diff-foley-compact'  # which our pages begin with
+FRAME = 128  # pixels: side of a frame in the strip
+STRIP = 16  # by how much the strip is wider than high, nearly: so many square frames
+MOST_FRAMES = 24
+COLUMNS = 4000  # of a spectrogram at most
+SPAN = 60  # seconds of sound transformed at once
+
+
+def fill(template, content):
+    """A page as bytes: a template of this folder with style, player and `content` in it."""
+    # nothing in the data, such as a name, can end the script that holds it
+    text = json.dumps(content).replace("<", "\\u003c")
+    page = (FOLDER / template).read_text(encoding="utf-8")
+    # the data last: nothing in it is replaced
+    parts = {"style": "style.css", "player": "player.js"}
+    for name, file in parts.items():
+        page = page.replace(f"{{{{{name}}}}}", (FOLDER / file).read_text(encoding="utf-8"))
+    return page.replace("{{data}}", text).encode()
+
+
+def link(path, folder):
+    """A file as a URL relative to the folder, whatever its name."""
+    relative = os.path.relpath(Path(path).absolute(), Path(folder).absolute())
+    return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
+
+
+def data_url(kind, content):
+    """The bytes of a picture as a URL that holds them."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def strip(source, start, seconds, aspect):
+    """-> a jpeg of frames side by side, spread evenly, and their number.
+
+    As many as fill a line. Each is squeezed into a square, which the page undoes.
+    """
+    count = min(max(round(STRIP / aspect), 4), MOST_FRAMES)
+    frames = []
+    for k in range(count):
+        middle = start + (k + 0.5) * seconds / count
+        frames.append(media.read_frames(source, 1, FRAME, middle, 1e-3)[0])
+    return media.jpeg(torch.cat(frames, 2).permute(1, 2, 0)), count
+
+
+def read_sound(path, start, seconds):
+    """`media.read_audio`, of our own wav files without FFmpeg, which takes much longer for them."""
+    if path.suffix == ".wav":
+        with contextlib.suppress(soundfile.LibsndfileError):
+            wav, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
+            if rate == SAMPLE_RATE:
+                wav = torch.from_numpy(wav).mean(1)
+                return wav[round(start * rate) : round((start + seconds) * rate)]
+    return media.read_audio(path, start, seconds)
+
+
+def spectrogram(path, start, seconds):
+    """The mel of a sound (128, at most COLUMNS): of each pixel's columns the loudest."""
+    pooled = math.ceil(seconds * SAMPLE_RATE / HOP / COLUMNS)  # columns of a pixel
+    wav = read_sound(path, start, seconds)
+    # a span at a time: the transform takes several times the memory of the sound
+    span = max(1, SPAN * SAMPLE_RATE // HOP // pooled) * pooled * HOP
+    parts = []
+    for part in wav.split(span):
+        parts.append(torch.nn.functional.max_pool1d(mel(part), pooled, ceil_mode=True))
+    return torch.cat(parts, 1)
+
+
+def candidates_of(line, target):
+    """[(file, score)] of the candidates that lie beside an output, in order; [] for one alone.
+
+    line: what --json prints of the input. An output that was made earlier may have a line without
+    them: then they are the files that are there.
+    """
+    if "candidates" in line or not line.get("kept"):
+        return [(Path(one["wav"]), one["score"]) for one in line.get("candidates", ())]
+    pattern = re.compile(re.escape(target.name) + r"\.(\d+)\.wav")
+    found = [pattern.fullmatch(path.name) for path in target.parent.iterdir()]
+    numbers = sorted(int(match[1]) for match in found if match)
+    return [(target.with_name(f"{target.name}.{k}.wav"), None) for k in numbers]
+
+
+def sounds_of(line, target, start):
+    """[{"name", "path", "score", "offset"}] of an input: what was made, the mix, its own sound.
+
+    offset: the second of the file at which the picture starts.
+    """
+    made = Path(line.get("wav") or line["output"])
+    listed = [("foley", made, line.get("score"), 0)]
+    candidates = candidates_of(line, target)
+    if len(candidates) > 1:
+        listed = []
+        for path, score in candidates:
+            number = path.name.removeprefix(f"{target.name}.").partition(".")[0]
+            listed.append((f"candidate {number}", path, score, 0))
+    # of --stems, written with it; not what an earlier run left there
+    source = Path(line["input"])
+    own = ("original", source, None, start) if media.probe(source).has_audio else None
+    for name in ("mix", "own"):
+        path = Path(f"{str(target).removesuffix('.foley')}.{name}.wav")
+        if path.is_file() and abs(path.stat().st_mtime - made.stat().st_mtime) < 60:
+            if name == "own":
+                own = ("original", path, None, 0)
+            else:
+                listed.append((name, path, None, 0))
+    if own:
+        listed.append(own)
+    return [dict(zip(("name", "path", "score", "offset"), one, strict=True)) for one in listed]
+
+
+def earlier_hits(target):
+    """The hits of NAME.onsets.txt, where it is there and can be read."""
+    with contextlib.suppress(UserError):
+        if onsets_file(target).is_file():
+            return read_hits(onsets_file(target), foley.MATERIALS)
+    return []
+
+
+def card(line, target, result, folder, start):
+    """What the page knows of one input.
+
+    line: as --json prints it; result: its Result, or None for an output that was made earlier.
+    """
+    source = Path(line["input"])
+    shape = media.probe(source)
+    aspect = shape.width / shape.height
+    seconds = line.get("seconds") or shape.duration - start
+    # without a video of ours, as of --format wav, the source's own picture is shown
+    picture = {"url": link(line["output"], folder), "offset": 0}
+    if Path(line["output"]).suffix.lower() in media.SOUND_SUFFIXES:
+        picture = {"url": link(source, folder), "offset": start}
+    jpeg, frames = strip(source, start, seconds, aspect)
+    hits = result.hits if result else earlier_hits(target)
+
+    sounds = []
+    for sound in sounds_of(line, target, start):
+        mel = spectrogram(sound["path"], sound["offset"], seconds)
+        sounds.append(
+            {
+                "name": sound["name"],
+                "file": sound["path"].name,
+                "url": link(sound["path"], folder),
+                "offset": sound["offset"],
+                "score": sound["score"],
+                "spectrogram": data_url("png", plots.mel_png(mel)),
+            }
+        )
+    # the candidate that the classifier ranked first
+    scores = [sound["score"] for sound in sounds if sound["score"] is not None]
+    ranked = len(scores) > 1
+    for sound in sounds:
+        sound["first"] = ranked and sound["score"] == max(scores)
+    content = {
+        "input": str(source),
+        "name": source.name,
+        "seconds": seconds,
+        "aspect": aspect,
+        "picture": picture,
+        "strip": data_url("jpeg", jpeg),
+        "frames": frames,
+        "hits": [[hit.time - start, hit.strength] for hit in hits],
+        "sounds": sounds,
+    }
+    # other sounds are other clips: what was picked of these is not picked of those
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return content | {"id": digest[:16]}
+
+
+class Page:
+    """The page of one run, in the folder of its first output: `add` every input, then `write`.
+
+    Raises ValueError, before any work, where a page that is not ours has its place. Without --page
+    it does nothing.
+    """
+
+    def __init__(self, args, jobs):
+        self.wanted = args.page
+        self.start = args.start
+        self.quiet = args.json
+        self.inputs = []
+        folders = [target.parent for _, target, error in jobs if error is None]
+        self.folder = args.out or next(iter(folders), Path())
+        self.path = self.folder / "index.html"
+        if self.wanted and self.path.exists() and GENERATOR not in self.path.read_bytes()[:1000]:
+            raise ValueError(f"page: {self.path} is there and not of ours; move it, or give --out")
+
+    def add(self, line, target, result=None):
+        """One input: its line of --json, its output without suffix, and what was drawn for it."""
+        if not self.wanted:
+            return
+        # a result may be of an input before
+        if result is not None and str(getattr(result, "source", None)) != line["input"]:
+            result = None
+        name = Path(line["input"]).name
+        if "error" not in line:
+            try:
+                self.inputs.append(card(line, target, result, self.folder, self.start))
+                return
+            # such as a sound that somebody deleted in between
+            except UserError as error:
+                line = {"error": str(error)}
+        self.inputs.append({"name": name, "error": line["error"]})
+
+    def write(self):
+        """Writes the page, whole or not at all. -> whether all went well, which is printed."""
+        if not self.wanted:
+            return True
+        try:
+            write_bytes(self.path, fill("page.html", {"inputs": self.inputs}))
+        except UserError as error:
+            print(f"sample.py: {error}", file=sys.stderr)
+            return False
+        if not self.quiet:
+            print(f"{self.path}  open it in a browser")
+        return True
