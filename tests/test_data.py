@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import cavp
 import data
-from common import audio, ffmpeg, files, media
+from common import audio, ffmpeg, files, media, rights
 from common.checkpoints import save_model
+from common.rights import Rights
 from tools.speed_data import of_shards
 
 ROOT = Path(__file__).parent.parent
@@ -983,6 +984,16 @@ def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, t
         )
     pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
     assert pair["features"].shape == (20, 16) and pair["wav"].shape == (audio.WINDOW,)
+
+
+def test_extracted_sets_know_whose_the_clips_are(set_of_four, tower, tmp_path):
+    clips = shutil.copytree(set_of_four, tmp_path / "clips")
+    for license in ("CC0", "MIT"):  # at first, and after it was corrected
+        known = {"a.mkv": Rights("me", license, "yes")}
+        rights.write_table(clips / rights.TABLE, known)
+        extract(clips, tower, tmp_path / "set")
+        assert data.Set(tmp_path / "set").rights == known
+    assert not list(data.check(tmp_path / "set"))
 
 
 def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tower, tmp_path):
