@@ -493,7 +493,7 @@ def test_two_processes_do_not_prepare_one_set(nine, tmp_path):
         assert "another process" in answered(*preparing(nine / "raw", tmp_path / "set"))
 
 
-class Deadly:
+class Deadly(type(Path())):
     """A path that ends the process which unpickles it, as a crash in a decoder would."""
 
     def __reduce__(self):
@@ -502,7 +502,10 @@ class Deadly:
 
 def test_a_file_that_kills_its_process_is_left_out(nine, tmp_path, monkeypatch):
     jobs, *rest = data.find_jobs(nine / "raw")
-    jobs = [job._replace(path=Deadly()) if job.name in ("5.mp4", "6.mp4") else job for job in jobs]
+    jobs = [
+        job._replace(path=Deadly("gone.mp4")) if job.name in ("5.mp4", "6.mp4") else job
+        for job in jobs
+    ]
     monkeypatch.setattr(data, "find_jobs", lambda *_: (jobs, *rest))
     report = data.prepare(nine / "raw", tmp_path / "set", FPS, 32, 3)
     assert names(tmp_path / "set") == [f"{k}.mp4" for k in (0, 1, 2, 3, 4, 7, 8)]
