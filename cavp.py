@@ -792,7 +792,10 @@ def extract(args):
         "network": hashlib.sha256(weight.tobytes()).hexdigest()[:16],
     }
     first = distributed.rank() == 0
-    with data.Writer(args.extract, metadata) if first else contextlib.nullcontext() as writer:
+    output = contextlib.nullcontext()
+    if first:
+        output = data.Writer(args.extract, metadata, clips.set.rights)
+    with output as writer:
         # rank 0 knows which clips the set lacks
         missing = first and [
             i for i in range(len(clips)) if clips.describe(i)[0] not in writer.names

@@ -5,6 +5,7 @@ out  a prepared set, and datasets of windows of it
 
     python data.py prepare RAW OUT --fps 15.625 --size 64 --workers 4
     python data.py prepare vggsound OUT --csv vggsound.csv --fps 4 --size 224
+    python data.py prepare RAW OUT --licence-csv licences.csv --require-licence
     python data.py check OUT
 
 A set is a folder, each of whose files is complete or not there:
@@ -13,6 +14,7 @@ A set is a folder, each of whose files is complete or not there:
                        "clips"    how many of them readers see; null until the set is first finished
                        "shards"   [{"clips": how many, "sha256": of the file}]
                        "moved"    {name: split} of clips that left the split which their shard says
+                       "rights"   SHA-256 of licences.csv, if there is one
     shard-00000.safetensors       at most SHARD_CLIPS clips and SHARD_BYTES, of clip k in it
                        "k.bounds"    int64 (f + 1,), where each frame starts in
                        "k.frames"    uint8 (bytes,), JPEGs
@@ -21,6 +23,7 @@ A set is a folder, each of whose files is complete or not there:
                    and in its metadata [name, label, split] of each clip
     index.safetensors             every clip's split and the lengths of its arrays, which follow
                    from the other files: what is drawn from is chosen without opening a shard
+    licences.csv   source, license and consent of the clips of which any is known: common/rights.py
     left_out.csv   the files that are not in it: name, reason, detail
 
 Reading checks the form of a file, not every byte of it: that is what `check` does.
@@ -54,13 +57,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from common import cli, ffmpeg
+from common import cli, ffmpeg, rights
 from common.audio import HOP, WINDOW, detect_onsets, mel
 from common.checkpoints import save_tensors
 from common.controls import track_hits, track_materials
 from common.files import FileError, UserError, atomic_write, make_folder, sha256, write_bytes
 from common.media import SAMPLE_RATE, TEXT_SUFFIXES, MediaError, find_videos, search
 from common.onsets import Hit
+from common.rights import UNKNOWN
 
 try:
     import fcntl
@@ -169,6 +173,18 @@ def open_shard(path):
         return file, json.loads(file.metadata()["clips"])
 
 
+def read_rights(root):
+    """{name: Rights} of a set's clips, as far as any are known. Raises MediaError."""
+    path = root / rights.TABLE
+    try:
+        return rights.read_table(path)
+    except (UserError, OSError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise MediaError(
+            f"{path}: damaged ({reason}); delete it, and prepare the set again with its CSV"
+        ) from None
+
+
 def read_metadata(root):
     """Content of set.json. Raises MediaError where the folder is no set."""
     if not root.is_dir():
@@ -211,11 +227,12 @@ class Writer:
 
     metadata  {"columns": names of a clip's arrays, ...}: what all clips have in common
     names     {name: split} of the clips in the set, in order
+    rights    {name: Rights} of those of which any are known; `new_rights` are added to the set's
     Raises MediaError for a set of another kind or one that another process is writing, and
     FileError where it cannot be written.
     """
 
-    def __init__(self, root: Path, metadata: dict):
+    def __init__(self, root: Path, metadata: dict, new_rights: dict | None = None):
         self.root = Path(root)
         self.names = {}
         self.pending = []
@@ -237,6 +254,8 @@ class Writer:
                     "give another folder"
                 )
         self.resume()
+        self.rights = read_rights(self.root)
+        self.add_rights(new_rights or {})
 
     def acquire_lock(self):
         try:
@@ -310,6 +329,18 @@ class Writer:
         self.write_metadata()
         self.pending = []
 
+    def add_rights(self, new: dict):
+        """{name: Rights}, written at once: a kill must not part a clip from them."""
+        self.rights |= new
+        if new:
+            self.write_rights()
+
+    def write_rights(self):
+        path = self.root / rights.TABLE
+        rights.write_table(path, self.rights)
+        self.metadata["rights"] = sha256(path)
+        self.write_metadata()
+
     def write_metadata(self):
         write_bytes(self.root / "set.json", json.dumps(self.metadata, indent=1).encode() + b"\n")
 
@@ -329,6 +360,10 @@ class Writer:
                 first = min(donors, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
                 self.names[first] = split
                 self.metadata["moved"][first] = split
+        # of clips that are in the set, and in their order
+        if self.rights:
+            self.rights = {name: self.rights[name] for name in self.names if name in self.rights}
+            self.write_rights()
         # the index first: whoever reads set.json must find a row for each of its clips
         self.write_index()
         self.metadata["clips"] = len(self.names)
@@ -372,6 +407,8 @@ class Report(NamedTuple):
     new: int
     left_out: list  # [(name, reason, detail)]
     missing: int  # rows of the CSV without a file
+    licensed: int  # clips with a license
+    unknown: list  # files that only the CSV of licenses names
 
 
 def read_csv(path):
@@ -441,6 +478,53 @@ def jobs_of_rows(rows, names):
             continue
         jobs.setdefault(job.name, job)
     return sorted(jobs.values()), missing
+
+
+def rights_of(jobs, names, rows, table):
+    """Rights of clips to be (jobs) and of those in the set (names), by the rows of the CSV `table`.
+
+    -> {name: Rights}, [files that only the CSV names]. Clips of foley.py say theirs themselves.
+    """
+    made = {job.name: rights.made_by_foley(job.path) for job in jobs}
+    known = {name: of for name, of in made.items() if of}
+    # clips of the set count, too, whose files are gone
+    files = {name: name for name in names}
+    for job in jobs:
+        files[job.name] = (Path(job.name).parent / job.path.name).as_posix()
+    told, unknown = rights.assign(rows, files, table)
+    return known | told, unknown
+
+
+def keep_licensed(jobs, writer):
+    """-> the jobs with a license and without a refusal, [(name, reason, detail)] of the others.
+
+    Raises MediaError where the set holds a clip of the latter kind.
+    """
+    kept = []
+    left_out = []
+    for job in jobs:
+        fault = fault_of_rights(writer.rights.get(job.name, UNKNOWN))
+        if fault is None:
+            kept.append(job)
+        else:
+            left_out.append((job.name, *fault))
+    for name in writer.names:
+        fault = fault_of_rights(writer.rights.get(name, UNKNOWN))
+        if fault is not None:
+            raise MediaError(
+                f"{writer.root}: {name} is in this set already ({fault.reason}); name its license "
+                "in the CSV, or give another folder"
+            )
+    return kept, left_out
+
+
+def fault_of_rights(known):
+    """-> LeftOut, or None where a clip may be used by what is known."""
+    if not known.license:
+        return LeftOut("no license", "no row of the CSV gives it one")
+    if known.refused:
+        return LeftOut("consent refused", f"the CSV says {known.consent!r} of it")
+    return None
 
 
 def encode_clip(job, fps, size):
@@ -545,15 +629,20 @@ def encode_all(jobs, fps, size, workers):
             pool.shutdown(cancel_futures=True)
 
 
-def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
+def prepare(
+    raw, out, fps=15.625, size=64, workers=1, table=None, licenses=None, require_license=False
+) -> Report:
     """Folder of videos -> a set in `out`, the same bytes for any number of workers.
 
     The clips that it holds already stay; files that were left out are tried again.
-    fps: frames a second; size: their side in pixels; table: a CSV of VGGSound's form (`read_csv`).
-    Raises MediaError where there is no clip, and what `Writer` raises.
+    fps: frames a second; size: their side in pixels; table: a CSV of VGGSound's form (`read_csv`);
+    licenses: a CSV of source, license and consent (common/rights.py); require_license: leave out
+    clips of which it gives none.
+    Raises MediaError where there is no clip, RightsError, and what `Writer` raises.
     """
     if not Path(raw).exists():
         raise MediaError(f"{raw}: no such file or folder; give the videos'")
+    rows = rights.read_rows(licenses) if licenses else []
     jobs, left_out, missing = find_jobs(raw, table)
     metadata = {
         "columns": ["bounds", "frames", "sound"],
@@ -563,20 +652,12 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
     }
     with Writer(out, metadata) as writer:
         before = len(writer.names)
-        todo = [job for job in jobs if job.name not in writer.names]
-        done = len(jobs) - len(todo)
-        with tqdm(
-            total=len(jobs), initial=done, desc="prepare", unit="clip", disable=not todo
-        ) as bar:
-            for job, result in encode_all(todo, fps, size, workers):
-                bar.update()
-                if isinstance(result, LeftOut):
-                    left_out.append((job.name, *result))
-                    continue
-                columns, mended = result
-                writer.add(job.name, job.label, job.split, columns)
-                for line in mended:
-                    bar.write(f"data.py: {line}", file=sys.stderr)
+        known, unknown = rights_of(jobs, writer.names, rows, licenses)
+        writer.add_rights(known)
+        if require_license:
+            jobs, unlicensed = keep_licensed(jobs, writer)
+            left_out += unlicensed
+        left_out += encode_missing(jobs, writer, workers)
         # also where there is no clip at all: then it says why
         with (
             atomic_write(writer.root / "left_out.csv") as part,
@@ -587,7 +668,33 @@ def prepare(raw, out, fps=15.625, size=64, workers=1, table=None) -> Report:
             raise MediaError(f"{raw}: no usable clip: {summary(left_out, out)}")
         # VGGSound's CSV says what is "test"
         writer.finish(SPLITS if table is None else ("val",))
-        return Report(len(writer.names), len(writer.names) - before, left_out, missing)
+        new = len(writer.names) - before
+        return Report(len(writer.names), new, left_out, missing, licensed(writer.rights), unknown)
+
+
+def encode_missing(jobs, writer, workers):
+    """Add the clips that a set lacks. -> [(name, reason, detail)] of those that cannot be."""
+    left_out = []
+    todo = [job for job in jobs if job.name not in writer.names]
+    done = len(jobs) - len(todo)
+    fps = writer.metadata["fps"]
+    size = writer.metadata["size"]
+    with tqdm(total=len(jobs), initial=done, desc="prepare", unit="clip", disable=not todo) as bar:
+        for job, result in encode_all(todo, fps, size, workers):
+            bar.update()
+            if isinstance(result, LeftOut):
+                left_out.append((job.name, *result))
+                continue
+            columns, mended = result
+            writer.add(job.name, job.label, job.split, columns)
+            for line in mended:
+                bar.write(f"data.py: {line}", file=sys.stderr)
+    return left_out
+
+
+def licensed(known):
+    """How many of a set's clips have a license: {name: Rights} of those with any -> a number."""
+    return sum(bool(of.license) for of in known.values())
 
 
 def summary(left_out, out):
@@ -691,6 +798,11 @@ class Set:
             pairs = itertools.pairwise(bounds - first)
             return decode_jpegs([jpegs[a:b] for a, b in pairs], self.metadata["size"])
 
+    @functools.cached_property
+    def rights(self):
+        """{name: Rights} of the clips of which any are known."""
+        return read_rights(self.root)
+
     def left_out(self):
         """[(name, reason)] of the files that are not in the set."""
         path = self.root / "left_out.csv"
@@ -703,6 +815,12 @@ class Set:
 def check(root: Path):
     """Yields a line for every fault of a set: files that have changed, unreadable clips."""
     clips = Set(root)
+    path = clips.root / rights.TABLE
+    written = clips.metadata.get("rights")
+    if written and not path.is_file():
+        yield f"{path}: missing; prepare the set again with its CSV"
+    elif path.is_file() and sha256(path) != written:
+        yield f"{path}: it has changed since it was written (SHA-256); prepare again with its CSV"
     for number, shard in enumerate(clips.metadata["shards"]):
         if clips.starts[number] == clips.metadata["clips"]:
             return  # what follows is not for readers yet
@@ -812,6 +930,16 @@ class Windows(torch.utils.data.Dataset):
     def describe(self, index):
         """-> name, label and split of an item's clip."""
         return self.set.describe(self.clips[index % len(self.clips)])
+
+    def data_summary(self):
+        """What weights trained on these clips say of them: `rights.summarize`, and "seconds"."""
+        known = [UNKNOWN] * len(self.clips)
+        # names are in the shards, which a set of which nothing is known need not open
+        if self.set.rights:
+            names = (self.set.describe(clip)[0] for clip in self.clips)
+            known = [self.set.rights.get(name, UNKNOWN) for name in names]
+        samples = int(self.set.index["sound"][self.clips].sum())
+        return {**rights.summarize(known), "seconds": round(samples / SAMPLE_RATE, 1)}
 
     def sound(self, clip, start, count):
         """`count` samples of a clip from `start` on, as far as it goes: float32 in [-1, 1]."""
@@ -1071,6 +1199,20 @@ def parse_arguments(argv=None):
         help="rows `id,start,label,train|test`, as VGGSound's: clips, labels and splits",
     )
     p.add_argument(
+        "--licence-csv",
+        "--license-csv",
+        type=Path,
+        metavar="FILE",
+        help="columns `file,source,licence,consent` and perhaps `attribution`, of any of the "
+        "videos: kept with their clips",
+    )
+    p.add_argument(
+        "--require-licence",
+        "--require-license",
+        action="store_true",
+        help="leave out clips without a license, and those whose consent is `no`",
+    )
+    p.add_argument(
         "--fps",
         type=cli.number(float, 0.001, 240),
         default=15.625,
@@ -1097,9 +1239,25 @@ def parse_arguments(argv=None):
 
 def run_prepare(args):
     """-> how many files were left out."""
-    report = prepare(args.raw, args.set, args.fps, args.size, args.workers, args.csv)
+    report = prepare(
+        args.raw,
+        args.set,
+        args.fps,
+        args.size,
+        args.workers,
+        args.csv,
+        args.licence_csv,
+        args.require_licence,
+    )
     print(f"{args.set}: {report.clips} clips, {report.new} of them new", end="")
+    print(f", {report.licensed} with a license", end="")
     print(f"; {report.missing} rows of {args.csv} have no file" if report.missing else "")
+    if report.unknown:
+        print(
+            f"{args.licence_csv}: {len(report.unknown)} of its files are not among the videos: "
+            + rights.some(report.unknown),
+            file=sys.stderr,
+        )
     if report.left_out:
         print(summary(report.left_out, args.set), file=sys.stderr)
     return len(report.left_out)
@@ -1112,6 +1270,7 @@ def run_check(args):
         print(fault, flush=True)
         faults += 1
     metadata = read_metadata(args.set)
+    print(f"{args.set}: {licensed(Set(args.set).rights)} of its clips have a license")
     shards = len(metadata["shards"])
     print(f"{args.set}: {metadata['clips']} clips, shards: {shards}, faults: {faults}")
     return faults

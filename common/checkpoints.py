@@ -12,6 +12,7 @@ packages need not be importable and run nothing. A name that no checkpoint has a
 attack needs (the standard library's and torch's functions) refuses the file.
 
     python -m common.checkpoints convert DIR OUT      published files -> safetensors, half the size
+    python -m common.checkpoints show FILE            a model card of what the file says of itself
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from common import cli
+from common import cli, model_card
 from common.files import UserError, atomic_write
 
 
@@ -267,6 +268,8 @@ def read_older(path):
 class Checkpoint(Mapping):
     """{name: tensor} of a file, with `config`: what `save_model` put beside the weights, or None.
 
+    metadata: {name: value} of the header, of anybody's safetensors, or the numbers and strings that
+    lie beside a state dict. It may say anything.
     A tensor is a view of the mapped file, so it costs memory only when it is read, and `release`
     gives that back; write to none. Lightning's `state_dict`, other trainers' `model` and
     DistributedDataParallel's `module.` are taken off; whatever else lies in the file is left out.
@@ -280,9 +283,10 @@ class Checkpoint(Mapping):
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if self.path.suffix == ".safetensors":
-                self.config, self.entries = self.read_safetensors()
+                self.metadata, self.entries = self.read_safetensors()
+                self.config = self.metadata.get("config")
             else:
-                self.entries = self.read_pickled()
+                self.metadata, self.entries = self.read_pickled()
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: no such checkpoint; give the path of a .safetensors or .ckpt file"
@@ -295,9 +299,14 @@ class Checkpoint(Mapping):
             ) from None
 
     def read_safetensors(self):
-        """-> configuration or None, {name: Entry}."""
+        """-> metadata, {name: Entry}."""
+        metadata = {}
         with safe_open(self.path, "pt") as file:  # checks the header
-            config = json.loads((file.metadata() or {}).get("config", "null"))
+            for key, text in (file.metadata() or {}).items():
+                metadata[key] = text
+                # others' programs write plain text
+                with contextlib.suppress(ValueError):
+                    metadata[key] = json.loads(text)
         # 8 bytes of length, the header in JSON, then the tensors, contiguous
         length = int.from_bytes(self.map[:8], "little")
         header = json.loads(self.map[8 : 8 + length])
@@ -307,10 +316,10 @@ class Checkpoint(Mapping):
             first = 8 + length + entry["data_offsets"][0]
             stride = torch.empty(entry["shape"], device="meta").stride()
             entries[name] = Entry(SAFE_DTYPES[entry["dtype"]], first, entry["shape"], stride)
-        return config, entries
+        return metadata, entries
 
     def read_pickled(self):
-        """-> {name: Entry}; every tensor is checked to lie inside its storage and the file."""
+        """-> metadata, {name: Entry}; each tensor is checked to lie inside its storage and file."""
         read = read_zip if self.map[:4] == b"PK\3\4" else read_older
         content, places = read(self.path)
         # without the trainer's wrapping
@@ -335,7 +344,9 @@ class Checkpoint(Mapping):
             entries[name.removeprefix("module.")] = entry
         if not entries:
             raise pickle.UnpicklingError("it holds no state dict")
-        return entries
+        # as a Lightning checkpoint has its epoch; what is no plain value is nobody's to read
+        plain = {key: value for key, value in content.items() if type(value) in (int, float, str)}
+        return plain, entries
 
     def __getitem__(self, name):
         entry = self.entries[name]
@@ -507,28 +518,48 @@ def convert(source: Path | str, target: Path | str, dtype: torch.dtype):
         pairs.append((path, out))
     for path, out in tqdm(pairs, desc="convert"):
         file = Checkpoint(path)
-        save_tensors(out, file, dtype, config=file.config)
+        # what the file says of itself stays with the weights
+        known = {key: file.metadata[key] for key in model_card.KEYS if key in file.metadata}
+        save_tensors(out, file, dtype, config=file.config, **known)
     return pairs
 
 
-def main(argv=None):
+def parse_arguments(argv=None):
     parser = cli.Parser("python -m common.checkpoints", __doc__)
-    parser.add_argument("command", choices=("convert",))
-    parser.add_argument("source", type=Path, metavar="DIR", help="folder of .ckpt or .safetensors")
-    parser.add_argument("target", type=Path, metavar="OUT", help="folder for the safetensors")
-    parser.add_argument(
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "every checkpoint of a folder as safetensors of its tensors alone"
+    p = commands.add_parser("convert", help=text, description=text)
+    p.set_defaults(run=run_convert)
+    p.add_argument("source", type=Path, metavar="DIR", help="folder of .ckpt or .safetensors")
+    p.add_argument("target", type=Path, metavar="OUT", help="folder for the safetensors")
+    p.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="bfloat16",
         help="of matrices and convolutions",
     )
-    args = parser.parse_args(argv)
-    try:
-        pairs = convert(args.source, args.target, getattr(torch, args.dtype))
-    except UserError as error:
-        sys.exit(f"{parser.prog}: {error}")
-    for path, out in pairs:
+    text = "print a model card, in Markdown, of what a checkpoint says of itself"
+    p = commands.add_parser("show", help=text, description=text)
+    p.set_defaults(run=run_show)
+    p.add_argument("file", type=Path, metavar="FILE", help="a .safetensors or .ckpt file")
+    return parser.parse_args(argv)
+
+
+def run_convert(args):
+    for path, out in convert(args.source, args.target, getattr(torch, args.dtype)):
         print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, of {path.stat().st_size / 1e6:.0f} MB")
+
+
+def run_show(args):
+    print(model_card.render(Checkpoint(args.file)), end="")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        sys.exit(f"python -m common.checkpoints: {error}")
 
 
 if __name__ == "__main__":

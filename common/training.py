@@ -3,7 +3,7 @@
 in   parsed arguments, a network, its configuration, a data set
 out  OUT/last.safetensors   weights (the moving average) with the configuration in the header, what
                             `load` takes; also arguments, commit, SHA-256 of the initial weights,
-                            seconds, the last validation
+                            date, seconds, the last validation, and whose the clips were
      OUT/last.state.pt      what --resume needs: raw weights, moving average, optimizer, step, as
                             tensors and numbers
      OUT/previous.state.pt  the one before, in case the last one is damaged
@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import cli, plots
-from common.checkpoints import checkpoint_errors, save_model
+from common.checkpoints import Checkpoint, checkpoint_errors, save_model
 from common.distributed import all_gather, rank, world
 from common.files import UserError, atomic_write, make_folder, sha256, write_bytes
 from common.machine import computes_bfloat16, find_device, keep_freed_memory, peak_memory
@@ -610,6 +610,20 @@ def commit():
         return done.stdout.strip() or None
 
 
+def describe_data(summary: dict, initial: dict):
+    """What the weights' header says of their data.
+
+    summary: of the clips that a run trains on, a data set's `data_summary`; initial: {flag: file}
+    of the weights that it starts from. -> the summary, and under "earlier" {flag: the same of that
+    file, or None where it has none}
+    """
+    earlier = {}
+    for flag, path in initial.items():
+        known = Checkpoint(path).metadata.get("data")
+        earlier[flag] = known if isinstance(known, dict) else None
+    return {**summary, "earlier": earlier}
+
+
 def read_log(out: Path):
     """The rows of log.jsonl, without a last line that a kill cut short."""
     rows = []
@@ -667,11 +681,13 @@ class TrainingRun:
         self.stopped = False  # in all of them
         self.commit = None
         self.started_from = None
+        self.data = None  # `describe_data`
         if args.resume:
             self.restore()
         self.saved_step = self.step
         if rank() == 0:
             self.prepare_folder(clips.left_out)
+            self.record_data(clips.data_summary())
             self.print_summary(clips.left_out)
         self.loader = Batches(clips, args, self.step)
 
@@ -698,6 +714,19 @@ class TrainingRun:
             csv.writer(table).writerows([("name", "reason"), *left_out])
             write_bytes(out / "left_out.csv", table.getvalue().encode())
 
+    def record_data(self, summary):
+        """What the header will say of the data; if a resumed run has other data, of both."""
+        if self.data is None:
+            given = {name: getattr(self.args, name, None) for name in self.started_from}
+            files = {name: path for name, path in given.items() if path and path.is_file()}
+            self.data = describe_data(summary, files)
+            return
+        before = {key: value for key, value in self.data.items() if key != "earlier"}
+        earlier = self.data["earlier"]
+        if before != summary:
+            earlier = {**earlier, f"until step {self.step}": before}
+        self.data = {**summary, "earlier": earlier}
+
     def print_summary(self, left_out):
         args = self.args
         millions = {True: 0.0, False: 0.0}
@@ -710,6 +739,7 @@ class TrainingRun:
             "torch": torch.__version__,
             "parameters": f"{millions[True]:.1f} M trained, {millions[False]:.1f} M frozen",
             "clips": f"{self.dataset_size} for training, {validation} for validation",
+            "without a license": f"{self.data['without_license']:.1%}",
             "left out": f"{len(left_out)}, see {args.out / 'left_out.csv'}" if left_out else "none",
             "steps": f"{self.step} to {args.steps}",
             "batch": f"{args.batch} clips, {args.micro_batch} at once",
@@ -877,11 +907,13 @@ class TrainingRun:
         validations = [row for row in read_log(out) if any(k.startswith("val_") for k in row)]
         metadata = {
             "step": self.step,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seconds": round(self.seconds(), 1),
             "torch": torch.__version__,
             "args": args,
             "commit": self.commit,
             "started_from": self.started_from,
+            "data": self.data,
             "metrics": validations[-1] if validations else None,
         }
         dtype = getattr(torch, self.args.save_dtype)
@@ -899,6 +931,7 @@ class TrainingRun:
             "totals": self.totals,
             "flags": self.flags(),
             "started_from": self.started_from,
+            "data": self.data,
         }
         # at every moment one of the two names holds a complete state
         with atomic_write(last) as part:
@@ -932,6 +965,7 @@ class TrainingRun:
         self.elapsed = state["elapsed"]
         self.totals = state["totals"]
         self.started_from = state.get("started_from")
+        self.data = state.get("data")
 
         # `check_run_folder` has put the run's own weights there
         args.init = None if flags["init"] == "None" else Path(flags["init"])

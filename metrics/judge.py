@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 from cavp import CAVPConfig, Cnn14
-from common import audio, distributed, media, training
+from common import audio, distributed, media, rights, training
 from common.checkpoints import load_network
 
 SPAN = 32  # mel columns of an excerpt (0.51 s)
@@ -149,10 +149,12 @@ class Excerpts(torch.utils.data.Dataset):
     def __init__(self, root, seed: int = 0, split: str | None = None, classes=None):
         self.seed = seed
         self.mels = []
+        self.rights = []  # of each clip
         names = []
         for number, video in enumerate(media.find_videos([root])):
             if split and data.split_of(video.name) != split:
                 continue
+            self.rights.append(rights.made_by_foley(video) or rights.UNKNOWN)
             onsets = data.read_onsets(video)
             mel = audio.mel(media.read_audio(video))
             rng = np.random.default_rng([seed, number])
@@ -170,6 +172,10 @@ class Excerpts(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.mels)
+
+    def data_summary(self):
+        """As `data.Windows` has it."""
+        return rights.summarize(self.rights)
 
     def __getitem__(self, index):
         # the index counts on from epoch to epoch: see training.Shuffled

@@ -82,6 +82,17 @@ FAST = {
         "test_stems_are_heard_but_not_those_of_an_earlier_run",
         "test_the_key_says_which_sound_is_whose_and_nothing_else_does",
     ),
+    "test_rights": (
+        "test_the_command_keeps_them_and_leaves_out_the_rest",
+        "test_a_set_takes_more_rows_and_forgets_none",
+        "test_a_kill_parts_no_clip_from_its_rights",
+        "test_check_counts_them_and_sees_a_change",
+        "test_clips_of_foley_say_theirs_themselves",
+        "test_the_header_says_whose_the_clips_were",
+        "test_a_run_of_the_release_before_goes_on",
+        "test_the_card_of_a_run",
+        "test_converted_weights_keep_what_they_say",
+    ),
     # the command line: outputs and mistakes
     "test_sample": (
         "test_windows_of_many_clips_share_batches",

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import cavp
 import data
-from common import audio, ffmpeg, files, media
+from common import audio, ffmpeg, files, media, rights
 from common.checkpoints import save_model
+from common.rights import Rights
 from tools.speed_data import of_shards
 
 ROOT = Path(__file__).parent.parent
@@ -492,7 +493,7 @@ def test_two_processes_do_not_prepare_one_set(nine, tmp_path):
         assert "another process" in answered(*preparing(nine / "raw", tmp_path / "set"))
 
 
-class Deadly:
+class Deadly(type(Path())):
     """A path that ends the process which unpickles it, as a crash in a decoder would."""
 
     def __reduce__(self):
@@ -501,7 +502,10 @@ class Deadly:
 
 def test_a_file_that_kills_its_process_is_left_out(nine, tmp_path, monkeypatch):
     jobs, *rest = data.find_jobs(nine / "raw")
-    jobs = [job._replace(path=Deadly()) if job.name in ("5.mp4", "6.mp4") else job for job in jobs]
+    jobs = [
+        job._replace(path=Deadly("gone.mp4")) if job.name in ("5.mp4", "6.mp4") else job
+        for job in jobs
+    ]
     monkeypatch.setattr(data, "find_jobs", lambda *_: (jobs, *rest))
     report = data.prepare(nine / "raw", tmp_path / "set", FPS, 32, 3)
     assert names(tmp_path / "set") == [f"{k}.mp4" for k in (0, 1, 2, 3, 4, 7, 8)]
@@ -983,6 +987,16 @@ def test_extracted_sets_hold_each_clips_features_and_sound(set_of_four, tower, t
         )
     pair = data.Pairs(tmp_path / "set", FPS, 20)[0]
     assert pair["features"].shape == (20, 16) and pair["wav"].shape == (audio.WINDOW,)
+
+
+def test_extracted_sets_know_whose_the_clips_are(set_of_four, tower, tmp_path):
+    clips = shutil.copytree(set_of_four, tmp_path / "clips")
+    for license in ("CC0", "MIT"):  # at first, and after it was corrected
+        known = {"a.mkv": Rights("me", license, "yes")}
+        rights.write_table(clips / rights.TABLE, known)
+        extract(clips, tower, tmp_path / "set")
+        assert data.Set(tmp_path / "set").rights == known
+    assert not list(data.check(tmp_path / "set"))
 
 
 def test_processes_share_an_extraction_and_write_the_same_bytes(set_of_four, tower, tmp_path):

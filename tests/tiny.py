@@ -16,7 +16,7 @@ import cavp
 import data
 import ldm
 import vae
-from common import audio, checkpoints, training
+from common import audio, checkpoints, rights, training
 
 MAINS = {"vae": vae.main, "cavp": cavp.main, "ldm": ldm.main, "align": align.main}
 VAE = vae.VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
@@ -52,6 +52,9 @@ class RandomClips(torch.utils.data.Dataset):
 
     def __len__(self):
         return self.length
+
+    def data_summary(self):
+        return rights.summarize([rights.UNKNOWN] * self.length)
 
     def rng(self, index):
         return np.random.default_rng([*self.key, index])
