@@ -65,7 +65,7 @@ def is_video(path):
 def match(pattern):
     """The videos that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
 
-    Hidden files and our own outputs fit none. Raises MediaError where nothing does.
+    Hidden files fit as in a shell, our own outputs never. Raises MediaError where nothing does.
     """
     parts = Path(pattern).parts
     videos = []
