@@ -481,7 +481,8 @@ def test_torchrun_makes_the_same_sounds_with_one_line_a_file(tiny_weights, folde
     lines = [json.loads(line) for line in two.stdout.splitlines()]
     assert sorted(Path(line["input"]).stem for line in lines) == ["a", "b", "bad", "c"]
     assert sum("error" in line for line in lines) == 1
-    assert two.stderr.count("sample.py: ") == 1 and "Traceback" not in two.stderr.split("=====")[0]
+    # torchrun adds its own account, for there is no other status than its error
+    assert two.stderr.count("sample.py: ") == 1 and 'sample.py", line' not in two.stderr
     for name in "abc":
         sounds = [(folder / out / f"{name}.foley.wav").read_bytes() for out in ("one", "two")]
         assert sounds[0] == sounds[1], name
