@@ -172,10 +172,10 @@ def plan_outputs(inputs, out, verbose=False):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def own_share(jobs, device):
-    """Every n-th Job is this process's; each of a machine's processes takes a GPU of its own.
+def join(device):
+    """-> number of this process, number of processes; each takes a GPU of its machine.
 
-    Raises UserError for a RANK or WORLD_SIZE that cannot be.
+    Raises UserError for an environment that cannot be.
     """
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -190,7 +190,10 @@ def own_share(jobs, device):
         )
     if world > 1 and device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
-    return jobs[rank::world]
+    # a batch system may share the inputs out without a place where its processes can meet
+    if "MASTER_ADDR" in os.environ:
+        distributed.init("cpu")
+    return rank, world
 
 
 def exit_status(any_failed):
@@ -242,7 +245,7 @@ def look_up(job, args):
         and job.weights.made(job.record)
     )
     if same:
-        paths = {k: str(folder / job.record[k]) for k in ("output", "wav") if k in job.record}
+        paths = {name: str(folder / path) for name, path in job.record["paths"].items()}
         job.line = {"input": str(job.given), **paths, "kept": True, **job.record["result"]}
 
 
@@ -287,22 +290,20 @@ def plan_jobs(args):
 
     Raises UserError for an output folder, weights or an environment that cannot be.
     """
-    # a batch system may share the inputs out without a place where its processes can meet
-    if "MASTER_ADDR" in os.environ:
-        distributed.init("cpu")
+    rank, world = join(args.device)
     if args.out:
         make_folder(args.out)
-    verbose = os.environ.get("RANK", "0") == "0"
+    first = rank == 0
     jobs = []
-    for given, target, error in plan_outputs(args.inputs, args.out, args.verbose and verbose):
+    for given, target, error in plan_outputs(args.inputs, args.out, args.verbose and first):
         jobs.append(Job(given, target))
         if error:
             jobs[-1].fail(error)
     for job in jobs:
         job.count = len(jobs)
-    jobs = own_share(jobs, args.device)
+    jobs = jobs[rank::world]
     if any(job.line is None for job in jobs):
-        compare(jobs, args, verbose)
+        compare(jobs, args, first)
     return check_folders(jobs)
 
 

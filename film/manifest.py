@@ -4,7 +4,7 @@ in   outputs that have just been written, and what they were made of: input, wei
 out  one line of JSON for each in the manifest.jsonl of their folder, and whether an earlier line
      still holds
 
-    {"target": "clip.foley", "output": "clip.foley.mp4", "wav": "clip.foley.wav",
+    {"target": "clip.foley", "paths": {"output": "clip.foley.mp4", "wav": "clip.foley.wav"},
      "result": {"seconds": 8.0, "windows": 1, "seed": 0, "score": -0.1},
      "files": {"clip.foley.mp4": {"size": ..., "mtime_ns": ..., "sha256": ...}, ...},
      "input": {"path": "clip.mp4", "size": ..., "mtime_ns": ..., "sha256": ...},
@@ -49,7 +49,10 @@ IRRELEVANT = {
 
 def stamp(path: Path) -> dict:
     """Size and time of change: a file in which both are as before is taken to be the same."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:
+        return {"size": None, "mtime_ns": None}  # as no file's
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
@@ -62,7 +65,9 @@ def fingerprint(path: Path, before: dict | None = None, known: dict | None = Non
     before = before or stamp(path)
     if known and known["sha256"] and all(known[name] == before[name] for name in before):
         return {**before, "sha256": known["sha256"]}
-    digest = sha256(path)
+    digest = None
+    with suppress(OSError):
+        digest = sha256(path)
     return {**before, "sha256": digest if stamp(path) == before else None}
 
 
@@ -71,7 +76,7 @@ def is_same(path: Path, entry: dict) -> bool:
     now = stamp(path)
     if now["size"] != entry["size"] or entry["sha256"] is None:
         return False
-    return now["mtime_ns"] == entry["mtime_ns"] or sha256(path) == entry["sha256"]
+    return now["mtime_ns"] == entry["mtime_ns"] or fingerprint(path)["sha256"] == entry["sha256"]
 
 
 class Weights:
@@ -186,9 +191,10 @@ def check(record):
         if not isinstance(entry["size"], int) or not isinstance(entry["mtime_ns"], int):
             raise ValueError("no stamp")
         entry["sha256"]
-    for name, kind in (("settings", dict), ("left_open", list), ("result", dict), ("output", str)):
+    for name, kind in (("settings", dict), ("left_open", list), ("result", dict), ("paths", dict)):
         if not isinstance(record[name], kind):
             raise TypeError(name)
+    record["paths"]["output"]
     record["weights"]["folder"]
 
 
@@ -239,15 +245,16 @@ def add(job, line: dict, written: list, args, settings, models, version: str):
     used = {**given, **plain(asdict(settings))}
     used["onsets"] = plain(settings.onsets if job.hits is None else job.hits)
     del used["batch"]
+    paths = [str(path) for path in sorted(written)]
     source = {"path": relative(job.given, folder), **fingerprint(job.given, job.stamp)}
     weights = {"name": models.name, "folder": job.weights.folder, "files": job.weights.sums()}
     append(
         folder,
         {
             "target": job.target.name,
-            **{k: relative(line[k], folder) for k in ("output", "wav") if line.get(k)},
+            "paths": {k: relative(v, folder) for k, v in line.items() if v in paths},
             "result": {k: line[k] for k in ("seconds", "windows", "seed", "score") if k in line},
-            "files": {relative(path, folder): fingerprint(Path(path)) for path in sorted(written)},
+            "files": {relative(path, folder): fingerprint(Path(path)) for path in paths},
             "input": source,
             "weights": weights,
             "settings": used,

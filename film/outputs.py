@@ -75,6 +75,9 @@ def write_job(job, result, args, settings, models, version):
         manifest.append(job.target.parent, {"target": job.target.name, "replacing": True})
     with written() as paths:
         line = write_outputs(result, job.target, args)
+    # of what is no plain file nothing can be said
+    if job.weights is None:
+        return line
     try:
         with result.profile("writing"):
             manifest.add(job, line, paths, args, settings, models, version)

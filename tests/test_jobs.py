@@ -212,7 +212,8 @@ def test_what_somebody_edited_is_not_replaced_in_silence(draw, folder):
 def test_edited_hits_are_played_and_kept(draw, folder):
     """--write-onsets, an edit, --onsets: the hits' file is the user's, the sound is drawn anew."""
     hits = folder / "a.onsets.txt"
-    assert draw("--write-onsets")[3] == ["a.mp4"] and draw("--write-onsets")[3] == []
+    assert draw("--write-onsets")[3] == ["a.mp4"]
+    assert json.loads(draw("--write-onsets", "--json")[1][0])["onsets"] == str(hits)
     assert draw("--write-onsets", "--seed", 1)[3] == ["a.mp4"]  # nobody edited them
     hits.write_text("0.1\t0.1\twood 0.9\n")
     status, _, err, _ = draw("--write-onsets")
@@ -288,6 +289,9 @@ def test_an_input_or_weights_that_change_meanwhile_are_not_taken_for_the_new(tmp
     entry = manifest.fingerprint(path, before)
     assert entry["sha256"] is None and not manifest.is_same(path, entry)
     # a sum of an earlier run holds as long as the stamp does
+    path.unlink()
+    assert manifest.fingerprint(path, before)["sha256"] is None
+    path.write_text("new")
     known = {**manifest.stamp(path), "sha256": "known"}
     assert manifest.fingerprint(path, None, known)["sha256"] == "known"
     os.utime(path, ns=(0, 0))
@@ -435,6 +439,21 @@ def test_processes_share_the_inputs_out(draw, folder, film, monkeypatch):
         monkeypatch.setenv("RANK", wrong)
         status, out, err, names = draw()
         assert status == 1 and not out and not names and len(err) == 1 and "RANK" in err[0]
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    jobs.join("auto")
+    for name, value in {"WORLD_SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    jobs.join("cpu")
+    assert not taken and jobs.join("auto") == (5, 8) and taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "3")  # more processes than GPUs share them
+    jobs.join("cuda")
+    assert taken == [1, 1]
 
 
 @pytest.fixture(scope="module")
