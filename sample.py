@@ -46,10 +46,10 @@ from tqdm import tqdm
 import kernels
 from align import Alignment
 from cavp import CAVP
-from common import audio, cli, controls, isolation, media, watermark
+from common import audio, cli, controls, distributed, isolation, media, watermark
 from common.audio import COLUMN, HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import Checkpoint, CheckpointError
-from common.files import UserError, make_folder
+from common.files import UserError
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
 from common.onsets import Hit, checked, read_hits
@@ -57,8 +57,8 @@ from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import level
-from film.jobs import labels_of, plan_jobs, report
-from film.outputs import save, write_outputs
+from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
+from film.outputs import save, write_job
 from film.page import Page
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
@@ -767,7 +767,8 @@ def parse_arguments(argv=None):
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="videos or folders; after -- names may begin with a dash",
+        help="videos, folders, 'patterns/**/*.mov', @LIST (a text file with one of these a line); "
+        "after -- names may begin with a dash",
     )
     p.add_argument(
         "--verify",
@@ -887,6 +888,11 @@ def add_input_arguments(g):
 
 
 def add_run_arguments(g):
+    g.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="draw again what is there already, finished with the same settings or edited since",
+    )
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument(
         "--dtype",
@@ -949,26 +955,25 @@ def main(argv=None):
     clock = time.perf_counter()
     isolation.start()  # the child that reads files gets ready while weights load
     profile = Profile()
+    models = None
     try:
-        with profile("loading"):
-            models = load(args)
-        settings = settings.resolve(models)
-        if args.out:
-            make_folder(args.out)
-        jobs = plan_jobs(args, settings, models.ldm.materials if settings.onsets else ())
+        jobs = plan_jobs(args)
         page = Page(args, jobs)
-    except ValueError as error:
-        print(f"sample.py: --{error}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
+        # what is kept needs no weights
+        if any(job.line is None for job in jobs):
+            with profile("loading"):
+                models = load(args)
+            settings = settings.resolve(models)
+            check_onsets(jobs, args, settings, models)
+    except (ValueError, UserError) as error:
+        return cannot_start(error)
 
     # every input in order: its outputs, or why there are none
-    videos = [video for video, _, error in jobs if error is None]
+    videos = [job.given for job in jobs if job.line is None]
     any_failed = False
-    with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
-        files = [str(video) for video, _, _ in jobs]
+    bar = tqdm(unit="step", leave=False, disable=distributed.rank() > 0 or None)
+    with warnings.catch_warnings(), bar:
+        files = [str(job.given) for job in jobs]
         cli.show_warnings("sample.py", ("kernels: ", *files), args.verbose)
 
         def on_step(done, total):
@@ -983,22 +988,26 @@ def main(argv=None):
             duration=args.duration,
             on_step=on_step,
         )
-        for given, target, error in jobs:
+        for job in jobs:
+            result = None
             try:
-                result = UserError(error) if error else next(results)[1]
-                if isinstance(result, UserError):
-                    raise result
-                line = write_outputs(result, target, args)
-                result.profile.rows = profile.rows | result.profile.rows  # loading, once
-                line["profile"] = result.profile.table(time.perf_counter() - clock)
-                profile.rows = {}
-                clock = time.perf_counter()
+                line = job.line
+                if line is None:
+                    result = next(results)[1]
+                    if isinstance(result, UserError):
+                        raise result
+                    line = write_job(job, result, args, settings, models, VERSION)
+                    result.profile.rows = profile.rows | result.profile.rows  # loading, once
+                    line["profile"] = result.profile.table(time.perf_counter() - clock)
+                    profile.rows = {}
+                    clock = time.perf_counter()
             except UserError as failure:
-                any_failed = True
-                line = {"input": str(given), "error": str(failure)}
+                line = {"input": str(job.given), "error": str(failure)}
+            any_failed |= "error" in line
             report(line, args)
-            page.add(line, target, result)
-    return 0 if page.write() and not any_failed else 1
+            page.add(line, job.target, result)
+    any_failed |= not page.write()
+    return exit_status(any_failed)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,14 @@ def init(device: str):
     dist.barrier()
 
 
+def leave():
+    """Leave the process group, if there is one."""
+    global store
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        store = None
+
+
 def on_rank0(make):
     """make() -> a path, called on rank 0 alone; the other ranks wait for what it writes there."""
     if rank() > 0:
@@ -132,7 +140,6 @@ def first_to_fail():
 @contextlib.contextmanager
 def report_errors(script: str):
     """Around a command: a user's mistake ends it with one line, printed by one process."""
-    global store
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -143,6 +150,4 @@ def report_errors(script: str):
         if line is None:
             raise
         sys.exit(f"{script}: {line}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        store = None
+    leave()

@@ -21,6 +21,7 @@ class FileError(UserError):
 
 # temporary path -> final path, which messages name; one atomic_write may write inside another
 FINAL_PATHS = {}
+WRITTEN = []  # lists that `written` fills
 
 
 @contextlib.contextmanager
@@ -41,6 +42,10 @@ def atomic_write(path: Path | str):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        # one inside another writes no file of its own
+        if path not in FINAL_PATHS:
+            for paths in WRITTEN:
+                paths.append(path)
     except OSError as error:
         reason = error.strerror or error
         raise FileError(
@@ -69,6 +74,17 @@ def scratch_file(folder: Path | str):
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+@contextlib.contextmanager
+def written():
+    """A list that gets the path of every file that `atomic_write` completes meanwhile."""
+    paths = []
+    WRITTEN.append(paths)
+    try:
+        yield paths
+    finally:
+        WRITTEN.pop()
 
 
 def write_bytes(path: Path | str, content: bytes):

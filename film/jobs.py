@@ -1,18 +1,43 @@
 """Which outputs a call of sample.py is to make, and what it says of each.
 
-in   the command line's inputs: videos, and folders of them
-out  (video, output without its suffix, None), or (input, None, why there is none), in order
+in   the command line's inputs: videos, folders, patterns and lists of them; the outputs' manifests
+out  a Job for each video, in order: to be drawn, kept as it is, or why there is none
+
+Of several processes (RANK and WORLD_SIZE, as torchrun sets them) each gets every n-th Job.
 """
 
+import glob
 import json
+import os
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import media
-from common.files import UserError
+import torch
+
+from common import distributed, media
+from common.files import UserError, make_folder
 from common.media import MediaError
 from common.onsets import read_hits
+from film import manifest
+
+
+@dataclass
+class Job:
+    """One video, or an input that gives none."""
+
+    given: Path | str
+    target: Path | None = None  # its outputs without their suffix
+    line: dict | None = None  # what is said of it where nothing is to be drawn
+    count: int = 1  # videos of the whole call
+    stamp: dict | None = None  # of the video, before it is read
+    hits: list | None = None  # that --onsets gives to it
+    record: dict | None = None  # the manifest's line of the outputs that are there
+    weights: manifest.Weights | None = None
+
+    def fail(self, reason):
+        self.line = {"input": str(self.given), "error": str(reason)}
 
 
 def onsets_file(target):
@@ -40,6 +65,97 @@ def labels_of(video, folder):
     return folder / f"{Path(video).stem}.onsets.txt"
 
 
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+def is_video(path):
+    """Whether a file counts that was not named itself: as in `media.search`."""
+    if ".foley." in path.name or not path.is_file():
+        return False
+    suffix = path.suffix.lower()
+    if suffix in media.VIDEO_SUFFIXES:
+        return True
+    return suffix not in media.TEXT_SUFFIXES and media.kind_of(path) == "video"
+
+
+def match(pattern):
+    """The videos that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
+
+    Hidden files fit as in a shell, our own outputs never. Raises MediaError where nothing does.
+    """
+    parts = Path(pattern).parts
+    videos = []
+    if "**" in parts:
+        place = parts.index("**")
+        rest = Path(*parts[place + 1 :])
+        if "**" in rest.parts:
+            raise MediaError(f"{pattern}: has ** twice; give it once")
+        # media.walk, unlike glob, goes through each linked folder once
+        for folder in sorted(glob.glob(str(Path(*parts[:place])))):
+            for path in media.walk(folder):
+                inside = path.relative_to(folder)
+                # a file fits as it is, or lies in a folder that fits
+                fits = rest == Path() or any(
+                    part.match(str(rest)) for part in (inside, *inside.parents)
+                )
+                if fits and is_video(path):
+                    videos.append(path)
+    else:
+        for path in map(Path, sorted(glob.glob(pattern))):
+            if path.is_dir():
+                videos += media.search(path)[0]
+            elif is_video(path):
+                videos.append(path)
+    if not videos:
+        raise MediaError(f"{pattern}: no such file, and as a pattern it fits no video; correct it")
+    return videos
+
+
+def read_list(path):
+    """The inputs of a list: a path, folder or pattern a line, from the list's folder on; what
+    begins with # is a comment. Raises MediaError."""
+    remedy = "give a text file in UTF-8 with one path a line"
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except UnicodeDecodeError:
+        raise MediaError(f"{path}: not a text file; {remedy}") from None
+    inputs = []
+    for line in map(str.strip, lines):
+        if "\0" in line:
+            raise MediaError(f"{path}: not a text file; {remedy}")
+        if not line or line.startswith("#"):
+            continue
+        # the folder's own name is no pattern
+        is_pattern = glob.has_magic(line) and not (path.parent / line).exists()
+        folder = glob.escape(str(path.parent)) if is_pattern else path.parent
+        inputs.append(os.path.join(folder, line))
+    if not inputs:
+        raise MediaError(f"{path}: names no file; {remedy}")
+    return inputs
+
+
+def find_videos(given):
+    """-> [(video, None)] of one input, or [(input, why it gives none)]."""
+    try:
+        # a file may be called anything
+        if os.path.lexists(given) or not isinstance(given, str):
+            return [(video, None) for video in media.find_videos([given])]
+        if given.startswith("@"):
+            inputs = read_list(Path(given[1:]))
+            # a list in a list is a file of that name
+            return [pair for name in inputs for pair in find_videos(name)]
+        videos = match(given) if glob.has_magic(given) else media.find_videos([given])
+        return [(video, None) for video in videos]
+    except MediaError as error:
+        return [(given, str(error))]
+    # a name that is too long, say
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return [(given, f"{given}: cannot be used ({reason}); give the name of a file")]
+
+
 def plan_outputs(inputs, out, verbose=False):
     """-> [(video, output without its suffix, None)], or (input, None, why there is none).
 
@@ -49,15 +165,13 @@ def plan_outputs(inputs, out, verbose=False):
     seen = set()
     taken = {}
     for given in inputs:
-        try:
-            videos = media.find_videos([given])
-            if verbose and Path(given).is_dir():
-                for other in media.search(given)[1]:
-                    print(f"sample.py: {other}: no video, left alone", file=sys.stderr)
-        except MediaError as error:
-            jobs.append((given, None, str(error)))
-            continue
-        for video in videos:
+        if verbose and os.path.isdir(given):
+            for other in media.search(given)[1]:
+                print(f"sample.py: {other}: no video, left alone", file=sys.stderr)
+        for video, error in find_videos(given):
+            if error:
+                jobs.append((video, None, error))
+                continue
             if video.resolve() in seen:
                 continue
             seen.add(video.resolve())
@@ -71,52 +185,201 @@ def plan_outputs(inputs, out, verbose=False):
     return jobs
 
 
-def plan_jobs(args, settings, materials):
-    """`plan_outputs`; videos whose onsets somebody may have edited are not overwritten, and
-    the files of all hits are read before any work."""
-    jobs = plan_outputs(args.inputs, args.out, args.verbose)
-    # a fault in one file is that video's alone
-    if isinstance(settings.onsets, Path):
-        for k, (video, target, error) in enumerate(jobs):
-            try:
-                if error is None:
-                    read_hits(labels_of(video, settings.onsets), materials)
-            except UserError as fault:
-                jobs[k] = (video, target, str(fault))
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def join(device):
+    """-> number of this process, number of processes; each takes a GPU of its machine.
+
+    Raises UserError for an environment that cannot be.
+    """
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+    except ValueError:
+        world = rank = local = -1
+    if not 0 <= rank < world or local < 0:
+        raise UserError(
+            "RANK, WORLD_SIZE, LOCAL_RANK in the environment are no numbers of a process; unset "
+            "them, or let torchrun set them"
+        )
+    if world > 1 and device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    # a batch system may share the inputs out without a place where its processes can meet
+    if "MASTER_ADDR" in os.environ:
+        distributed.init("cpu")
+    return rank, world
+
+
+def exit_status(any_failed):
+    """1 if an input of any process failed, once all are done: torchrun ends all processes as soon
+    as one ends with an error."""
+    all_failures = distributed.all_gather_object(bool(any_failed))
+    distributed.leave()
+    return int(any(all_failures))
+
+
+def cannot_start(error):
+    """What is wrong before any work, in one line of one process -> exit status."""
+    is_usage = isinstance(error, ValueError)
+    if distributed.first_to_fail():
+        say(f"sample.py: {'--' if is_usage else ''}{error}", sys.stderr)
+    return 2 if is_usage else 1
+
+
+# ---- what is there already -----------------------------------------------------------------------
+
+
+def hits_file_of(job, args):
+    """The file of hits that --onsets may mean for this video; None without such a file."""
+    if not args.onsets:
+        return None
+    path = Path(args.onsets)
+    path = labels_of(job.given, path) if path.is_dir() else path
+    return path if path.is_file() else None
+
+
+def look_up(job, args):
+    """Sets `job.line` where an output is kept: finished with the same settings, or changed by
+    somebody since."""
+    folder = job.target.parent
+    files = {folder / name: entry for name, entry in job.record["files"].items()}
+    # hits are there to be edited; only another such file would take their place
+    if not args.write_onsets:
+        files.pop(onsets_file(job.target), None)
+    there = {path: entry for path, entry in files.items() if path.is_file()}
+    for path, entry in there.items():
+        if not manifest.is_same(path, entry):
+            job.fail(f"{path}: was changed since it was written; move it, or give --overwrite")
+            return
+    # the cheapest first
+    same = (
+        len(there) == len(files)
+        and manifest.same_settings(job.record, args, hits_file_of(job, args))
+        and manifest.is_same(job.given, job.record["input"])
+        and job.weights.made(job.record)
+    )
+    if same:
+        paths = {name: str(folder / path) for name, path in job.record["paths"].items()}
+        job.line = {"input": str(job.given), **paths, "kept": True, **job.record["result"]}
+
+
+def compare(jobs, args, verbose):
+    """Compares what is to be made with the manifests of what is there."""
+    records = {}
+    weights = manifest.Weights(args.weights)
+    for job in jobs:
+        # drawing it says what is wrong with what is no file
+        if job.line is not None or not job.given.is_file():
+            continue
+        folder = job.target.parent
+        if folder not in records:
+            records[folder] = manifest.read(folder, verbose)
+            weights.learn(records[folder].values())
+        job.weights = weights
+        job.stamp = manifest.stamp(job.given)
+        job.record = records[folder].get(job.target.name)
+        if job.record and not args.overwrite:
+            look_up(job, args)
+
+
+def check_folders(jobs):
+    """-> the jobs, with one line for each folder into which nothing can be written."""
+    refused = set()
+    kept = []
+    for job in jobs:
+        folder = job.target and job.target.parent
+        to_draw = job.line is None and folder.is_dir()
+        if to_draw and folder in refused:
+            continue
+        if to_draw and not manifest.can_write(folder):
+            refused.add(folder)
+            job.given = folder
+            job.fail(f"{folder}: cannot be written into; give another folder with --out")
+        kept.append(job)
+    return kept
+
+
+def plan_jobs(args):
+    """-> this process's [Job]: `line` is set where nothing is to be drawn.
+
+    Raises UserError for an output folder, weights or an environment that cannot be.
+    """
+    rank, world = join(args.device)
+    if args.out:
+        make_folder(args.out)
+    first = rank == 0
+    jobs = []
+    for given, target, error in plan_outputs(args.inputs, args.out, args.verbose and first):
+        jobs.append(Job(given, target))
+        if error:
+            jobs[-1].fail(error)
+    for job in jobs:
+        job.count = len(jobs)
+    jobs = jobs[rank::world]
+    if any(job.line is None for job in jobs):
+        compare(jobs, args, first)
+    return check_folders(jobs)
+
+
+def check_onsets(jobs, args, settings, models):
+    """Hits of files are read before any work; files of hits that somebody may have edited are not
+    overwritten. `settings`: resolved. Raises ValueError."""
+    materials = models.ldm.materials if settings.onsets else ()
     # the same hits suit no two videos
-    if isinstance(settings.onsets, tuple) and len(jobs) > 1:
+    if isinstance(settings.onsets, tuple) and jobs[0].count > 1:
         raise ValueError(
-            f"onsets {args.onsets}: is one file for {len(jobs)} videos; give a folder that has "
+            f"onsets {args.onsets}: is one file for {jobs[0].count} videos; give a folder that has "
             "NAME.onsets.txt of each"
         )
-    # films have mixes of such names already
-    if args.stems:
+    for job in jobs:
+        if job.line is not None:
+            continue
+        # a fault in one file is that video's alone
+        if isinstance(settings.onsets, Path):
+            try:
+                job.hits = read_hits(labels_of(job.given, settings.onsets), materials)
+            except UserError as fault:
+                job.fail(fault)
+        # films have mixes of such names already
         suffix = ".flac" if args.format == "flac" else ".wav"
-        for k, (video, target, error) in enumerate(jobs):
-            path = foreign_stem(target, suffix) if error is None else None
-            if path is not None:
-                error = f"{path}: is there already and not ours; move it, or leave --stems out"
-                jobs[k] = (video, target, error)
-    # a file that is there may have been edited
-    if args.write_onsets:
-        for k, (video, target, error) in enumerate(jobs):
-            if error is None and onsets_file(target).exists():
-                path = onsets_file(target)
-                error = f"{path}: is there already; move it, or leave --write-onsets out"
-                jobs[k] = (video, target, error)
-    return jobs
+        if args.stems and (foreign := foreign_stem(job.target, suffix)):
+            job.fail(f"{foreign}: is there already and not ours; move it, or leave --stems out")
+        # only what we wrote and nobody edited
+        path = onsets_file(job.target)
+        ours = job.record is not None and path.name in job.record["files"]
+        if args.write_onsets and path.exists() and not (ours or args.overwrite):
+            job.fail(f"{path}: is there already; move it, or leave --write-onsets out")
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def describe(line):
+    """A line of --json in words."""
+    if line.get("kept"):
+        return f"{line['output']}  kept (same settings; --overwrite draws it again)"
+    return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}"
 
 
 def report(line, args):
     """What one input came to: on stdout as JSON or in words, mistakes on stderr."""
     if "error" in line:
-        print(f"sample.py: {line['error']}", file=sys.stderr)
+        say(f"sample.py: {line['error']}", sys.stderr)
     elif not args.json:
-        print(f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}", flush=True)
+        say(describe(line))
     if args.json:
-        print(json.dumps(line), flush=True)
-    if args.profile and "error" not in line:
-        out = sys.stderr if args.json else sys.stdout
-        print(f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}", file=out)
+        say(json.dumps(line))
+    if args.profile and "profile" in line:
+        rows = [f"{'stage':<12}{'seconds':>9}{'peak MiB':>10}"]
         for stage, row in line["profile"].items():
-            print(f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}", file=out)
+            rows.append(f"{stage:<12}{row['seconds']:>9.2f}{row['peak_mib']:>10.0f}")
+        say("\n".join(rows), sys.stderr if args.json else sys.stdout)
+
+
+def say(text, file=None):
+    """Print whole lines at once, since several processes may write to one terminal or file."""
+    file = file or sys.stdout
+    file.write(f"{text}\n")
+    file.flush()

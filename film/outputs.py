@@ -12,9 +12,10 @@ from pathlib import Path
 import data
 from common import audio, media, plots
 from common.audio import SAMPLE_RATE
-from common.files import atomic_write, scratch_file
+from common.files import FileError, atomic_write, scratch_file, written
 from common.media import MediaError
 from common.onsets import write_hits
+from film import manifest
 from film.jobs import onsets_file, stem_file
 from film.level import CEILING, down, with_gain
 from film.mix import foley, mix, own_sound, write_blocks
@@ -173,4 +174,22 @@ def write_outputs(result, target, args):
         line["onsets"] = str(onsets_file(target))
     if candidates:
         line["candidates"] = candidates
+    return line
+
+
+def write_job(job, result, args, settings, models, version):
+    """`write_outputs`, and their line in the manifest; settings: resolved. -> --json's line"""
+    # from here on the line of the files that are there may be wrong; a crash must not leave it so
+    if job.record is not None:
+        manifest.append(job.target.parent, {"target": job.target.name, "replacing": True})
+    with written() as paths:
+        line = write_outputs(result, job.target, args)
+    # of what is no plain file nothing can be said
+    if job.weights is None:
+        return line
+    try:
+        with result.profile("writing"):
+            manifest.add(job, line, paths, args, settings, models, version)
+    except FileError as error:
+        print(f"sample.py: {error}; {line['output']} will be drawn again", file=sys.stderr)
     return line

@@ -17,13 +17,14 @@ import os
 import re
 import sys
 import urllib.parse
+from itertools import zip_longest
 from pathlib import Path
 
 import soundfile
 import torch
 
 import foley
-from common import media, plots
+from common import distributed, media, plots
 from common.audio import HOP, SAMPLE_RATE, mel
 from common.files import UserError, write_bytes
 from common.onsets import read_hits
@@ -209,7 +210,11 @@ class Page:
         self.start = args.start
         self.quiet = args.json
         self.inputs = []
-        folders = [target.parent for _, target, error in jobs if error is None]
+        # the first of several processes writes for all
+        alone = distributed.world() == 1
+        if args.page and alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("page: the processes must be able to meet; start them with torchrun")
+        folders = [job.target.parent for job in jobs if job.target]
         self.folder = args.out or next(iter(folders), Path())
         self.path = self.folder / "index.html"
         if self.wanted and self.path.exists() and GENERATOR not in self.path.read_bytes()[:1000]:
@@ -236,8 +241,13 @@ class Page:
         """Writes the page, whole or not at all. -> whether all went well, which is printed."""
         if not self.wanted:
             return True
+        # of all processes, in order: each has every n-th input
+        parts = distributed.all_gather_object(self.inputs)
+        inputs = [one for several in zip_longest(*parts) for one in several if one is not None]
+        if distributed.rank() > 0:
+            return True
         try:
-            write_bytes(self.path, fill("page.html", {"inputs": self.inputs}))
+            write_bytes(self.path, fill("page.html", {"inputs": inputs}))
         except UserError as error:
             print(f"sample.py: {error}", file=sys.stderr)
             return False

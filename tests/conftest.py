@@ -94,6 +94,12 @@ FAST = {
         "test_converted_weights_keep_what_they_say",
     ),
     # the command line: outputs and mistakes
+    "test_jobs": (
+        "test_what_changes_an_output_draws_it_again",
+        "test_a_damaged_manifest_costs_its_lines_alone",
+        "test_lines_of_many_processes_stay_whole",
+        "test_torchrun_makes_the_same_sounds_with_one_line_a_file",
+    ),
     "test_sample": (
         "test_windows_of_many_clips_share_batches",
         "test_the_mini_model_is_used_where_none_is_given",

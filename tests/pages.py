@@ -9,6 +9,7 @@ from clips import clicks, make, make_video, steady
 
 from common.media import write_wav
 from common.onsets import Hit
+from film.jobs import Job
 from film.page import Page
 
 # a name with what HTML, JSON and URLs take for their own
@@ -49,7 +50,7 @@ def outputs(folder, name=NAME, seconds=6.0, candidates=3, codec="libx264"):
 def write_page(folder, made, failed=()):
     """index.html in `folder`. made: of `outputs`; failed: lines of --json. -> its path."""
     args = SimpleNamespace(page=True, start=0.0, json=True, out=folder)
-    page = Page(args, [(source, target, None) for source, _, target in made])
+    page = Page(args, [Job(source, target) for source, _, target in made])
     for source, line, target in made:
         hits = [Hit(1.0, 0.9), Hit(4.5)]
         page.add(line, target, SimpleNamespace(source=source, hits=hits))

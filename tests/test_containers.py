@@ -765,7 +765,7 @@ def test_a_dead_decoder_ends_one_input_with_one_line(tmp_path, deadly, capsys):
         "z.foley.mp4",
         "z.foley.wav",
     ]
-    assert len(list(tmp_path.iterdir())) == 7  # nothing half-written beside them
+    assert len(list(tmp_path.iterdir())) == 8  # with the manifest, nothing half-written
 
 
 def test_errors_warnings_and_arrays_come_back(tmp_path):

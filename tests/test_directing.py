@@ -163,7 +163,7 @@ def test_the_command_plays_a_file_and_writes_it_back(capsys, clip, args, tmp_pat
     written.write_text("1.0\t1.0\t\n")
     before = sorted(p.name for p in written.parent.iterdir())
     status, _, err = run(capsys, clip, *args, "--write-onsets")
-    assert status == 1 and "clip.onsets.txt: is there already" in err[0] and len(err) == 1
+    assert status == 1 and "clip.onsets.txt: was changed since" in err[0] and len(err) == 1
     assert written.read_text() == "1.0\t1.0\t\n"
     # but can be given back
     status, _, err = run(capsys, clip, *args, "--onsets", written)

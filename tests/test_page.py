@@ -22,6 +22,7 @@ import evaluate
 from common import media, plots
 from common.media import read_audio
 from film import listen, page
+from film.jobs import Job
 from film.page import Page
 
 
@@ -125,7 +126,7 @@ def test_an_output_that_was_kept_is_read_from_its_files(tmp_path):
     kept = {"input": line["input"], "output": line["output"], "kept": True}
     Path(tmp_path / "a.onsets.txt").write_text("2.000000\t2.000000\twood 0.5\n")
     args = SimpleNamespace(page=True, start=0.0, json=True, out=None)
-    shown = Page(args, [(source, target, None)])
+    shown = Page(args, [Job(source, target)])
     # the result of an input before is not this one's
     shown.add(kept, target, SimpleNamespace(source=Path("other.mp4"), hits=[]))
     assert shown.write()

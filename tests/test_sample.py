@@ -464,7 +464,12 @@ def test_command_writes_video_and_wav_and_says_so(capsys, clip, weights, tmp_pat
     assert (
         line["seconds"] == 2.0 and line["windows"] == 1 and line["seed"] == 0 and line["score"] < 0
     )
-    assert {p.name for p in out.iterdir()} == {"clip.foley.mp4", "clip.foley.wav", "clip.foley.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "clip.foley.mp4",
+        "clip.foley.wav",
+        "clip.foley.png",
+        "manifest.jsonl",
+    }
     stages = [
         "loading",
         "decode",
@@ -648,7 +653,7 @@ def test_two_inputs_of_one_name_are_told_apart(capsys, clip, weights, tmp_path):
     status, lines, err = run(capsys, tmp_path / "a", tmp_path / "a" / "clip.mp4", *flags)
     assert status == 0 and len(lines) == 1  # named twice, done once
     status, lines, err = run(capsys, tmp_path / "a", *flags)
-    assert status == 0 and len(lines) == 1  # its own output is no input; written over
+    assert status == 0 and len(lines) == 1  # its own output is no input; kept
 
 
 def test_another_input_does_not_change_a_sound(capsys, clip, weights, tmp_path):
@@ -690,6 +695,7 @@ def test_bad_inputs_are_named_and_the_others_done(capsys, clip, weights, tmp_pat
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "clip.foley.mp4",
         "clip.foley.wav",
+        "manifest.jsonl",
     ]
 
 

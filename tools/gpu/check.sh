@@ -92,12 +92,12 @@ dub() { # NAME WEIGHTS: one film in two processes, then three in one, whose late
     local name=$1 weights=$2
     [ -n "$FILMS" ] || return
     for run in 1 2; do
-        part "$name, run $run" 45 "$PYTHON" sample.py demo.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile -v --out "$DEMO/out$run"
+        part "$name, run $run" 45 "$PYTHON" sample.py demo.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile -v --overwrite --out "$DEMO/out$run"
     done
-    part "$name, three films" 45 "$PYTHON" sample.py "$DEMO"/{one,two,three}.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile --json --out "$DEMO/out3"
+    part "$name, three films" 45 "$PYTHON" sample.py "$DEMO"/{one,two,three}.mp4 --device $DEVICE --weights "$weights" "${STEPS[@]}" --profile --json --overwrite --out "$DEMO/out3"
     # windows of eight films one by one, and all in one batch
     for batch in 1 8; do
-        part "$name, eight films, batch $batch" 60 "$PYTHON" sample.py "$DEMO"/many/ --batch $batch --device $DEVICE --weights "$weights" "${STEPS[@]}" --json --out "$DEMO/out8-$batch"
+        part "$name, eight films, batch $batch" 60 "$PYTHON" sample.py "$DEMO"/many/ --batch $batch --device $DEVICE --weights "$weights" "${STEPS[@]}" --json --overwrite --out "$DEMO/out8-$batch"
     done
 }
 
