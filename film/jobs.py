@@ -12,6 +12,7 @@ from common import media
 from common.files import UserError
 from common.media import MediaError
 from common.onsets import read_hits
+from film.redo import base_name, said
 
 
 def onsets_file(target):
@@ -24,10 +25,11 @@ def labels_of(video, folder):
     return folder / f"{Path(video).stem}.onsets.txt"
 
 
-def plan_outputs(inputs, out, verbose=False):
+def plan_outputs(inputs, out, verbose=False, redo=False):
     """-> [(video, output without its suffix, None)], or (input, None, why there is none).
 
-    Every video once. verbose: what else lies in a folder is named on stderr.
+    Every video once. verbose: what else lies in a folder is named on stderr. redo: the output of an
+    output has its name.
     """
     jobs = []
     seen = set()
@@ -45,7 +47,8 @@ def plan_outputs(inputs, out, verbose=False):
             if video.resolve() in seen:
                 continue
             seen.add(video.resolve())
-            target = (out or video.parent) / f"{video.stem}.foley"
+            name = base_name(video) if redo else video.stem
+            target = (out or video.parent) / f"{name}.foley"
             other = taken.setdefault(target.resolve(), video)
             if other is video:
                 jobs.append((video, target, None))
@@ -58,7 +61,7 @@ def plan_outputs(inputs, out, verbose=False):
 def plan_jobs(args, settings, materials):
     """`plan_outputs`; videos whose onsets somebody may have edited are not overwritten, and
     the files of all hits are read before any work."""
-    jobs = plan_outputs(args.inputs, args.out, args.verbose)
+    jobs = plan_outputs(args.inputs, args.out, args.verbose, bool(args.redo))
     # a fault in one file is that video's alone
     if isinstance(settings.onsets, Path):
         for k, (video, target, error) in enumerate(jobs):
@@ -88,7 +91,10 @@ def report(line, args):
     if "error" in line:
         print(f"sample.py: {line['error']}", file=sys.stderr)
     elif not args.json:
-        print(f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}", flush=True)
+        print(
+            f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}{said(line)}",
+            flush=True,
+        )
     if args.json:
         print(json.dumps(line), flush=True)
     if args.profile and "error" not in line:

@@ -12,6 +12,7 @@ from common.audio import SAMPLE_RATE
 from common.files import atomic_write
 from common.media import MediaError
 from common.onsets import write_hits
+from film import redo
 from film.jobs import onsets_file
 
 
@@ -33,18 +34,21 @@ def plot(path, result, count=12):
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
     video = f"{target}{media.output_suffix(result.source)}"
-    sounds = {f"{target}.wav": result.wav}
+    wavs = result.redone or result.wavs
+    sounds = {f"{target}.wav": wavs[result.best]}
     candidates = []
     if args.keep_all:
-        for k, wav in result.wavs.items():
+        for k, wav in wavs.items():
             sounds[f"{target}.{k}.wav"] = wav
             candidates.append({"wav": f"{target}.{k}.wav", "score": result.scores[k]})
     # all under temporary names first, so that a full disk leaves none of them
     with ExitStack() as stack:
         with result.profile("writing"):
             result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
+            before = redo.keep_before(result, target, video, stack)
             for path, wav in sounds.items():
-                media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
+                write = redo.write_sound if result.redo else media.write_wav
+                write(stack.enter_context(atomic_write(path)), wav, result.tags)
             if args.write_onsets:
                 write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
         if args.plot:
@@ -63,4 +67,6 @@ def write_outputs(result, target, args):
         line["onsets"] = str(onsets_file(target))
     if candidates:
         line["candidates"] = candidates
+    if result.redo:
+        line["redo"] = result.redo.line() | {"before": before}
     return line
