@@ -58,7 +58,7 @@ from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
-from film.redo import Redo, Sound, check_stretches, parse_stretches, plan_redo
+from film.redo import Redo, add_redo, check_stretches, plan_redo
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -295,7 +295,7 @@ def load_models(
     if dtype is None:
         dtype = default_dtype(paths["ldm"], device)
 
-    # without the parts that only training needs: CAVP's audio tower, mostly the encoder
+    # without what only training needs: CAVP's audio tower and, but for redoing, the encoder
     cavp = CAVP.load(paths["cavp"], audio=False).fold().to(device, dtype)
     ldm = LDM.load(paths["ldm"], device, dtype, encoder)
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
@@ -533,8 +533,7 @@ class Result:
     tags: dict[str, str]
     marked: bool = True  # whether the sounds carry the watermark
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
-    redo: Redo | None = None  # of whose sound stretches were made anew, and
-    redone: dict[int, Sound] | None = None  # each of `wavs` as its file has it
+    redo: Redo | None = None  # where only stretches of a sound were made anew
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -549,8 +548,8 @@ class Result:
         path = Path(path)
         if path.resolve() == self.source.resolve():
             raise MediaError(f"{path}: is the source itself; give another name")
-        if path.suffix.lower() == ".wav" and self.redone:
-            self.redone[self.best].write(path, self.tags)
+        if path.suffix.lower() == ".wav" and self.redo:
+            self.redo.sounds[self.best].write(path, self.tags)
         elif path.suffix.lower() == ".wav":
             media.write_wav(path, self.wav, self.tags)
         else:
@@ -676,8 +675,7 @@ def generate_many(
         cli.check_number("duration", duration, 1e-3)
     # models, and what settings leave to them
     cli.check_type("settings", settings, Settings)
-    if models is None:
-        models = default_models(encoder=True) if settings.redo else default_models()
+    models = default_models(encoder=bool(settings.redo)) if models is None else models
     cli.check_type("models", models, Models)
     settings = settings.resolve(models)
     progress = Progress(on_step)
@@ -869,13 +867,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
     )
-    g.add_argument(
-        "--redo",
-        type=parse_stretches,
-        metavar="A-B[,A-B]",
-        help="of an earlier output, or of the clip's own sound: new sound from second A to B "
-        "alone; the rest stays sample for sample",
-    )
+    add_redo(g)
 
 
 def add_material(g):

@@ -34,7 +34,7 @@ def plot(path, result, count=12):
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
     video = f"{target}{media.output_suffix(result.source)}"
-    wavs = result.redone or result.wavs
+    wavs = result.redo.sounds if result.redo else result.wavs
     sounds = {f"{target}.wav": wavs[result.best]}
     candidates = []
     if args.keep_all:

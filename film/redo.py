@@ -14,7 +14,7 @@ import argparse
 import io
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +97,17 @@ def check_end(stretches, seconds: float, video):
             raise ValueError(
                 f"redo {described([(a, b)])}: goes beyond the end of {video}, {seconds:.2f} s"
             )
+
+
+def add_redo(group):
+    """The flag of the command line."""
+    group.add_argument(
+        "--redo",
+        type=parse_stretches,
+        metavar="A-B[,A-B]",
+        help="of an earlier output, or of the clip's own sound: new sound from second A to B "
+        "alone; the rest stays sample for sample",
+    )
 
 
 def plan_redo(args):
@@ -277,6 +288,7 @@ class Redo:
     samples: int  # of it, without the silence that fills the last column
     gain: float  # dB, that it was given after it was made
     comment: str  # its tag, if it is an output of ours
+    sounds: dict = field(default_factory=dict)  # candidate -> Sound with the stretches redone
 
     def __repr__(self):
         return f"Redo({self.path}: {described(self.stretches)})"
@@ -362,7 +374,6 @@ class Redo:
 
     def finish(self, result, wavs, settings, mark=True):
         """A `sample.Result` that has the sounds {candidate: (n,)} in the stretches alone."""
-        redone = {}
         floats = {}
         before = Sound(self.wav[: self.samples, None].numpy() * 10 ** (self.gain / 20))
         for k, wav in wavs.items():
@@ -373,16 +384,14 @@ class Redo:
             # all of it, so that the pattern begins with the sound
             if mark:
                 wav = watermark.mark(wav)
-            redone[k] = self.sound
+            self.sounds[k] = self.sound
             floats[k] = before
             for a, b in self.spans:
-                redone[k] = redone[k].replaced(wav, a, b)
+                self.sounds[k] = self.sounds[k].replaced(wav, a, b)
                 floats[k] = floats[k].replaced(wav, a, b)
         wavs = {k: torch.from_numpy(sound.samples[:, 0]) for k, sound in floats.items()}
         tags = result.tags | {"comment": self.new_comment(result.tags["comment"], settings.seed)}
-        return replace(
-            result, redo=self, redone=redone, wav=wavs[result.best], wavs=wavs, tags=tags
-        )
+        return replace(result, redo=self, wav=wavs[result.best], wavs=wavs, tags=tags)
 
     def new_comment(self, comment, seed: int):
         """The tag of the redone sound; `comment`: what it would be if all were new."""
