@@ -285,7 +285,7 @@ class Redo:
     path: Path  # whose sound it is
     sound: Sound
     wav: Tensor  # (n,) the same, 16 kHz mono, before the gain; whole mel columns
-    samples: int  # of it, without the silence that fills the last column
+    samples: int  # of the picture; what follows is silence that fills the last column
     gain: float  # dB, that it was given after it was made
     comment: str  # its tag, if it is an output of ours
     sounds: dict = field(default_factory=dict)  # candidate -> Sound with the stretches redone
@@ -315,9 +315,11 @@ class Redo:
             )
         gain = GAIN.search(comment)
         gain = float(gain[1]) if gain else 0.0
-        padded = F.pad(wav, (0, -len(wav) % HOP)) * 10 ** (-gain / 20)
-        stretches = tuple(sorted(settings.redo))
-        return cls(stretches, path, sound, padded, len(wav), gain, comment)
+        # as long as the picture, in whole mel columns
+        columns = math.ceil(clip.samples / HOP)
+        wav = wav[: clip.samples] * 10 ** (-gain / 20)
+        wav = F.pad(wav, (0, columns * HOP - len(wav)))
+        return cls(tuple(sorted(settings.redo)), path, sound, wav, clip.samples, gain, comment)
 
     @cached_property
     def spans(self):
