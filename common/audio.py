@@ -180,8 +180,8 @@ def reflect_ends(padded, samples):
 def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None):
     """Magnitudes (b, 513, s) -> sound (b, s*256) with consistent phases.
 
-    known: a sound (b, s*256), and which of its samples (s*256,) are put back before each iteration:
-    the phases of the others then fit to them.
+    known: a sound (b, s*256), and its share (s*256,), 0 to 1, in what each iteration starts from:
+    then phases fit to it where it is mixed in with these shares.
 
     Fast Griffin-Lim with momentum 0.99. Every item starts from the same random phases, drawn on the
     CPU from `seed`, so its sound depends neither on the batch it sits in nor on the device, but for
@@ -219,7 +219,7 @@ def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None):
         padded = (wav / envelope).flatten(1)
         if known is not None:
             inner = padded[:, N_FFT // 2 : N_FFT // 2 + samples]
-            inner.copy_(torch.where(known[1], known[0], inner))
+            inner.copy_(torch.lerp(inner, *known))
         reflect_ends(padded, samples)
         frames = padded.unfold(1, N_FFT, HOP)  # (b, s, 1024), a view
         wav.zero_()

@@ -6,8 +6,9 @@ out  the same sound, sample for sample, at its own rate and in its own channels,
      stretches: new sound, marked, that takes over within FADE samples inside of their ends
 
 Latents outside of a stretch are those of the sound (`known_latents`), and the sampler fills in the
-others (`diffusion.fill_in`). Griffin-Lim puts the known samples back in every iteration, so that
-the phases of the new sound fit to them (`fill`).
+others (`diffusion.fill_in`). Griffin-Lim mixes the known samples in before every iteration, as they
+will be in the end, so that the phases of the new sound fit to them (`fill`): in the cross-fade the
+level then does not dip (docs/directing.md).
 """
 
 import argparse
@@ -187,13 +188,10 @@ class Sound:
         stop = min(len(self.samples), math.ceil(b * self.rate / SAMPLE_RATE))
         new = resampled(wav, first, stop, self.rate)
         new = new / max(1.0, float(new.abs().max()))
-        # their times in samples at 16 kHz, and the share of the new sound
+        # in samples at 16 kHz
         times = (torch.arange(first, stop, dtype=torch.float64) + 0.5) * SAMPLE_RATE / self.rate
-        rise = torch.ones_like(times) if a == 0 else (times - a) / FADE
-        fall = torch.ones_like(times) if stop == len(self.samples) else (b - times) / FADE
-        share = torch.minimum(rise, fall).clamp(0, 1)
-        share = (0.5 - 0.5 * (math.pi * share).cos()).numpy()[:, None]
-
+        end = math.inf if stop == len(self.samples) else b
+        share = share_of_new(times, a, end).numpy()[:, None]
         old = self.samples[first:stop].astype(np.float64)
         mixed = old + share * (new.numpy()[:, None] * self.full_scale - old)
         if self.samples.dtype.kind == "i":
@@ -214,6 +212,17 @@ class Sound:
                 setattr(file, name, value)
             file.write(self.samples)
         write_bytes(path, memory.getvalue())
+
+
+def share_of_new(times, a: int, b: float):
+    """At times (n,) in samples, the share (n,) of a sound that is new from a to b, 0 to 1.
+
+    It rises and falls within FADE inside of these. a = 0, b = inf: at the ends of the old sound,
+    where nothing is to be faded.
+    """
+    rise = torch.ones_like(times) if a == 0 else (times - a) / FADE
+    fall = (b - times) / FADE
+    return 0.5 - 0.5 * (math.pi * torch.minimum(rise, fall).clamp(0, 1)).cos()
 
 
 def resampled(wav, first: int, stop: int, rate: int):
@@ -446,7 +455,8 @@ def said(line):
 def fill(wav, mel, a: int, b: int):
     """Sound (n,) with new samples a to b, of the spectrogram mel (128, n / 256), in phase with it.
 
-    Around them Griffin-Lim has the magnitudes of the sound, and its samples in every iteration.
+    Griffin-Lim starts every iteration from what the joined sound will be, cross-fades included. It
+    has the magnitudes of the old sound around them.
     """
     low = max(0, a // HOP - AROUND)
     high = min(mel.shape[1], math.ceil(b / HOP) + AROUND)
@@ -455,7 +465,7 @@ def fill(wav, mel, a: int, b: int):
     centers = HOP * torch.arange(low, high)
     is_new = (centers >= a) & (centers < b)
     magnitude = torch.where(is_new, magnitude, audio.stft(part[None]).abs())
-    samples = torch.arange(low * HOP, high * HOP)
-    known = (samples < a) | (samples >= b)
-    new = audio.griffin_lim(magnitude, known=(part[None], known))[0]
+    times = torch.arange(low * HOP, high * HOP, dtype=torch.float64) + 0.5
+    share = share_of_new(times, a, b if b < len(wav) else math.inf).float()
+    new = audio.griffin_lim(magnitude, known=(part[None], 1 - share))[0]
     return torch.cat([wav[:a], new[a - low * HOP : b - low * HOP], wav[b:]])

@@ -339,7 +339,8 @@ def test_new_sound_fits_to_the_phases_around_it():
     t = torch.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = 0.3 * (2 * math.pi * 440 * t).sin()
     a, b = 15000, 17000
-    holed = torch.cat([tone[:a], torch.zeros(b - a), tone[b:]])
+    holed = tone.clone()
+    holed[a + FADE : b - FADE] = 0
     filled = redo.fill(holed, audio.mel(tone), a, b)
     assert torch.equal(filled[:a], tone[:a]) and torch.equal(filled[b:], tone[b:])
     similar = torch.corrcoef(torch.stack([filled[a:b], tone[a:b]]))[0, 1]
