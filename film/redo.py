@@ -55,7 +55,7 @@ EXACT = {
 
 def described(stretches):
     """((12.5, 14.0), (20.0, 21.0)) -> "12.5-14,20-21"."""
-    return ",".join(f"{a:g}-{b:g}" for a, b in stretches)
+    return ",".join(f"{a:.10g}-{b:.10g}" for a, b in stretches)
 
 
 def parse_stretches(text: str):
