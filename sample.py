@@ -58,7 +58,7 @@ from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
-from film.redo import Redo, add_redo, check_stretches, plan_redo
+from film.redo import Redo, add_redo, check_stretches, plan_redo, repaint
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -102,7 +102,7 @@ class Settings:
             known = ", ".join(SAMPLERS)
             raise ValueError(f"sampler {cli.quoted(self.sampler)}: not one of {known}")
         # DDIM and PLMS step between 1000 whole times, and from the last one there is no step left
-        most = 1000 if self.sampler == "dpm" else 999
+        most = 1000 if self.sampler == "dpm" and not self.redo else 999
         cli.check_number("steps", self.steps, 1, most, whole=True)
         cli.check_number("seed", self.seed, 0, 2**40, whole=True)
         cli.check_number("candidates", self.candidates, 1, 1000, whole=True)
@@ -159,7 +159,9 @@ class Settings:
         cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
         batch = 1 if torch.device(models.device).type == "cpu" else 16
-        return replace(self, cfg=cfg, cg=cg, batch=self.batch or batch, onsets=onsets)
+        sampler = "ddim" if self.redo else self.sampler  # its steps, which `repaint` takes twice
+        batch = self.batch or batch
+        return replace(self, cfg=cfg, cg=cg, batch=batch, onsets=onsets, sampler=sampler)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -477,7 +479,8 @@ def denoise(windows, models, settings, callback=None):
         )
         if any_known:
             eps = fill_in(eps, known_z, is_known)
-        z = SAMPLERS[settings.sampler](eps, x, settings.steps, callback)
+        sampler = repaint if settings.redo else SAMPLERS[settings.sampler]
+        z = sampler(eps, x, settings.steps, callback)
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()

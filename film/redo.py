@@ -6,9 +6,9 @@ out  the same sound, sample for sample, at its own rate and in its own channels,
      stretches: new sound, marked, that takes over within FADE samples inside of their ends
 
 Latents outside of a stretch are those of the sound (`known_latents`), and the sampler fills in the
-others (`diffusion.fill_in`). Griffin-Lim mixes the known samples in before every iteration, as they
-will be in the end, so that the phases of the new sound fit to them (`fill`): in the cross-fade the
-level then does not dip (docs/directing.md).
+others (`diffusion.fill_in`, `repaint`). Griffin-Lim mixes the known samples in before every
+iteration, as they will be in the end, so that the phases of the new sound fit to them (`fill`): in
+the cross-fade the level then does not dip (docs/directing.md).
 """
 
 import argparse
@@ -30,6 +30,7 @@ from common import audio, media, watermark
 from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.files import atomic_write, write_bytes
 from common.media import MediaError
+from diffusion import ALPHAS_CUMPROD, ddim_step, descending_pairs
 from vae import LATENT_SCALE
 
 SHORTEST = 0.1  # seconds of a stretch: less than a latent column is nothing to draw
@@ -107,7 +108,7 @@ def add_redo(group):
         type=parse_stretches,
         metavar="A-B[,A-B]",
         help="of an earlier output, or of the clip's own sound: new sound from second A to B "
-        "alone; the rest stays sample for sample",
+        "alone; the rest stays sample for sample. The sampler is DDIM, every step taken twice",
     )
 
 
@@ -447,6 +448,31 @@ def said(line):
     redo = line["redo"]
     kept = f", kept as {redo['before']}" if redo["before"] else ""
     return f", redone: {described(redo['seconds'])} s of {redo['of']}{kept}"
+
+
+# ---- the sampler -------------------------------------------------------------------------------
+
+
+def repaint(eps_fn, x, steps: int, callback=None):
+    """DDIM that takes every step twice, with noise added in between, and the last once.
+
+    The second time what is filled in has seen what is known (RePaint, Lugmayr et al. 2022, Sec.
+    4.2). The noise is that of the start, rolled, so that it is a window's own in any batch.
+    """
+    start = x
+    for i, (t, t_next) in enumerate(descending_pairs(steps, None)):
+        times = torch.full((len(x),), float(t))
+        x_next = ddim_step(x, eps_fn(x, times), t, t_next)
+        if t_next:
+            # back from t_next to t: x_t = sqrt(a) x_next + sqrt(1 - a) noise
+            a = (ALPHAS_CUMPROD[t] / ALPHAS_CUMPROD[t_next]).item()
+            noise = start.flatten(1).roll(97 * (i + 1), 1).view_as(x)
+            x = a**0.5 * x_next + (1 - a) ** 0.5 * noise
+            x_next = ddim_step(x, eps_fn(x, times), t, t_next)
+        x = x_next
+        if callback:
+            callback(i, x)
+    return x
 
 
 # ---- from spectrogram to sound -----------------------------------------------------------------

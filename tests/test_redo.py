@@ -21,6 +21,7 @@ from common import audio, media, watermark
 from common.audio import SAMPLE_RATE, WINDOW
 from common.checkpoints import save_model
 from common.files import UserError
+from diffusion import SAMPLERS, fill_in, log_alpha, sigma
 from film import redo
 from film.redo import FADE, Sound
 from ldm import LDM, LDMConfig, UNetConfig
@@ -348,6 +349,29 @@ def test_new_sound_fits_to_the_phases_around_it():
     # which by chance it is not
     alone = audio.vocode(audio.mel(tone))
     assert torch.corrcoef(torch.stack([alone[a:b], tone[a:b]]))[0, 1] < 0.9
+
+
+def test_the_sampler_fills_in_what_fits_to_what_is_known():
+    """Of data on a line, all columns equal, one half tells the other."""
+    batch = torch.randn(2, 4, 16, 64)
+    z = torch.full_like(batch, 1.5)
+    known = torch.arange(64) < 32
+
+    def eps_fn(x, t):
+        # the best guess of data whose columns are all the same N(0, 1) number
+        alpha = log_alpha(t).exp().to(x)[:, None, None, None]
+        noise = sigma(t).to(x)[:, None, None, None]
+        mean = x.mean(3, keepdim=True)
+        guess = alpha * mean / (alpha**2 + noise**2 / 64)
+        return (x - alpha * guess) / noise
+
+    filled = redo.repaint(fill_in(eps_fn, z, known), batch, 25)
+    once = SAMPLERS["ddim"](fill_in(eps_fn, z, known), batch, 25)
+    errors = [(x - z)[..., 32:].abs().mean() for x in (filled, once)]
+    assert errors[0] < 0.7 * errors[1]
+    # a window's sound does not depend on the batch it is in
+    alone = redo.repaint(fill_in(eps_fn, z[1:], known), batch[1:], 25)
+    assert torch.allclose(alone, filled[1:], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
