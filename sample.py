@@ -60,6 +60,7 @@ from film import level
 from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
 from film.outputs import save, write_job
 from film.page import Page
+from film.redo import Redo, add_redo, check_stretches, plan_redo, repaint
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -100,13 +101,16 @@ class Settings:
     # a folder of such files for many videos; None: what suits the weights
     onsets: str | Path | tuple[Hit, ...] | None = None
     material: tuple[str, ...] = ()  # what may be heard; (): what the model sees
+    # stretches of an existing sound, (from, to) in seconds, that alone are made anew; (): all of it
+    redo: tuple[tuple[float, float], ...] = ()
+    redo_of: str | Path | None = None  # that sound's file; None: see film.redo.find_sound
 
     def __post_init__(self):
         if self.sampler not in tuple(SAMPLERS):
             known = ", ".join(SAMPLERS)
             raise ValueError(f"sampler {cli.quoted(self.sampler)}: not one of {known}")
         # DDIM and PLMS step between 1000 whole times, and from the last one there is no step left
-        most = 1000 if self.sampler == "dpm" else 999
+        most = 1000 if self.sampler == "dpm" and not self.redo else 999
         cli.check_number("steps", self.steps, 1, most, whole=True)
         cli.check_number("seed", self.seed, 0, 2**40, whole=True)
         cli.check_number("candidates", self.candidates, 1, 1000, whole=True)
@@ -121,6 +125,7 @@ class Settings:
                 cli.check_number(name, getattr(self, name), 0)
         # a mere string would be read letter by letter
         cli.check_type("material", self.material, tuple)
+        check_stretches(self.redo, self.as_official)
         if self.onsets is not None and not isinstance(self.onsets, str | Path | tuple):
             raise ValueError(f"onsets {cli.quoted(self.onsets)}: give a tuple of Hit, or a file")
 
@@ -163,7 +168,9 @@ class Settings:
         cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
         batch = 1 if torch.device(models.device).type == "cpu" else 16
-        return replace(self, cfg=cfg, cg=cg, batch=self.batch or batch, onsets=onsets)
+        sampler = "ddim" if self.redo else self.sampler  # its steps, which `repaint` takes twice
+        batch = self.batch or batch
+        return replace(self, cfg=cfg, cg=cg, batch=batch, onsets=onsets, sampler=sampler)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -178,6 +185,15 @@ def plan_windows(samples: int, fps: float) -> list[int]:
     spread evenly: where the last one would end long after the clip, all overlap more instead.
     Raises CheckpointError for frame rates that meet mel columns too rarely.
     """
+    grid = window_grid(fps)
+    # the start of the last window, and how many gaps of at most WINDOW - OVERLAP lead to it
+    last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
+    gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
+    return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
+
+
+def window_grid(fps: float) -> int:
+    """Samples between the places where a window may start. Raises CheckpointError."""
     # exact, as a rate such as 15.625 or 29.97 makes no whole number of samples
     frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
     # on latent columns if a fine enough grid has them, else on mel columns
@@ -191,10 +207,7 @@ def plan_windows(samples: int, fps: float) -> list[int]:
             f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a "
             "second) too rarely to place windows; train at 15.625, 12.5, 25 or 4"
         )
-    # the start of the last window, and how many gaps of at most WINDOW - OVERLAP lead to it
-    last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
-    gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
-    return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
+    return grid
 
 
 def fade_weights(starts):
@@ -221,7 +234,7 @@ def join_windows(mels, starts):
     An event that only one of two windows has drops by 6 dB halfway; averaging logarithms would
     halve its level in dB.
     """
-    if len(starts) == 1:
+    if starts == [0]:
         return mels[0]
     # a mel is 0.2 log10 of the amplitude, and a constant that cancels
     amplitude = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
@@ -273,13 +286,17 @@ def default_dtype(ldm_path, device):
 
 
 def load_models(
-    weights: str | Path = "mini", device: str = "auto", dtype: torch.dtype | None = None
+    weights: str | Path = "mini",
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    encoder: bool = False,
 ) -> Models:
     """The networks, ready to generate and no longer for training.
 
     weights: "mini", "official" (downloaded once), or a folder with our three files or the
-    published ones; dtype None: see `default_dtype`. Raises CheckpointError, HubError, and
-    ValueError for a device or dtype that cannot be.
+    published ones; dtype None: see `default_dtype`; encoder: with the autoencoder's, which
+    `Settings.redo` needs. Raises CheckpointError, HubError, and ValueError for a device or dtype
+    that cannot be.
     """
     device = find_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -289,9 +306,9 @@ def load_models(
     if dtype is None:
         dtype = default_dtype(paths["ldm"], device)
 
-    # without the parts that only training needs: CAVP's audio tower, the autoencoder's encoder
+    # without what only training needs: CAVP's audio tower and, but for redoing, the encoder
     cavp = CAVP.load(paths["cavp"], audio=False).fold().to(device, dtype)
-    ldm = LDM.load(paths["ldm"], device, dtype, encoder=False)
+    ldm = LDM.load(paths["ldm"], device, dtype, encoder)
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
     if cavp.config.fps != ldm.config.fps:
         raise CheckpointError(
@@ -408,6 +425,7 @@ class Clip:
     hits: list = ()  # Hit, that it is told or that were found
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
+    redo: Redo | None = None  # the existing sound, where only stretches of it are drawn
     mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
     scores: list = field(default_factory=list)
 
@@ -470,7 +488,8 @@ def denoise(windows, models, settings, callback=None):
         )
         if any_known:
             eps = fill_in(eps, known_z, is_known)
-        z = SAMPLERS[settings.sampler](eps, x, settings.steps, callback)
+        sampler = repaint if settings.redo else SAMPLERS[settings.sampler]
+        z = sampler(eps, x, settings.steps, callback)
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
@@ -521,6 +540,7 @@ class Result:
     settings: Settings = Settings()  # as resolved
     # candidate -> dB by which it is louder than the model made it
     gains: dict[int, float] = field(default_factory=dict)
+    redo: Redo | None = None  # where only stretches of a sound were made anew
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -563,8 +583,12 @@ def finish(clip, models, settings, mark):
     with clip.profile("vocoder"):
         for k in range(count) if settings.keep_all else [best]:
             joined[k] = join_windows(mels[k], clip.starts)[:, :columns]
-            wavs[k] = audio.vocode_long(joined[k], clip.samples, models.device)
-    return make_result(clip, models, settings, mark, wavs, scores, best, joined[best])
+            if clip.redo:
+                joined[k], wavs[k] = clip.redo.vocode(joined[k])
+            else:
+                wavs[k] = audio.vocode_long(joined[k], clip.samples, models.device)
+    result = make_result(clip, models, settings, mark, wavs, scores, best, joined[best])
+    return clip.redo.finish(result, wavs, settings, mark) if clip.redo else result
 
 
 def make_result(clip, models, settings, mark, wavs, scores, best, mel):
@@ -654,9 +678,9 @@ def generate_many(
     if duration is not None:
         cli.check_number("duration", duration, 1e-3)
     # models, and what settings leave to them
-    models = default_models() if models is None else models
-    cli.check_type("models", models, Models)
     cli.check_type("settings", settings, Settings)
+    models = default_models(encoder=bool(settings.redo)) if models is None else models
+    cli.check_type("models", models, Models)
     settings = settings.resolve(models)
     progress = Progress(on_step)
     clips = deque()  # (video, its Clip; or its Result or UserError, where that is known)
@@ -737,6 +761,9 @@ def open_clip(source, models, settings, start, duration, progress):
     config = models.ldm.config
     clip = Clip(source, start, duration, seconds, profile)
     clip.starts = plan_windows(clip.samples, config.fps)
+    if settings.redo:
+        clip.redo = Redo.open(clip, settings)
+        clip.redo.prepare(clip, models.ldm, settings, plan_windows, window_grid(config.fps))
     count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
     clip.features = video_features(source, models.cavp, count, seconds, start, profile)
     set_conditions(clip, models, settings)
@@ -846,6 +873,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
     )
+    add_redo(g)
 
 
 def add_material(g):
@@ -945,7 +973,7 @@ def load(args):
         print(f"sample.py: {device}, {kernels.describe()}", file=sys.stderr)
     keep_freed_memory(largest=2**23)  # what fragments of larger ones would cost is memory
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    return load_models(args.weights, device, dtype)
+    return load_models(args.weights, device, dtype, encoder=bool(args.redo))
 
 
 def main(argv=None):
@@ -958,6 +986,8 @@ def main(argv=None):
     models = None
     try:
         jobs = plan_jobs(args)
+        if args.redo:
+            settings = replace(settings, redo_of=plan_redo(args))
         page = Page(args, jobs)
         # what is kept needs no weights
         if any(job.line is None for job in jobs):

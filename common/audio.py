@@ -177,8 +177,11 @@ def reflect_ends(padded, samples):
 
 
 @torch.no_grad()
-def griffin_lim(magnitude, iterations: int = 32, seed: int = 0):
+def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None):
     """Magnitudes (b, 513, s) -> sound (b, s*256) with consistent phases.
+
+    known: a sound (b, s*256), and its share (s*256,), 0 to 1, in what each iteration starts from:
+    then phases fit to it where it is mixed in with these shares.
 
     Fast Griffin-Lim with momentum 0.99. Every item starts from the same random phases, drawn on the
     CPU from `seed`, so its sound depends neither on the batch it sits in nor on the device, but for
@@ -214,6 +217,9 @@ def griffin_lim(magnitude, iterations: int = 32, seed: int = 0):
     previous = torch.zeros_like(magnitude, dtype=magnitude.dtype.to_complex())
     for _ in range(iterations):
         padded = (wav / envelope).flatten(1)
+        if known is not None:
+            inner = padded[:, N_FFT // 2 : N_FFT // 2 + samples]
+            inner.copy_(torch.lerp(inner, *known))
         reflect_ends(padded, samples)
         frames = padded.unfold(1, N_FFT, HOP)  # (b, s, 1024), a view
         wav.zero_()

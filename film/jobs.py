@@ -21,6 +21,7 @@ from common.files import UserError, make_folder
 from common.media import MediaError
 from common.onsets import read_hits
 from film import manifest
+from film.redo import base_name, said
 
 
 @dataclass
@@ -156,10 +157,11 @@ def find_videos(given):
         return [(given, f"{given}: cannot be used ({reason}); give the name of a file")]
 
 
-def plan_outputs(inputs, out, verbose=False):
+def plan_outputs(inputs, out, verbose=False, redo=False):
     """-> [(video, output without its suffix, None)], or (input, None, why there is none).
 
-    Every video once. verbose: what else lies in a folder is named on stderr.
+    Every video once. verbose: what else lies in a folder is named on stderr. redo: the output of an
+    output has its name.
     """
     jobs = []
     seen = set()
@@ -175,7 +177,8 @@ def plan_outputs(inputs, out, verbose=False):
             if video.resolve() in seen:
                 continue
             seen.add(video.resolve())
-            target = (out or video.parent) / f"{video.stem}.foley"
+            name = base_name(video) if redo else video.stem
+            target = (out or video.parent) / f"{name}.foley"
             other = taken.setdefault(target.resolve(), video)
             if other is video:
                 jobs.append((video, target, None))
@@ -280,7 +283,8 @@ def compare(jobs, args, verbose):
         job.weights = weights
         job.stamp = manifest.stamp(job.given)
         job.record = records[folder].get(job.target.name)
-        if job.record and not args.overwrite:
+        # what is redone is what is there, whatever it was made with
+        if job.record and not (args.overwrite or args.redo):
             look_up(job, args)
 
 
@@ -311,7 +315,9 @@ def plan_jobs(args):
         make_folder(args.out)
     first = rank == 0
     jobs = []
-    for given, target, error in plan_outputs(args.inputs, args.out, args.verbose and first):
+    for given, target, error in plan_outputs(
+        args.inputs, args.out, args.verbose and first, bool(args.redo)
+    ):
         jobs.append(Job(given, target))
         if error:
             jobs[-1].fail(error)
@@ -360,7 +366,7 @@ def describe(line):
     """A line of --json in words."""
     if line.get("kept"):
         return f"{line['output']}  kept (same settings; --overwrite draws it again)"
-    return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}"
+    return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}{said(line)}"
 
 
 def report(line, args):

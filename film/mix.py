@@ -21,7 +21,7 @@ from common import media, watermark
 from common.audio import HOP, SAMPLE_RATE
 from common.files import scratch_file
 from common.resample import BLOCK, blocks_of, downsample, upsample, with_context
-from film import level, loudness
+from film import level, loudness, redo
 
 STEP = 80  # samples (5 ms) a point of the curve that ducks
 ATTACK = 0.04  # seconds before a hit in which the clip's own sound goes down
@@ -43,6 +43,7 @@ class Sound:
     channels: int
     gain: float  # dB by which the generated sound in it is louder than the model made it
     level: loudness.Level
+    exact: redo.Sound | None = None  # the same as a file has it, which is written as it is
 
     def louder(self, decibels):
         """The same with another constant gain."""
@@ -52,6 +53,7 @@ class Sound:
             blocks=lambda: (scale * block for block in self.blocks()),
             gain=self.gain + decibels,
             level=loudness.Level(*(value + decibels for value in self.level)),
+            exact=None,
         )
 
 
@@ -212,3 +214,19 @@ def mix(result, own, k):
     if own is None or result.settings.keep_audio is None:
         return foley(result, k)
     return finished(partial(mix_blocks, result, own, k), result.settings, result.gains.get(k, 0.0))
+
+
+# ---- redone ------------------------------------------------------------------------------------
+
+
+def redone(result, k):
+    """Candidate k of a sound of which stretches alone are new, at its own rate and level."""
+    sound = result.redo.sounds[k]
+
+    def blocks():
+        for at in range(0, len(sound.samples), BLOCK):
+            yield (sound.samples[at : at + BLOCK] / sound.full_scale).astype(np.float32)
+
+    channels = sound.samples.shape[1]
+    measured = loudness.measure(blocks(), sound.rate)
+    return Sound(blocks, sound.rate, channels, 0.0, measured, exact=sound)

@@ -15,10 +15,10 @@ from common.audio import SAMPLE_RATE
 from common.files import FileError, atomic_write, scratch_file, written
 from common.media import MediaError
 from common.onsets import write_hits
-from film import manifest
+from film import manifest, redo
 from film.jobs import onsets_file, stem_file
 from film.level import CEILING, down, with_gain
-from film.mix import foley, mix, own_sound, write_blocks
+from film.mix import foley, mix, own_sound, redone, write_blocks
 
 SOUNDS = (".wav", ".flac")  # outputs without a picture
 LOSSY = (".mp4", ".m4v", ".mov", ".webm")  # videos whose sound is not quite what was encoded
@@ -79,13 +79,17 @@ def write(result, sound, path, keep_tracks=False):
     if Path(path).suffix.lower() not in SOUNDS:
         return write_video(result, sound, path, keep_tracks)
     tags = with_gain(result.tags, sound.gain)
+    if sound.exact is not None and Path(path).suffix.lower() == ".wav":
+        sound.exact.write(path, tags)
+        return sound
     media.write_sound(path, sound.blocks(), sound.rate, sound.channels, tags)
     return sound
 
 
 def own_if_asked(result, folder, stack, stems=False):
     """The clip's Own sound in a file that the stack deletes; None where nobody wants it."""
-    if not stems and result.settings.keep_audio is None:
+    # what is redone has it already, in the stretches
+    if result.redo or (not stems and result.settings.keep_audio is None):
         return None
     return stack.enter_context(own_sound(result, folder))
 
@@ -94,15 +98,20 @@ def save(result, path, keep_tracks=False):
     """The best candidate in one file: see `sample.Result.save`."""
     with ExitStack() as stack:
         own = own_if_asked(result, Path(path).parent, stack)
-        write(result, mix(result, own, result.best), path, keep_tracks)
+        write(result, sound_of(result, own, result.best), path, keep_tracks)
 
 
 # ---- all of one input --------------------------------------------------------------------------
 
 
+def sound_of(result, own, k):
+    """What is written of candidate k."""
+    return redone(result, k) if result.redo else mix(result, own, k)
+
+
 def sounds_of(result, target, suffix, own, stems, keep_all):
     """-> the Sound of the video, {path: Sound} of the files beside it, --json's candidates."""
-    best = mix(result, own, result.best)
+    best = sound_of(result, own, result.best)
     sounds = {f"{target}{suffix}": best}
     if stems:
         sounds = {
@@ -113,7 +122,7 @@ def sounds_of(result, target, suffix, own, stems, keep_all):
     if keep_all:
         for k in result.wavs:
             path = f"{target}.{k}{suffix}"
-            sounds[path] = mix(result, own, k)
+            sounds[path] = sound_of(result, own, k)
             candidates.append({"wav": path, "score": result.scores[k]})
     return best, sounds, candidates
 
@@ -147,6 +156,7 @@ def write_outputs(result, target, args):
             if not alone:
                 part = stack.enter_context(atomic_write(output))
                 best = write_video(result, best, part, args.keep_tracks)
+            before = redo.keep_before(result, target, output, stack)
             for path, sound in sounds.items():
                 write(result, sound, stack.enter_context(atomic_write(path)))
             if args.stems and own is not None:
@@ -174,6 +184,8 @@ def write_outputs(result, target, args):
         line["onsets"] = str(onsets_file(target))
     if candidates:
         line["candidates"] = candidates
+    if result.redo:
+        line["redo"] = result.redo.line() | {"before": before}
     return line
 
 

@@ -63,6 +63,11 @@ FAST = {
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
     "test_controls": (),
+    "test_redo": (
+        "test_an_output_is_redone_and_the_rest_stays",
+        "test_without_an_output_it_is_the_clips_own_sound",
+        "test_the_joints_of_the_shipped_model_are_no_clicks",
+    ),
     "test_directing": ("test_the_shipped_model_plays_what_it_is_told",),
     "test_media": ("test_a_full_disk_leaves_nothing",),
     "test_containers": (
