@@ -43,6 +43,9 @@ IRRELEVANT = {
     *("device", "kernels", "batch", "verbose", "json", "profile"),
 }
 
+# of --json's line, what is said again of an output that is kept
+RESULT = ("seconds", "windows", "seed", "score", "gain", "lufs")
+
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -253,7 +256,7 @@ def add(job, line: dict, written: list, args, settings, models, version: str):
         {
             "target": job.target.name,
             "paths": {k: relative(v, folder) for k, v in line.items() if v in paths},
-            "result": {k: line[k] for k in ("seconds", "windows", "seed", "score") if k in line},
+            "result": {k: line[k] for k in RESULT if k in line},
             "files": {relative(path, folder): fingerprint(Path(path)) for path in paths},
             "input": source,
             "weights": weights,

@@ -66,7 +66,7 @@ def drawn(monkeypatch):
     network.config = config
     network.materials = ("wood",)
 
-    def load(*_):
+    def load(*_, **__):
         done.append("load")
         return sample.Models(None, network, network, name="tiny")
 
@@ -85,6 +85,7 @@ def drawn(monkeypatch):
                 *(wav, {0: wav}, [-0.5], 0, torch.zeros(128, 30), [0], seconds, video, start),
                 *(None, Profile(), tags),
                 hits=[Hit(0.25, 0.5, "wood")],
+                settings=settings,
             )
             yield video, result
 
@@ -376,7 +377,7 @@ def test_patterns_that_the_shell_left(tree, pattern, names):
         assert len(found) == 1 and found[0][1].startswith(f"{tree}/{pattern}: ")
         assert ";" in found[0][1] and "\n" not in found[0][1]
     else:
-        assert {path.stem for path, _ in found} == set(names)
+        assert {path.stem.strip(".") for path, _ in found} == set(names)
         assert all(error is None for _, error in found)
 
 

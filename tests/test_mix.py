@@ -417,7 +417,8 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     line = json.loads(lines[0])
     names = {path.name for path in tmp_path.iterdir()}
     stems = {"clip.foley.wav", "clip.own.wav", "clip.mix.wav"}
-    assert names == stems | {"clip.foley.mkv", "clip.foley.0.wav", "clip.foley.1.wav"}
+    videos = {"clip.foley.mkv", "manifest.jsonl"}
+    assert names == stems | videos | {"clip.foley.0.wav", "clip.foley.1.wav"}
     for candidate in line["candidates"]:
         assert tagged_gain(candidate["wav"]) != 0
         found = measure(blocks_of(read(candidate["wav"], 48000, 2)), 48000)
