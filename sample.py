@@ -41,7 +41,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
 from align import Alignment
@@ -56,18 +55,18 @@ from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
+from film import kept
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
+from film.progress import show_progress
+from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
-COLUMNS = WINDOW // HOP  # mel columns of a window
-LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384  # samples that neighboring windows share at least
 # of hits: the onset head, the picture's motion, both; none: stage 2 is not told any, as published
 FINDERS = ("model", "flow", "both", "none")
-FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,40 +187,6 @@ def plan_windows(samples: int, fps: float) -> list[int]:
     return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
 
 
-def fade_weights(starts):
-    """(n, 512): the share of each window in its own mel columns; those of a column sum to one.
-
-    Windows hand over linearly in the middle of their overlap, where both have seen what comes
-    before and after.
-    """
-    centers = torch.arange(COLUMNS, dtype=torch.float64) + 0.5  # counted from a window's start
-    shares = torch.ones(len(starts), COLUMNS, dtype=torch.float64)
-    for k, (before, after) in enumerate(itertools.pairwise(starts)):
-        middle = (before + WINDOW + after) / 2
-        # how far each column is past the middle, in lengths of the fade
-        past_before = (centers - (middle - before) / HOP) / FADE
-        past_after = (centers - (middle - after) / HOP) / FADE
-        shares[k] -= (0.5 + past_before).clamp(0, 1)
-        shares[k + 1] -= (0.5 - past_after).clamp(0, 1)
-    return shares.float()
-
-
-def join_windows(mels, starts):
-    """(n, 128, 512) -> (128, columns), cross-faded as amplitudes.
-
-    An event that only one of two windows has drops by 6 dB halfway; averaging logarithms would
-    halve its level in dB.
-    """
-    if len(starts) == 1:
-        return mels[0]
-    # a mel is 0.2 log10 of the amplitude, and a constant that cancels
-    amplitude = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
-    for mel, share_of_window, start in zip(mels, fade_weights(starts), starts, strict=True):
-        columns = slice(start // HOP, start // HOP + COLUMNS)
-        amplitude[:, columns] += share_of_window * 10 ** (5 * mel)
-    return amplitude.log10_().mul_(0.2)
-
-
 def noise_field(seed, candidate, columns):
     """(4, 16, columns) of noise, the start of a whole clip's diffusion.
 
@@ -247,6 +212,7 @@ class Models:
     align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     name: str = "mini"
+    files: tuple[Path, ...] = ()  # they were read from
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
@@ -293,7 +259,8 @@ def load_models(
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
+    files = tuple(path for path in paths.values() if path)
+    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name, files)
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none
@@ -345,7 +312,7 @@ def found_hits(clip, ldm, finder):
     logits = motion = None
     if finder != "flow":
         with clip.profile("features"):
-            logits = ldm.onset_head(clip.features[None])[0].cpu().numpy()
+            logits = controls.onset_odds(ldm.onset_head, clip.features)
     if finder != "model":
         with clip.profile("decode"):
             motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
@@ -382,9 +349,11 @@ def set_conditions(clip, models, settings):
     if settings.onsets == "none":
         tracks = tracks._replace(given=None)
     clip.conditions = models.ldm.with_controls(clip.features[None], tracks)[0]
+    # held once: an hour's are 115 MB
+    clip.features = clip.conditions[:, : clip.features.shape[1]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Clip:
     """One video on its way through the batches."""
 
@@ -399,24 +368,35 @@ class Clip:
     hits: list = ()  # Hit, that it is told or that were found
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
-    mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
-    scores: list = field(default_factory=list)
+    # (candidate, start) -> of windows that are drawn: latents (4, 16, 64), and score
+    latents: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+    keeper: kept.Kept | None = None  # where these are kept on disk, until the output is written
+
+    @functools.cached_property
+    def needs(self):
+        return plan_needs(self.starts)
 
     @property
     def samples(self):
         return max(1, round(self.seconds * SAMPLE_RATE))
 
     def windows(self, settings):
-        """(this clip, candidate, start sample) of all that is to be drawn."""
-        return [(self, k, start) for k in range(settings.candidates) for start in self.starts]
+        """(this clip, candidate, start sample) of all that is to be drawn, in order."""
+        every = itertools.product(range(settings.candidates), self.needs)
+        return [(self, *window) for window in every if window not in self.latents]
+
+    def can_draw(self, candidate, start):
+        """Whether the neighbors are drawn that this window is to know."""
+        return all((candidate, other) in self.latents for other in self.needs[start])
 
     def is_done(self, settings):
-        return len(self.mels) == len(self.starts) * settings.candidates
+        return len(self.latents) == len(self.starts) * settings.candidates
 
 
 @torch.no_grad()
 def denoise(windows, models, settings, callback=None):
-    """One batch of windows, of any clips: their mels and scores are added to the clips.
+    """One batch of windows, of any clips: their latents and scores are added to the clips.
 
     A window's noise depends on seed, candidate and place alone: other inputs do not change a sound,
     nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A score is
@@ -437,17 +417,15 @@ def denoise(windows, models, settings, callback=None):
     v = torch.stack(features)  # (b, f, d)
 
     # what is known of some of these windows, and is not to be drawn
-    nothing = torch.zeros(LATENT_SHAPE), torch.zeros(LATENT_SHAPE[2], dtype=torch.bool)
-    known = [clip.known.get((candidate, start), nothing) for clip, candidate, start in windows]
+    known = [known_latents(*window) for window in windows]
     known_z = torch.stack([z for z, _ in known]).to(x)
     is_known = torch.stack([mask for _, mask in known])[:, None, None]  # (b, 1, 1, 64)
     any_known = is_known.any()
     is_known = is_known.to(x.device)
 
     # latents, by the sampler under double guidance; the classifier then scores them
-    clips = [clip for clip, _, _ in windows]
-    profiles = [clip.profile for clip in clips]
-    with share(profiles, "sampling"):
+    scores = [None] * len(windows)
+    with share([clip.profile for clip, _, _ in windows], "sampling"):
         eps = fast.guided(
             ldm.unet,
             ldm.conditioner(torch.stack(conditions)),
@@ -465,13 +443,13 @@ def denoise(windows, models, settings, callback=None):
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
-            for clip, score in zip(clips, scores, strict=True):
-                clip.scores.append(score)
-    # spectrograms
-    with share(profiles, "autoencoder"):
-        mels = ldm.decode(z).float().cpu()  # (b, 128, 512)
-    for clip, mel in zip(clips, mels, strict=True):
-        clip.mels.append(mel)
+    for (clip, *window), latents, score in zip(windows, z.cpu(), scores, strict=True):
+        # a copy of its own, which does not hold the whole batch
+        clip.latents[tuple(window)] = latents.clone()
+        if score is not None:
+            clip.scores[tuple(window)] = score
+        if clip.keeper is not None:
+            clip.keeper.add(*window, score, latents)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -484,8 +462,9 @@ def mix(wavs, source, gain, start):
         warnings.warn(f"{source}: has no sound of its own to mix in", stacklevel=2)
         return wavs
     samples = len(next(iter(wavs.values())))
-    own = media.read_audio(source, start, samples / SAMPLE_RATE) * 10 ** (gain / 20)
-    return {k: audio.limit(wav + own) for k, wav in wavs.items()}
+    own = media.read_audio(source, start, samples / SAMPLE_RATE).mul_(10 ** (gain / 20))
+    # in place: an hour is 230 MB
+    return {k: audio.limit(wav.add_(own), out=wav) for k, wav in wavs.items()}
 
 
 def tags_of(name, seed, mark=True):
@@ -494,9 +473,13 @@ def tags_of(name, seed, mark=True):
     return {"comment": comment if mark else f"{comment}, no watermark"}
 
 
-def add_watermark(wav):
-    """Sound (n,) with the watermark: what every sound is given before it leaves the program."""
-    return audio.limit(watermark.mark(wav))
+def add_watermark(wav, out=None):
+    """Sound (n,) with the watermark: what every sound is given before it leaves the program.
+
+    out: where it is written, which may be `wav`; None: a tensor of its own.
+    """
+    marked = watermark.mark(wav, out)
+    return audio.limit(marked, out=marked)
 
 
 @dataclass
@@ -507,7 +490,7 @@ class Result:
     wavs: dict[int, Tensor]  # candidate -> its sound: the best one's, or all
     scores: list  # of each candidate, higher is better; None without a classifier
     best: int  # its number among the candidates
-    mel: Tensor  # (128, columns) of the best
+    spectrogram: Tensor | Spectrogram  # (128, columns) of the best, decoded where it is read
     starts: list[int]  # samples at which the windows start
     seconds: float  # of picture
     source: Path
@@ -517,6 +500,11 @@ class Result:
     tags: dict[str, str]
     marked: bool = True  # whether the sounds carry the watermark
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
+
+    @property
+    def mel(self):
+        """(128, columns) float32 of the best candidate."""
+        return self.spectrogram[:, :]
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -542,28 +530,34 @@ class Result:
 def finish(clip, models, settings, mark):
     """The windows of a clip -> its Result."""
     count = settings.candidates
-    mels = torch.stack(clip.mels).unflatten(0, (count, -1))  # (candidates, n, 128, 512)
-    if not mels.isfinite().all():
-        raise UserError(f"{clip.source}: the sampler diverged; give smaller cfg or cg")
     # a candidate's score is the mean over its windows
     scores = [None] * count
     best = 0
     if clip.scores:
-        means = torch.stack(clip.scores).view(count, -1).mean(1)
+        every = itertools.product(range(count), clip.starts)
+        means = torch.stack([clip.scores[window] for window in every]).view(count, -1).mean(1)
         best = int(means.argmax())
         scores = means.tolist()
+    clip.features = clip.conditions = None  # the sound takes their place in memory
     # one spectrogram of each candidate's windows, and its sound
-    columns = math.ceil(clip.samples / HOP)
-    joined = {}
+    spectrograms = {}
     wavs = {}
-    with clip.profile("vocoder"):
-        for k in range(count) if settings.keep_all else [best]:
-            joined[k] = join_windows(mels[k], clip.starts)[:, :columns]
-            wavs[k] = audio.vocode_long(joined[k], clip.samples, models.device)
-    return make_result(clip, models, settings, mark, wavs, scores, best, joined[best])
+
+    def decode(z):
+        with clip.profile("autoencoder"):
+            return models.ldm.decode(z.to(models.device))
+
+    for k in range(count) if settings.keep_all else [best]:
+        columns = math.ceil(clip.samples / HOP)
+        spectrograms[k] = Spectrogram(
+            agreed(clip, k), clip.starts, columns, decode, settings.batch, clip.source
+        )
+        with clip.profile("vocoder"):
+            wavs[k] = audio.vocode_long(spectrograms[k], clip.samples, models.device)
+    return make_result(clip, models, settings, mark, wavs, scores, best, spectrograms[best])
 
 
-def make_result(clip, models, settings, mark, wavs, scores, best, mel):
+def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
     """The last steps: the clip's own sound mixed in, if wanted, and the watermark over both."""
     # in this order, so that the mix as a whole is marked
     if settings.keep_audio is not None:
@@ -571,18 +565,18 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
             wavs = mix(wavs, clip.source, settings.keep_audio, clip.start)
     if mark:
         with clip.profile("vocoder"):
-            wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
+            wavs = {k: add_watermark(wav, out=wav) for k, wav in wavs.items()}
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":
-        hits = [Hit(time) for time in audio.detect_onsets(mel.numpy())]
+        hits = [Hit(time) for time in audio.detect_onsets(spectrogram)]
     return Result(
         hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
         wav=wavs[best],
         wavs=wavs,
         scores=scores,
         best=best,
-        mel=mel,
+        spectrogram=spectrogram,
         starts=clip.starts,
         seconds=clip.seconds,
         source=clip.source,
@@ -639,12 +633,15 @@ def generate_many(
     duration: float | None = None,
     mark: bool = True,
     on_step: Callable | None = None,
+    keep: dict[Path, Path] | None = None,
 ) -> Iterator[tuple[Path, Result | UserError]]:
     """The same for many videos, in order: (video, its Result, or why there is none).
 
     Windows of different clips and candidates share batches of `settings.batch` (on an H100 a step
     of eight windows takes 2.6 times as long as one of a single window). No more clips are read
     ahead than fill a batch. A clip's sound is the same as alone, but for the rounding of a batch.
+
+    keep: files in which windows of long videos are kept, to go on from after a stop (film/kept.py).
     """
     # what cannot be asked for
     cli.check_number("start", start, 0)
@@ -670,24 +667,31 @@ def generate_many(
             clips.popleft()
             yield video, clip
 
-    def draw(count):
-        """The next `count` windows, of whichever clips, in one batch."""
-        batch = [windows.popleft() for _ in range(count)]
-        denoise(batch, models, settings, functools.partial(progress.step, count))
+    def draw(least):
+        """Windows of any clips, a batch at a time, as long as so many can be drawn."""
+        while True:
+            possible = (window for window in windows if window[0].can_draw(*window[1:]))
+            batch = list(itertools.islice(possible, settings.batch))
+            if len(batch) < least:
+                return
+            for window in batch:
+                windows.remove(window)
+            denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
 
     # clips are read until their windows fill a batch
     for video in map(Path, videos):
         clip = caught(open_clip, video, models, settings, start, duration, progress)
         clips.append((video, clip))
         if isinstance(clip, Clip):
-            windows.extend(clip.windows(settings))
-            progress.total += settings.steps * len(clip.starts) * settings.candidates
-        while len(windows) >= settings.batch:
-            draw(settings.batch)
+            if keep and video in keep:
+                kept.go_on(clip, keep[video], models, settings)
+            more = clip.windows(settings)
+            windows.extend(more)
+            progress.total += settings.steps * len(more)
+        draw(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
-    if windows:
-        draw(len(windows))
+    draw(least=1)
     yield from finished()
 
 
@@ -956,16 +960,11 @@ def main(argv=None):
         return 1
 
     # every input in order: its outputs, or why there are none
-    videos = [video for video, _, error in jobs if error is None]
+    videos = {v: kept.windows_file(target) for v, target, error in jobs if error is None}
     any_failed = False
-    with warnings.catch_warnings(), tqdm(unit="step", leave=False, disable=None) as bar:
+    with warnings.catch_warnings(), show_progress(settings.steps) as on_step:
         files = [str(video) for video, _, _ in jobs]
         cli.show_warnings("sample.py", ("kernels: ", *files), args.verbose)
-
-        def on_step(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
         results = generate_many(
             videos,
             models,
@@ -973,6 +972,7 @@ def main(argv=None):
             start=args.start,
             duration=args.duration,
             on_step=on_step,
+            keep=videos,
         )
         for given, target, error in jobs:
             try:
@@ -980,10 +980,12 @@ def main(argv=None):
                 if isinstance(result, UserError):
                     raise result
                 line = write_outputs(result, target, args)
+                kept.forget(videos[given])
                 result.profile.rows = profile.rows | result.profile.rows  # loading, once
                 line["profile"] = result.profile.table(time.perf_counter() - clock)
                 profile.rows = {}
                 clock = time.perf_counter()
+                del result  # before the next one is made: an hour of sound is 230 MB
             except UserError as failure:
                 any_failed = True
                 line = {"input": str(given), "error": str(failure)}

@@ -11,10 +11,10 @@ MediaError here. It costs about a millisecond a call. Where a docstring names no
 that cannot be used raises MediaError.
 """
 
-import io
+import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import soundfile
@@ -22,11 +22,12 @@ import torch
 
 from common import isolation
 from common.ffmpeg import SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo
-from common.files import atomic_write, write_bytes
+from common.files import atomic_write
 from common.mux import CONTAINERS
 
 # files beside clips (labels, lists), which need not be opened to know that they are no videos
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
+BLOCK = 2**20  # samples written at once
 SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
 
 
@@ -168,11 +169,23 @@ def write_video(
     if Path(out).suffix.lower() not in CONTAINERS:
         suffixes = ", ".join(CONTAINERS)
         raise MediaError(f"{out}: we write no sound into this kind of file; end it in {suffixes}")
-    # the child gets an array, not a tensor: it must not import torch
-    wav = wav.detach().float().cpu().numpy()
-    with atomic_write(out) as part:
-        args = (source, wav, part, tags, start, duration, keep_tracks)
+    with atomic_write(out) as part, sound_file(wav, part) as sound:
+        args = (source, sound, part, tags, start, duration, keep_tracks)
         in_child(source, "common.mux", "write_video", *args)
+
+
+@contextmanager
+def sound_file(wav, beside: Path):
+    """A temporary file of plain float32 samples (n,), from which the child reads as it writes.
+
+    An hour is 230 MB, which both processes would hold otherwise.
+    """
+    path = beside.with_suffix(".f32")
+    try:
+        wav.detach().float().cpu().numpy().tofile(path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
@@ -180,10 +193,16 @@ def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
 
     `tags` by the names that wav knows: title, artist, comment, copyright, software.
     """
-    # in memory first: libsndfile does not report a full disk
-    memory = io.BytesIO()
-    with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
-        for name, value in (tags or {}).items():
-            setattr(file, name, value)
-        file.write(wav.detach().float().cpu().clamp(-1, 1).numpy())
-    write_bytes(out, memory.getvalue())
+    with atomic_write(out) as part:
+        try:
+            with soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
+                for name, value in (tags or {}).items():
+                    setattr(file, name, value)
+                # in blocks, since each is copied
+                for block in wav.detach().split(BLOCK):
+                    file.write(block.float().cpu().clamp(-1, 1).numpy())
+        except (AssertionError, soundfile.LibsndfileError) as error:
+            raise OSError(errno.ENOSPC, "less was written than was given") from error
+        # libsndfile may report a full disk or not
+        if part.stat().st_size < 2 * len(wav):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

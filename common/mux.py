@@ -1,6 +1,6 @@
 """Writing video files: the picture of a source with new sound, and all else that came with it.
 
-in   a source video, sound (n,) at 16 kHz, which stretch of the picture
+in   a source video, sound (n,) at 16 kHz in a file of float32, which stretch of the picture
 out  a file whose picture is copied packet by packet where possible, and encoded anew where not
 
 Like `common.ffmpeg`, this runs in a child process and does not import torch.
@@ -65,7 +65,7 @@ class Job:
     """One file to write: `seconds` of the picture of `source` from `start` on, with new sound."""
 
     source: Path
-    wav: np.ndarray  # (n,) at 16 kHz
+    sound: Path  # plain float32 (n,) at 16 kHz
     tags: dict
     start: float
     seconds: float
@@ -75,6 +75,11 @@ class Job:
     @property
     def muxer(self):
         return CONTAINERS[self.suffix][0]
+
+    @property
+    def samples(self):
+        """Of sound: exactly as long as the picture."""
+        return round(self.seconds * SAMPLE_RATE)
 
     @property
     def offset(self):
@@ -414,11 +419,20 @@ def encoded_packets(source, track, encoding, start, seconds):
 # ---- sound, and everything else in the source --------------------------------------------------
 
 
-def sound_packets(wav, track):
-    """Sound (n,) encoded a second at a time."""
-    for at in range(0, len(wav), SAMPLE_RATE):
-        samples = wav[None, at : at + SAMPLE_RATE]
-        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
+def sound_seconds(job):
+    """The job's sound, cut or padded to the picture's length: float32 (n,), a second at a time."""
+    with open(job.sound, "rb") as file:
+        for at in range(0, job.samples, SAMPLE_RATE):
+            count = min(SAMPLE_RATE, job.samples - at)
+            wav = np.frombuffer(file.read(4 * count), np.float32)
+            yield np.pad(np.clip(wav, -1, 1), (0, count - len(wav)))
+
+
+def sound_packets(job, track):
+    """The job's sound, encoded a second at a time."""
+    for second, wav in enumerate(sound_seconds(job)):
+        at = second * SAMPLE_RATE
+        frame = av.AudioFrame.from_ndarray(wav[None], format="flt", layout="mono")
         frame.sample_rate = SAMPLE_RATE
         frame.pts = at
         frame.time_base = Fraction(1, SAMPLE_RATE)
@@ -720,7 +734,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
                 if src.chapters():
                     dst.set_chapters(chapters_of(src, job))
             # all packets, in order of decoding
-            sources = [pictures, sound_packets(job.wav, sound)]
+            sources = [pictures, sound_packets(job, sound)]
             if extras.tracks:
                 sources.append(extra_packets(job, extras.tracks))
             for packet in heapq.merge(*sources, key=lambda packet: packet.dts * packet.time_base):
@@ -771,15 +785,16 @@ def attempts(job):
 
 def write_video(
     source: Path | str,
-    wav: np.ndarray,
+    sound: Path | str,
     out: Path | str,
     tags: dict[str, str] | None = None,
     start: float = 0.0,
     duration: float | None = None,
     keep_tracks: bool = False,
 ):
-    """Write the picture of `source` with the sound `wav` (n,), cut or padded to its length.
+    """Write the picture of `source` with sound, cut or padded to its length.
 
+    sound: a file of plain float32 samples (n,) at 16 kHz, which is read a second at a time.
     Copied packet by packet: all of the picture, with rotation, colors, aspect ratio and codec tag,
     and a cut that begins and ends on key frames. Encoded anew, with a warning: any other cut, and
     what `out` cannot hold. Subtitles, chapters, attachments, cover and time code are kept where the
@@ -790,10 +805,8 @@ def write_video(
     """
     out = Path(out)
     seconds = min(check_start(source, start) - start, duration or LONGEST)
-    # sound exactly as long as the picture
-    n = round(seconds * SAMPLE_RATE)
-    wav = np.pad(np.clip(wav[:n], -1, 1), (0, max(0, n - len(wav)))).astype(np.float32)
-    job = Job(Path(source), wav, tags or {}, start, seconds, out.suffix.lower(), keep_tracks)
+    suffix = out.suffix.lower()
+    job = Job(Path(source), Path(sound), tags or {}, start, seconds, suffix, keep_tracks)
     # the first attempt that a muxer takes
     refusal = None
     for method, options, reason in attempts(job):
