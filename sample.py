@@ -9,14 +9,15 @@ out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as lo
     python sample.py --verify dubbed/clip.foley.mp4       is its sound ours? By tag and watermark
 
 Read `generate_many` and what it calls: `plan_windows` places windows of 131,072 samples (8.192 s),
-`video_features` is stage 1, `denoise` stage 2 under double guidance, `join_windows` and `vocode`
-make one sound of the windows' spectrograms.
+`video_features` is stage 1, `denoise` stage 2 under double guidance; film/windows.py's
+`Spectrogram` and `vocode_long` make one sound of the windows' latents.
 
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
 conditioned, classifier included, on the frames of its own seconds. Windows that overlap begin from
-the same slice of one noise field and are cross-faded as spectrograms, so that one phase-coherent
-Griffin-Lim makes the whole sound. It is scaled down where it would clip; but for the watermark
-(1 dB, see common/watermark.py) nothing else changes its level.
+the same slice of one noise field; every other one fills in what its neighbors have left. They are
+cross-faded as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound. It is
+scaled down where it would clip; but for the watermark (1 dB, see common/watermark.py) nothing else
+changes its level. A run of a long film that was stopped goes on where it was (film/kept.py).
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops
 tails, crashes under 8 s, shows its classifier the frames of the whole clip, and inverts the mel at

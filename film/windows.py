@@ -131,6 +131,7 @@ class Spectrogram:
     def __getitem__(self, key):
         rows, columns = key
         low, high, _ = columns.indices(self.shape[1])
+        high = max(low, high)
         return self.read(low, high)[rows]
 
     def read(self, low: int, high: int):
