@@ -60,7 +60,7 @@ from film import kept
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
 from film.progress import show_progress
-from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs
+from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -641,7 +641,6 @@ def generate_many(
     Windows of different clips and candidates share batches of `settings.batch` (on an H100 a step
     of eight windows takes 2.6 times as long as one of a single window). No more clips are read
     ahead than fill a batch. A clip's sound is the same as alone, but for the rounding of a batch.
-
     keep: files in which windows of long videos are kept, to go on from after a stop (film/kept.py).
     """
     # what cannot be asked for
@@ -670,25 +669,16 @@ def generate_many(
 
     def draw(least):
         """Windows of any clips, a batch at a time, as long as so many can be drawn."""
-        while True:
-            possible = (window for window in windows if window[0].can_draw(*window[1:]))
-            batch = list(itertools.islice(possible, settings.batch))
-            if len(batch) < least:
-                return
-            for window in batch:
-                windows.remove(window)
+        while batch := take_batch(windows, least, settings.batch):
             denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
 
     # clips are read until their windows fill a batch
     for video in map(Path, videos):
-        clip = caught(open_clip, video, models, settings, start, duration, progress)
+        clip = caught(open_clip, video, models, settings, start, duration, progress, keep)
         clips.append((video, clip))
         if isinstance(clip, Clip):
-            if keep and video in keep:
-                kept.go_on(clip, keep[video], models, settings)
-            more = clip.windows(settings)
-            windows.extend(more)
-            progress.total += settings.steps * len(more)
+            windows.extend(clip.windows(settings))
+            progress.total += settings.steps * len(clip.windows(settings))
         draw(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
@@ -719,7 +709,7 @@ class Progress:
             self.on_step(self.done, self.total)
 
 
-def open_clip(source, models, settings, start, duration, progress):
+def open_clip(source, models, settings, start, duration, progress, keep=None):
     """-> the video's Clip, or its Result (as_official). Raises UserError."""
     profile = Profile(models.device)
     # how much of the picture is asked for
@@ -742,6 +732,9 @@ def open_clip(source, models, settings, start, duration, progress):
     count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
     clip.features = video_features(source, models.cavp, count, seconds, start, profile)
     set_conditions(clip, models, settings)
+    # what an earlier run has drawn
+    if keep and source in keep:
+        kept.go_on(clip, keep[source], models, settings)
     return clip
 
 

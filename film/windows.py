@@ -40,6 +40,20 @@ def plan_needs(starts: list[int]) -> dict[int, tuple[int, ...]]:
     return needs
 
 
+def take_batch(waiting, least: int, most: int) -> list:
+    """Remove the first of the (clip, candidate, start) whose neighbors are drawn, and return them.
+
+    At most `most`; none where they are fewer than `least`.
+    """
+    possible = (window for window in waiting if window[0].can_draw(*window[1:]))
+    batch = list(itertools.islice(possible, most))
+    if len(batch) < least:
+        return []
+    for window in batch:
+        waiting.remove(window)
+    return batch
+
+
 def shared_columns(start: int, other: int):
     """-> two slices of latent columns, of the window at `start` and of the other: their overlap."""
     shift = (other - start) // LATENT_HOP
