@@ -100,17 +100,16 @@ from common.media import MediaError, find_videos, probe, read_audio, read_tags, 
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from film import listen
+from film.windows import COLUMNS, Spectrogram
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
-    COLUMNS,
     FINDERS,
     Settings,
     add_material,
     add_watermark,
     generate,
-    join_windows,
     load_models,
     plan_windows,
     tags_of,
@@ -686,8 +685,12 @@ def round_trip(clip: EvalClip, vae):
     # windows may start at any column: no frames are involved
     starts = plan_windows(samples, SAMPLE_RATE / HOP)
     z, _ = vae.encode(cut_windows(clip.mel, starts))
-    mels = vae.decode(z)[:, 0].clamp(0, 1)
-    return vocode_long(join_windows(mels, starts)[:, : clip.mel.shape[1]], samples)
+
+    def decode(z):
+        return vae.decode(z)[:, 0].clamp(0, 1)
+
+    joined = Spectrogram(z, starts, clip.mel.shape[1], decode, len(starts), clip.video)
+    return vocode_long(joined, samples)
 
 
 def variants(args):

@@ -9,14 +9,16 @@ out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as lo
     python sample.py --verify dubbed/clip.foley.mp4       is its sound ours? By tag and watermark
 
 Read `generate_many` and what it calls: `plan_windows` places windows of 131,072 samples (8.192 s),
-`video_features` is stage 1, `denoise` stage 2 under double guidance, `join_windows` and `vocode`
-make one sound of the windows' spectrograms.
+`video_features` is stage 1, `denoise` stage 2 under double guidance; film/windows.py's
+`Spectrogram` and `vocode_long` make one sound of the windows' latents.
 
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
 conditioned, classifier included, on the frames of its own seconds. Windows that overlap begin from
-the same slice of one noise field and are cross-faded as spectrograms, so that one phase-coherent
-Griffin-Lim makes the whole sound. It gets the watermark (1 dB, see common/watermark.py) and one
-constant gain, to a loudness of -23 LUFS or a true peak of -1 dBTP (film/level.py).
+the same slice of one noise field; every other one fills in what its neighbors have left. They are
+cross-faded as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound. It gets
+the watermark (1 dB, see common/watermark.py) and one constant gain, to a loudness of -23 LUFS or a
+true peak of -1 dBTP (film/level.py). A run of a long film that was stopped goes on where it was
+(film/kept.py).
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops
 tails, crashes under 8 s, shows its classifier the frames of the whole clip, and inverts the mel at
@@ -41,7 +43,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
 from align import Alignment
@@ -56,21 +57,20 @@ from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
-from film import level
+from film import kept, level
 from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
 from film.outputs import save, write_job
 from film.page import Page
+from film.progress import show_progress
 from film.redo import Redo, add_redo, check_stretches, plan_redo, repaint
+from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
-COLUMNS = WINDOW // HOP  # mel columns of a window
-LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 OVERLAP = 16384  # samples that neighboring windows share at least
 # of hits: the onset head, the picture's motion, both; none: stage 2 is not told any, as published
 FINDERS = ("model", "flow", "both", "none")
-FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
 
 
 # ----------------------------------------------------------------------------------------------
@@ -210,40 +210,6 @@ def window_grid(fps: float) -> int:
     return grid
 
 
-def fade_weights(starts):
-    """(n, 512): the share of each window in its own mel columns; those of a column sum to one.
-
-    Windows hand over linearly in the middle of their overlap, where both have seen what comes
-    before and after.
-    """
-    centers = torch.arange(COLUMNS, dtype=torch.float64) + 0.5  # counted from a window's start
-    shares = torch.ones(len(starts), COLUMNS, dtype=torch.float64)
-    for k, (before, after) in enumerate(itertools.pairwise(starts)):
-        middle = (before + WINDOW + after) / 2
-        # how far each column is past the middle, in lengths of the fade
-        past_before = (centers - (middle - before) / HOP) / FADE
-        past_after = (centers - (middle - after) / HOP) / FADE
-        shares[k] -= (0.5 + past_before).clamp(0, 1)
-        shares[k + 1] -= (0.5 - past_after).clamp(0, 1)
-    return shares.float()
-
-
-def join_windows(mels, starts):
-    """(n, 128, 512) -> (128, columns), cross-faded as amplitudes.
-
-    An event that only one of two windows has drops by 6 dB halfway; averaging logarithms would
-    halve its level in dB.
-    """
-    if starts == [0]:
-        return mels[0]
-    # a mel is 0.2 log10 of the amplitude, and a constant that cancels
-    amplitude = mels.new_zeros(mels.shape[1], starts[-1] // HOP + COLUMNS)
-    for mel, share_of_window, start in zip(mels, fade_weights(starts), starts, strict=True):
-        columns = slice(start // HOP, start // HOP + COLUMNS)
-        amplitude[:, columns] += share_of_window * 10 ** (5 * mel)
-    return amplitude.log10_().mul_(0.2)
-
-
 def noise_field(seed, candidate, columns):
     """(4, 16, columns) of noise, the start of a whole clip's diffusion.
 
@@ -269,6 +235,7 @@ class Models:
     align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     name: str = "mini"
+    files: tuple[Path, ...] = ()  # they were read from
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
@@ -319,7 +286,8 @@ def load_models(
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
+    files = tuple(path for path in paths.values() if path)
+    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name, files)
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none
@@ -371,7 +339,7 @@ def found_hits(clip, ldm, finder):
     logits = motion = None
     if finder != "flow":
         with clip.profile("features"):
-            logits = ldm.onset_head(clip.features[None])[0].cpu().numpy()
+            logits = controls.onset_odds(ldm.onset_head, clip.features)
     if finder != "model":
         with clip.profile("decode"):
             motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
@@ -408,9 +376,11 @@ def set_conditions(clip, models, settings):
     if settings.onsets == "none":
         tracks = tracks._replace(given=None)
     clip.conditions = models.ldm.with_controls(clip.features[None], tracks)[0]
+    # held once: an hour's are 115 MB
+    clip.features = clip.conditions[:, : clip.features.shape[1]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Clip:
     """One video on its way through the batches."""
 
@@ -426,24 +396,35 @@ class Clip:
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
     redo: Redo | None = None  # the existing sound, where only stretches of it are drawn
-    mels: list = field(default_factory=list)  # (128, 512) of each candidate's windows, in order
-    scores: list = field(default_factory=list)
+    # (candidate, start) -> of windows that are drawn: latents (4, 16, 64), and score
+    latents: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+    keeper: kept.Kept | None = None  # where these are kept on disk, until the output is written
+
+    @functools.cached_property
+    def needs(self):
+        return plan_needs(self.starts)
 
     @property
     def samples(self):
         return max(1, round(self.seconds * SAMPLE_RATE))
 
     def windows(self, settings):
-        """(this clip, candidate, start sample) of all that is to be drawn."""
-        return [(self, k, start) for k in range(settings.candidates) for start in self.starts]
+        """(this clip, candidate, start sample) of all that is to be drawn, in order."""
+        every = itertools.product(range(settings.candidates), self.needs)
+        return [(self, *window) for window in every if window not in self.latents]
+
+    def can_draw(self, candidate, start):
+        """Whether the neighbors are drawn that this window is to know."""
+        return all((candidate, other) in self.latents for other in self.needs[start])
 
     def is_done(self, settings):
-        return len(self.mels) == len(self.starts) * settings.candidates
+        return len(self.latents) == len(self.starts) * settings.candidates
 
 
 @torch.no_grad()
 def denoise(windows, models, settings, callback=None):
-    """One batch of windows, of any clips: their mels and scores are added to the clips.
+    """One batch of windows, of any clips: their latents and scores are added to the clips.
 
     A window's noise depends on seed, candidate and place alone: other inputs do not change a sound,
     nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A score is
@@ -464,17 +445,15 @@ def denoise(windows, models, settings, callback=None):
     v = torch.stack(features)  # (b, f, d)
 
     # what is known of some of these windows, and is not to be drawn
-    nothing = torch.zeros(LATENT_SHAPE), torch.zeros(LATENT_SHAPE[2], dtype=torch.bool)
-    known = [clip.known.get((candidate, start), nothing) for clip, candidate, start in windows]
+    known = [known_latents(*window) for window in windows]
     known_z = torch.stack([z for z, _ in known]).to(x)
     is_known = torch.stack([mask for _, mask in known])[:, None, None]  # (b, 1, 1, 64)
     any_known = is_known.any()
     is_known = is_known.to(x.device)
 
     # latents, by the sampler under double guidance; the classifier then scores them
-    clips = [clip for clip, _, _ in windows]
-    profiles = [clip.profile for clip in clips]
-    with share(profiles, "sampling"):
+    scores = [None] * len(windows)
+    with share([clip.profile for clip, _, _ in windows], "sampling"):
         eps = fast.guided(
             ldm.unet,
             ldm.conditioner(torch.stack(conditions)),
@@ -493,13 +472,13 @@ def denoise(windows, models, settings, callback=None):
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
-            for clip, score in zip(clips, scores, strict=True):
-                clip.scores.append(score)
-    # spectrograms
-    with share(profiles, "autoencoder"):
-        mels = ldm.decode(z).float().cpu()  # (b, 128, 512)
-    for clip, mel in zip(clips, mels, strict=True):
-        clip.mels.append(mel)
+    for (clip, *window), latents, score in zip(windows, z.cpu(), scores, strict=True):
+        # a copy of its own, which does not hold the whole batch
+        clip.latents[tuple(window)] = latents.clone()
+        if score is not None:
+            clip.scores[tuple(window)] = score
+        if clip.keeper is not None:
+            clip.keeper.add(*window, score, latents)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -512,9 +491,13 @@ def tags_of(name, seed, mark=True):
     return {"comment": comment if mark else f"{comment}, no watermark"}
 
 
-def add_watermark(wav):
-    """Sound (n,) with the watermark: what every sound is given before it leaves the program."""
-    return audio.limit(watermark.mark(wav))
+def add_watermark(wav, out=None):
+    """Sound (n,) with the watermark: what every sound is given before it leaves the program.
+
+    out: where it is written, which may be `wav`; None: a tensor of its own.
+    """
+    marked = watermark.mark(wav, out)
+    return audio.limit(marked, out=marked)
 
 
 @dataclass
@@ -527,7 +510,7 @@ class Result:
     wavs: dict[int, Tensor]  # candidate -> its sound: the best one's, or all
     scores: list  # of each candidate, higher is better; None without a classifier
     best: int  # its number among the candidates
-    mel: Tensor  # (128, columns) of the best
+    spectrogram: Tensor | Spectrogram  # (128, columns) of the best, decoded where it is read
     starts: list[int]  # samples at which the windows start
     seconds: float  # of picture
     source: Path
@@ -541,6 +524,11 @@ class Result:
     # candidate -> dB by which it is louder than the model made it
     gains: dict[int, float] = field(default_factory=dict)
     redo: Redo | None = None  # where only stretches of a sound were made anew
+
+    @property
+    def mel(self):
+        """(128, columns) float32 of the best candidate."""
+        return self.spectrogram[:, :]
 
     def __repr__(self):
         candidates = f"{len(self.wavs)} of {len(self.scores)} candidates"
@@ -566,48 +554,54 @@ class Result:
 def finish(clip, models, settings, mark):
     """The windows of a clip -> its Result."""
     count = settings.candidates
-    mels = torch.stack(clip.mels).unflatten(0, (count, -1))  # (candidates, n, 128, 512)
-    if not mels.isfinite().all():
-        raise UserError(f"{clip.source}: the sampler diverged; give smaller cfg or cg")
     # a candidate's score is the mean over its windows
     scores = [None] * count
     best = 0
     if clip.scores:
-        means = torch.stack(clip.scores).view(count, -1).mean(1)
+        every = itertools.product(range(count), clip.starts)
+        means = torch.stack([clip.scores[window] for window in every]).view(count, -1).mean(1)
         best = int(means.argmax())
         scores = means.tolist()
+    clip.features = clip.conditions = None  # the sound takes their place in memory
     # one spectrogram of each candidate's windows, and its sound
-    columns = math.ceil(clip.samples / HOP)
-    joined = {}
+    spectrograms = {}
     wavs = {}
-    with clip.profile("vocoder"):
-        for k in range(count) if settings.keep_all else [best]:
-            joined[k] = join_windows(mels[k], clip.starts)[:, :columns]
+
+    def decode(z):
+        with clip.profile("autoencoder"):
+            return models.ldm.decode(z.to(models.device))
+
+    for k in range(count) if settings.keep_all else [best]:
+        columns = math.ceil(clip.samples / HOP)
+        spectrograms[k] = Spectrogram(
+            agreed(clip, k), clip.starts, columns, decode, settings.batch, clip.source
+        )
+        with clip.profile("vocoder"):
             if clip.redo:
-                joined[k], wavs[k] = clip.redo.vocode(joined[k])
+                spectrograms[k], wavs[k] = clip.redo.vocode(spectrograms[k])
             else:
-                wavs[k] = audio.vocode_long(joined[k], clip.samples, models.device)
-    result = make_result(clip, models, settings, mark, wavs, scores, best, joined[best])
+                wavs[k] = audio.vocode_long(spectrograms[k], clip.samples, models.device)
+    result = make_result(clip, models, settings, mark, wavs, scores, best, spectrograms[best])
     return clip.redo.finish(result, wavs, settings, mark) if clip.redo else result
 
 
-def make_result(clip, models, settings, mark, wavs, scores, best, mel):
+def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
     """The last steps: the watermark, and the gain to the loudness that is wanted."""
     with clip.profile("vocoder"):
         if mark:
-            wavs = {k: add_watermark(wav) for k, wav in wavs.items()}
+            wavs = {k: add_watermark(wav, out=wav) for k, wav in wavs.items()}
         gains = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":
-        hits = [Hit(time) for time in audio.detect_onsets(mel.numpy())]
+        hits = [Hit(time) for time in audio.detect_onsets(spectrogram)]
     return Result(
         hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
         wav=wavs[best],
         wavs=wavs,
         scores=scores,
         best=best,
-        mel=mel,
+        spectrogram=spectrogram,
         starts=clip.starts,
         seconds=clip.seconds,
         source=clip.source,
@@ -666,12 +660,14 @@ def generate_many(
     duration: float | None = None,
     mark: bool = True,
     on_step: Callable | None = None,
+    keep: dict[Path, Path] | None = None,
 ) -> Iterator[tuple[Path, Result | UserError]]:
     """The same for many videos, in order: (video, its Result, or why there is none).
 
     Windows of different clips and candidates share batches of `settings.batch` (on an H100 a step
     of eight windows takes 2.6 times as long as one of a single window). No more clips are read
     ahead than fill a batch. A clip's sound is the same as alone, but for the rounding of a batch.
+    keep: files in which windows of long videos are kept, to go on from after a stop (film/kept.py).
     """
     # what cannot be asked for
     cli.check_number("start", start, 0)
@@ -697,24 +693,22 @@ def generate_many(
             clips.popleft()
             yield video, clip
 
-    def draw(count):
-        """The next `count` windows, of whichever clips, in one batch."""
-        batch = [windows.popleft() for _ in range(count)]
-        denoise(batch, models, settings, functools.partial(progress.step, count))
+    def draw(least):
+        """Windows of any clips, a batch at a time, as long as so many can be drawn."""
+        while batch := take_batch(windows, least, settings.batch):
+            denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
 
     # clips are read until their windows fill a batch
     for video in map(Path, videos):
-        clip = caught(open_clip, video, models, settings, start, duration, progress)
+        clip = caught(open_clip, video, models, settings, start, duration, progress, keep)
         clips.append((video, clip))
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
-            progress.total += settings.steps * len(clip.starts) * settings.candidates
-        while len(windows) >= settings.batch:
-            draw(settings.batch)
+            progress.total += settings.steps * len(clip.windows(settings))
+        draw(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
-    if windows:
-        draw(len(windows))
+    draw(least=1)
     yield from finished()
 
 
@@ -741,7 +735,7 @@ class Progress:
             self.on_step(self.done, self.total)
 
 
-def open_clip(source, models, settings, start, duration, progress):
+def open_clip(source, models, settings, start, duration, progress, keep=None):
     """-> the video's Clip, or its Result (as_official). Raises UserError."""
     profile = Profile(models.device)
     # how much of the picture is asked for
@@ -767,6 +761,9 @@ def open_clip(source, models, settings, start, duration, progress):
     count = round(clip.starts[-1] * config.fps / SAMPLE_RATE) + config.frames
     clip.features = video_features(source, models.cavp, count, seconds, start, profile)
     set_conditions(clip, models, settings)
+    # what an earlier run has drawn; of what is redone there is little
+    if keep and source in keep and not settings.redo:
+        kept.go_on(clip, keep[source], models, settings)
     return clip
 
 
@@ -976,6 +973,19 @@ def load(args):
     return load_models(args.weights, device, dtype, encoder=bool(args.redo))
 
 
+def write_next(results, job, args, settings, models, keep, profile):
+    """The next result, written. -> it, and --json's line. Raises UserError."""
+    result = next(results)[1]
+    if isinstance(result, UserError):
+        raise result
+    line = write_job(job, result, args, settings, models, VERSION)
+    kept.forget(keep[job.given])
+    # loading and waiting count once, for the first output
+    result.profile.rows = profile.rows | result.profile.rows
+    profile.rows = {}
+    return result, line
+
+
 def main(argv=None):
     args, settings = parse_arguments(argv)
     if args.verify:
@@ -999,37 +1009,28 @@ def main(argv=None):
         return cannot_start(error)
 
     # every input in order: its outputs, or why there are none
-    videos = [job.given for job in jobs if job.line is None]
+    keep = {job.given: kept.windows_file(job.target) for job in jobs if job.line is None}
+    progress = show_progress(settings.steps, disable=distributed.rank() > 0 or None)
     any_failed = False
-    bar = tqdm(unit="step", leave=False, disable=distributed.rank() > 0 or None)
-    with warnings.catch_warnings(), bar:
+    with warnings.catch_warnings(), progress as on_step:
         files = [str(job.given) for job in jobs]
         cli.show_warnings("sample.py", ("kernels: ", *files), args.verbose)
-
-        def on_step(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
         results = generate_many(
-            videos,
+            keep,
             models,
             settings=settings,
             start=args.start,
             duration=args.duration,
             on_step=on_step,
+            keep=keep,
         )
         for job in jobs:
-            result = None
+            result = None  # before the next one is made: an hour of sound is 230 MB
+            line = job.line
             try:
-                line = job.line
                 if line is None:
-                    result = next(results)[1]
-                    if isinstance(result, UserError):
-                        raise result
-                    line = write_job(job, result, args, settings, models, VERSION)
-                    result.profile.rows = profile.rows | result.profile.rows  # loading, once
+                    result, line = write_next(results, job, args, settings, models, keep, profile)
                     line["profile"] = result.profile.table(time.perf_counter() - clock)
-                    profile.rows = {}
                     clock = time.perf_counter()
             except UserError as failure:
                 line = {"input": str(job.given), "error": str(failure)}

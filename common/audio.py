@@ -11,7 +11,6 @@ Differs from the official code: one filterbank at 16 kHz serves mel and its inve
 inverse is at 22,050 Hz, and tones fall).
 """
 
-import itertools
 import math
 from functools import lru_cache
 
@@ -250,19 +249,21 @@ def vocode(mel, iterations: int = 32, seed: int = 0, length: int | None = None):
 
 
 def vocode_long(mel, samples, device="cpu"):
-    """(128, columns) -> (samples,), at most full scale.
+    """(128, columns), or what is sliced like it -> (samples,), at most full scale.
 
     A long sound is made in spans, whose phases do not fit together: they change over within one
     column, the quietest near a span's end.
     """
     columns = mel.shape[1]
-    cuts = [0]
-    while columns - cuts[-1] > SPAN:
-        late = cuts[-1] + SPAN - 128  # the last 2 s of a span
-        cuts.append(late + int(mel[:, late : late + 128].sum(0).argmin()))
     out = torch.zeros(columns * HOP)
     rise = (torch.arange(HOP) + 0.5) / HOP
-    for a, b in itertools.pairwise([*cuts, columns]):
+    b = 0
+    while b < columns:
+        a = b
+        b = columns
+        if columns - a > SPAN:
+            late = a + SPAN - 128  # the last 2 s of a span
+            b = late + int(mel[:, late : late + 128].sum(0).argmin())
         # some columns more on either side, for the phases
         low = max(0, a - 16)
         high = min(columns, b + 16)
@@ -273,12 +274,13 @@ def vocode_long(mel, samples, device="cpu"):
         if b < columns:
             weight[(b - low) * HOP :] = torch.cat([1 - rise, torch.zeros((high - b - 1) * HOP)])
         out[low * HOP : high * HOP] += weight * wav
-    return limit(out[:samples])
+    return limit(out[:samples], out=out[:samples])
 
 
-def limit(wav):
-    """Scaled down as a whole where it would clip."""
-    return wav / max(1.0, float(wav.abs().max()))
+def limit(wav, out=None):
+    """Scaled down as a whole where it would clip; into `out`, which may be `wav`."""
+    # without a copy of the magnitudes
+    return torch.div(wav, max(1.0, float(wav.max()), -float(wav.min())), out=out)
 
 
 # ---- onsets --------------------------------------------------------------------------------------
@@ -299,8 +301,16 @@ def onset_strength(mel):
 
 
 def detect_onsets(mel):
-    """Mel (128, s) -> onset times in seconds, ascending. A column's time is its center."""
-    strength = onset_strength(mel)
+    """Mel (128, s), or what is sliced like it -> onset times in seconds, ascending.
+
+    A column's time is its center.
+    """
+    # in spans, as whoever slices an hour may hold a span of it
+    spans = []
+    for first in range(0, mel.shape[1], SPAN):
+        low = max(0, first - LAG)
+        spans.append(onset_strength(mel[:, low : first + SPAN])[first - low :])
+    strength = np.concatenate(spans) if spans else np.zeros(0)
     times = []
     for k, value in enumerate(strength):
         near = strength[max(k - APART, 0) : k + APART + 1]

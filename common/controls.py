@@ -31,6 +31,8 @@ ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 h
 # of the features that the head is trained on, relative to them: what it learns of drawn pictures
 # then holds for recorded ones a little better
 HEAD_NOISE = 0.5
+HEAD_REACH = 4  # features on each side that one of the head's columns depends on
+HEAD_SPAN = 4096  # features that it looks at at once
 
 
 class Tracks(NamedTuple):
@@ -148,6 +150,23 @@ class OnsetHead(nn.Module):
     def forward(self, features):
         x = self.scale * features.to(self.layers[0].weight.dtype)
         return self.layers(x.transpose(1, 2)).transpose(1, 2).flatten(1).float()
+
+
+@torch.no_grad()
+def onset_odds(head: OnsetHead, features):
+    """Features (f, d) of a clip -> the head's log odds, float32 (f * columns,) in numpy.
+
+    In spans with the frames around them that the head looks at: of an hour at once, its
+    intermediate results would be 300 MB.
+    """
+    odds = []
+    for first in range(0, len(features), HEAD_SPAN):
+        low = max(0, first - HEAD_REACH)
+        span = features[low : first + HEAD_SPAN + HEAD_REACH]
+        columns = head.layers[-1].out_channels
+        logits = head(span[None])[0, (first - low) * columns :]
+        odds.append(logits[: HEAD_SPAN * columns].cpu().numpy())
+    return np.concatenate(odds)
 
 
 def find_hits(logits, motion, columns: int):

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -67,13 +67,14 @@ class Job:
     """One file to write: `seconds` of the picture of `source` from `start` on, with new sound."""
 
     source: Path
-    wav: np.ndarray  # (n, channels)
+    wav: np.ndarray | Path  # (n, channels), or a file of that as plain float32
     tags: dict
     start: float
     seconds: float
     suffix: str
     keep_tracks: bool = False
     rate: int = SAMPLE_RATE  # of the sound
+    channels: int = 1
 
     @property
     def muxer(self):
@@ -416,14 +417,30 @@ def encoded_packets(source, track, encoding, start, seconds):
 # ---- sound, and everything else in the source --------------------------------------------------
 
 
-def sound_packets(wav, track, samples):
-    """Sound (n, channels), cut or padded to so many samples, encoded a second at a time."""
+def sound_seconds(sound, rate, channels, samples):
+    """Sound as an array (n, channels) or a file of it as plain float32, cut or padded to so many
+    samples: float32 (n, channels) in [-1, 1], a second at a time, so that none of a file stays."""
+    with ExitStack() as stack:
+        is_array = isinstance(sound, np.ndarray)
+        file = None if is_array else stack.enter_context(open(sound, "rb"))
+        for at in range(0, samples, rate):
+            count = min(rate, samples - at)
+            if is_array:
+                block = sound.reshape(-1, channels)[at : at + count]
+            else:
+                block = np.frombuffer(file.read(4 * channels * count), np.float32)
+                block = block.reshape(-1, channels)
+            block = np.clip(block, -1, 1).astype(np.float32)
+            yield np.pad(block, ((0, count - len(block)), (0, 0)))
+
+
+def sound_packets(sound, track, samples):
+    """Sound as of `sound_seconds`, encoded a second at a time."""
     rate = track.rate
     layout = track.layout.name
-    for at in range(0, samples, rate):
-        block = np.clip(wav[at : min(at + rate, samples)], -1, 1)
-        missing = min(rate, samples - at) - len(block)
-        block = np.pad(block, ((0, missing), (0, 0))).astype(np.float32)
+    seconds = sound_seconds(sound, rate, track.layout.nb_channels, samples)
+    for second, block in enumerate(seconds):
+        at = second * rate
         frame = av.AudioFrame.from_ndarray(block.reshape(1, -1), format="flt", layout=layout)
         frame.sample_rate = rate
         frame.pts = at
@@ -694,13 +711,6 @@ def add_sound(dst, codec, rate, channels):
     return track
 
 
-def load_sound(wav, channels):
-    """Sound (n, channels) of an array, or of a file of plain float32 that is read as needed."""
-    if not isinstance(wav, np.ndarray):
-        wav = np.memmap(wav, np.float32, "r") if Path(wav).stat().st_size else np.zeros(0)
-    return wav.reshape(-1, channels)
-
-
 def muxer_options(muxer, tags, patch_aspect):
     """Options of the output container."""
     options = {}
@@ -731,7 +741,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
             track, pictures = add_picture(dst, src, stream, job, method, first, keep_tag)
             if patch_aspect:
                 track.set_display_rotation(180)  # leaves the place that `set_display_size` needs
-            sound = add_sound(dst, CONTAINERS[job.suffix][1], job.rate, job.wav.shape[1])
+            sound = add_sound(dst, CONTAINERS[job.suffix][1], job.rate, job.channels)
             if extras_too:
                 extras = add_extras(dst, src, stream, job)
                 if src.chapters():
@@ -812,9 +822,8 @@ def write_video(
     """
     out = Path(out)
     seconds = min(check_start(source, start) - start, duration or LONGEST)
-    wav = load_sound(wav, channels)
     suffix = out.suffix.lower()
-    job = Job(Path(source), wav, tags or {}, start, seconds, suffix, keep_tracks, rate)
+    job = Job(Path(source), wav, tags or {}, start, seconds, suffix, keep_tracks, rate, channels)
     # the first attempt that a muxer takes
     refusal = None
     for method, options, reason in attempts(job):

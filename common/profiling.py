@@ -36,14 +36,26 @@ class Profile:
         }
 
 
+_inner = [0.0]  # of each stage that runs now: seconds of the stages inside it
+
+
 @contextmanager
 def share(profiles, stage):
-    """Time a stage and share its seconds evenly; a profile that is listed twice gets two shares."""
+    """Time a stage and share its seconds evenly; a profile that is listed twice gets two shares.
+
+    A stage inside another one is not counted there.
+    """
     start = time.perf_counter()
-    yield
+    _inner.append(0.0)
+    try:
+        yield
+    finally:
+        inside = _inner.pop()
     return_freed_memory()
     if profiles[0].device.type == "cuda":
         torch.cuda.synchronize()  # what was only queued belongs to this stage
-    seconds = (time.perf_counter() - start) / len(profiles)
+    elapsed = time.perf_counter() - start
+    _inner[-1] += elapsed
+    seconds = (elapsed - inside) / len(profiles)
     for profile in profiles:
         profile.add(stage, seconds)

@@ -56,23 +56,29 @@ def band_bins():
     return (band == torch.arange(BANDS)[:, None]).float()
 
 
-def mark(wav):
-    """Sound (n,) -> the same, marked: float32 on the CPU. Its peak may rise by DEPTH."""
+def mark(wav, out=None):
+    """Sound (n,) -> the same, marked: float32 on the CPU. Its peak may rise by DEPTH.
+
+    out: where it is written, which may be `wav`; None: a tensor of its own.
+    """
     wav = wav.float().cpu()
-    padded = F.pad(wav, (MARGIN, MARGIN + SPAN))
+    if out is None:
+        out = torch.empty_like(wav)
     # the signs of every column of a span and its margins; the pattern starts with the span
     repeats = SPAN // (PERIOD * TILE * HOP) + 1
     signs = pattern().repeat_interleave(TILE, 1).repeat(1, repeats).roll(MARGIN // HOP, 1)
 
-    spans = [wav[:0]]
+    before = wav.new_zeros(MARGIN)  # this span, as it was if `out` is `wav`
     for start in range(0, len(wav), SPAN):
-        piece = padded[start : start + SPAN + 2 * MARGIN]
+        piece = wav[start : start + SPAN + MARGIN]
+        piece = torch.cat([before, F.pad(piece, (0, SPAN + MARGIN - len(piece)))])
         spectrum = stft(piece[None])  # (1, 513, s)
         gain = 10 ** (DEPTH / 20 * band_bins().T @ signs[:, : spectrum.shape[2]])
         window = torch.hann_window(N_FFT)
         marked = torch.istft(spectrum * gain, N_FFT, HOP, window=window, length=len(piece))[0]
-        spans.append(marked[MARGIN : MARGIN + SPAN])
-    return torch.cat(spans)[: len(wav)]
+        before = piece[SPAN : SPAN + MARGIN]
+        out[start : start + SPAN] = marked[MARGIN : MARGIN + SPAN][: len(wav) - start]
+    return out
 
 
 def correlation(wav):

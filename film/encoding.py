@@ -7,10 +7,11 @@ Runs in the child process and does not import torch.
 """
 
 import io
+from pathlib import Path
 
 import av
 
-from common.mux import CONTAINERS, add_sound, load_sound, sound_packets
+from common.mux import CONTAINERS, add_sound, sound_packets
 from film.loudness import measure
 
 
@@ -33,12 +34,12 @@ def decoded_blocks(file):
 
 def encoded_peak(path: str, suffix: str, rate: int, channels: int) -> float:
     """The true peak of the sound in `path` once it is in a video of this suffix."""
-    wav = load_sound(path, channels)
+    samples = Path(path).stat().st_size // (4 * channels)
     muxer, codec = CONTAINERS[suffix]
     memory = io.BytesIO()
     with av.open(memory, "w", muxer) as container:
         track = add_sound(container, codec, rate, channels)
-        for packet in sound_packets(wav, track, len(wav)):
+        for packet in sound_packets(path, track, samples):
             container.mux(packet)
     memory.seek(0)
     decoded_rate, blocks = decoded_blocks(memory)

@@ -21,7 +21,7 @@ from common.files import UserError, make_folder
 from common.media import MediaError
 from common.onsets import read_hits
 from film import manifest
-from film.redo import base_name, said
+from film.redo import base_name, described, said
 
 
 @dataclass
@@ -256,6 +256,12 @@ def look_up(job, args):
         if not manifest.is_same(path, entry):
             job.fail(f"{path}: was changed since it was written; move it, or give --overwrite")
             return
+    # somebody's work, which a run of the whole folder would undo
+    if redone := job.record["settings"].get("redo"):
+        job.fail(
+            f"{job.target}: {described(redone)} s of it were redone; move it, or give --overwrite"
+        )
+        return
     # the cheapest first
     same = (
         len(there) == len(files)

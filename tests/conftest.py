@@ -125,6 +125,11 @@ FAST = {
         "test_two_inputs_of_one_name_are_told_apart",
         "test_long_sound_is_vocoded_in_spans_without_slip_or_hole",
     ),
+    "test_long": (
+        "test_windows_are_drawn_with_their_neighbors_latents_at_any_batch",
+        "test_a_killed_run_goes_on_to_the_same_bytes",
+        "test_marking_and_limiting_in_place_are_the_same",
+    ),
 }
 
 

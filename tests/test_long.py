@@ -1,0 +1,420 @@
+"""Long films: windows that agree, a spectrogram decoded where it is read, going on after a kill."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from bounds import PATIENCE
+from clips import make_video
+from main_job import run, shuffled
+
+import sample
+from align import Alignment, AlignmentConfig
+from cavp import CAVP, CAVPConfig
+from common import audio, controls, media, profiling, watermark
+from common.audio import HOP, SAMPLE_RATE
+from common.checkpoints import save_model
+from common.files import UserError
+from common.profiling import Profile
+from film import kept, progress, windows
+from ldm import LDM, LDMConfig, UNetConfig
+from sample import Settings
+from vae import VAEConfig
+
+ROOT = Path(sample.__file__).parent
+FPS = 15.625
+HOP_Z = windows.LATENT_HOP
+
+
+@pytest.fixture(scope="module")
+def models():
+    time = {"fps": FPS, "frames": 128, "positions": 128, "feature_dim": 16}
+    unet = UNetConfig(
+        width=8, multipliers=(1,), blocks=1, attention=(1,), heads=2, context_dim=8, groups=4
+    )
+    tower = {"fps": FPS, "size": 16, "video_width": 4, "video_blocks": (1,) * 4, "embed_dim": 16}
+    cavp = CAVP(CAVPConfig(**tower, temporal=(True,) * 5, audio_widths=(4,) * 6))
+    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
+    ldm = LDM(LDMConfig(**time, unet=unet, vae=vae))
+    align = Alignment(AlignmentConfig(**time, unet=unet))
+    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def weights(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    for name in ("cavp", "ldm", "align"):
+        model = getattr(models, name)
+        save_model(folder / f"{name}.safetensors", model, asdict(model.config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """Of six windows."""
+    return make_video(tmp_path_factory.mktemp("film") / "film.mp4", 42, 5, (3, 9, 22), size=16)
+
+
+def clip_of(starts, latents=()):
+    return SimpleNamespace(
+        starts=starts, needs=windows.plan_needs(starts), known={}, latents=dict(latents)
+    )
+
+
+def random_latents(starts):
+    return {(0, start): torch.randn(4, 16, 64) for start in starts}
+
+
+# ---- windows that agree --------------------------------------------------------------------------
+
+
+def test_every_other_window_waits_for_its_neighbors():
+    starts = [k * 40 * HOP_Z for k in range(5)]
+    needs = windows.plan_needs(starts)
+    assert list(needs) == [starts[k] for k in (0, 2, 4, 1, 3)]
+    assert [needs[starts[k]] for k in range(5)] == [
+        (),
+        (starts[0], starts[2]),
+        (),
+        (starts[2], starts[4]),
+        (),
+    ]
+    # of an even number the last one has no neighbor behind it
+    assert windows.plan_needs(starts[:4])[starts[3]] == (starts[2],)
+    assert windows.plan_needs([0]) == {0: ()}
+    # on no latent columns nobody can know anything
+    assert set(windows.plan_needs([0, HOP, 2 * HOP]).values()) == {()}
+
+
+@pytest.mark.parametrize("seconds", [8.4, 15.6, 22, 30.1, 61])
+def test_neighbors_know_the_near_half_of_each_overlap_and_all_agree(seconds):
+    starts = sample.plan_windows(round(seconds * SAMPLE_RATE), FPS)
+    clip = clip_of(starts, random_latents(starts))
+    columns = [start // HOP_Z for start in starts]
+    for k, start in enumerate(starts):
+        z, is_known = windows.known_latents(clip, 0, start)
+        expected = torch.zeros(64, dtype=torch.bool)
+        if k % 2:
+            expected[: (columns[k - 1] + 64 - columns[k]) // 2] = True
+            if k + 1 < len(starts):
+                expected[64 - (columns[k] + 64 - columns[k + 1]) // 2 :] = True
+        assert torch.equal(is_known, expected)
+        # what a neighbor has at the same place
+        for j in (k - 1, k + 1):
+            if k % 2 and j < len(starts):
+                own, theirs = windows.shared_columns(start, starts[j])
+                same = (z[..., own] == clip.latents[0, starts[j]][..., theirs]).all(0).all(0)
+                assert same.sum() >= (own.stop - own.start) // 2
+                clip.latents[0, start] = torch.where(is_known, z, clip.latents[0, start])
+    latents = windows.agreed(clip, 0)
+    for (a, before), (b, after) in itertools.pairwise(zip(columns, latents, strict=True)):
+        assert torch.equal(before[..., b - a :], after[..., : 64 - (b - a)])
+    # what was drawn without neighbors is left in the middle, and nothing is changed in place
+    for k in range(0, len(starts), 2):
+        low = columns[k - 1] + 64 - columns[k] if k else 0
+        high = columns[k + 1] - columns[k] if k + 1 < len(starts) else 64
+        own = clip.latents[0, starts[k]]
+        assert torch.equal(latents[k][..., low:high], own[..., low:high])
+
+
+def test_what_is_told_to_be_known_comes_before_neighbors():
+    starts = [0, 40 * HOP_Z]
+    clip = clip_of(starts, {(0, 0): torch.ones(4, 16, 64)})
+    mask = torch.zeros(64, dtype=torch.bool)
+    mask[4:20] = True
+    clip.known[0, starts[1]] = (torch.full((4, 16, 64), 7.0), mask)
+    z, is_known = windows.known_latents(clip, 0, starts[1])
+    assert is_known[:20].all() and not is_known[20:].any()
+    assert (z[..., :4] == 1).all() and (z[..., 4:20] == 7).all()
+
+
+def test_windows_are_drawn_with_their_neighbors_latents_at_any_batch(models, film):
+    """Neighbors' latents stay as they are; batches of one and of all give the same sound."""
+    drawn = []
+    denoise = sample.denoise
+
+    def watched(batch, *args):
+        drawn.append([(candidate, start) for _, candidate, start in batch])
+        denoise(batch, *args)
+        for clip, candidate, start in batch:
+            z, is_known = windows.known_latents(clip, candidate, start)
+            assert torch.equal(clip.latents[candidate, start][..., is_known], z[..., is_known])
+
+    sounds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "denoise", watched)
+        for batch in (1, 12):
+            settings = Settings(steps=2, batch=batch, candidates=2, keep_all=True)
+            sounds.append(sample.generate(film, models, settings=settings, duration=23))
+    # windows of one batch never know each other
+    assert [len(batch) for batch in drawn] == [1] * 8 + [4, 4]
+    for k in range(2):
+        one, all_at_once = (result.wavs[k] for result in sounds)
+        assert (one - all_at_once).norm() < 1e-2 * one.norm()
+
+
+# ---- one spectrogram -----------------------------------------------------------------------------
+
+
+def test_a_spectrogram_is_the_same_in_parts_and_holds_few_windows():
+    starts = sample.plan_windows(180 * SAMPLE_RATE, FPS)
+    latents = [torch.rand(4, 16, 64) for _ in starts]
+    calls = []
+
+    def decode(z):
+        calls.append(len(z))
+        return z.flatten(1, 2)[:, None].expand(-1, 2, -1, -1).flatten(1, 2).repeat(1, 1, 8)
+
+    def spectrogram(batch):
+        return windows.Spectrogram(latents, starts, 11250, decode, batch)
+
+    whole = spectrogram(1)[:, :]
+    assert whole.shape == (128, 11250) and calls == [1] * len(starts)
+    calls.clear()
+    parts = spectrogram(4)
+    pieces = [parts[:, a : a + 700] for a in range(0, 11250, 700)]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    # each window once, some at a time, and few are held
+    assert sum(calls) == len(starts) and max(calls) > 1 and len(parts.mels) <= windows.KEPT
+    assert torch.equal(parts[3:5, 100:90], whole[3:5, :0])
+
+
+def test_a_diverged_window_is_an_error_that_names_the_clip():
+    bad = windows.Spectrogram([torch.zeros(4, 16, 64)], [0], 9, lambda z: z * np.nan, name="a.mp4")
+    with pytest.raises(UserError, match="a.mp4: the sampler diverged"):
+        bad[:, 0:9]
+
+
+def test_onsets_and_sound_of_a_spectrogram_are_those_of_its_tensor(monkeypatch):
+    monkeypatch.setattr(audio, "SPAN", 256)
+    # hits over noise, one of them where spans meet
+    mel = 0.3 * torch.rand(128, 1000, generator=torch.Generator().manual_seed(0))
+    for k in (40, 130, 256, 300, 511, 640, 900):
+        mel[:, k : k + 6] += 0.6
+
+    class Sliced:
+        shape = mel.shape
+
+        def __getitem__(self, key):
+            return mel[key]
+
+    spans = audio.detect_onsets(Sliced())
+    monkeypatch.setattr(audio, "SPAN", 4096)
+    assert len(spans) == 8 and np.array_equal(spans, audio.detect_onsets(mel.numpy()))
+    short = mel[:, :50]
+    assert torch.equal(audio.vocode_long(short, 12_000), audio.limit(audio.vocode(short)[:12_000]))
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_the_onset_head_hears_the_same_in_spans(monkeypatch):
+    head = controls.OnsetHead(16, 4).eval()
+    features = torch.randn(300, 16)
+    with torch.no_grad():
+        whole = head(features[None])[0].numpy()
+    monkeypatch.setattr(controls, "HEAD_SPAN", 64)
+    spans = controls.onset_odds(head, features)
+    assert spans.shape == whole.shape and np.allclose(spans, whole, atol=1e-5)
+
+
+def test_marking_and_limiting_in_place_are_the_same():
+    wav = 0.9 * torch.randn(2 * watermark.SPAN + 999).clamp(-1, 1)
+    apart = sample.add_watermark(wav)
+    before = wav.clone()
+    assert torch.equal(sample.add_watermark(wav, out=wav), apart) and not torch.equal(wav, before)
+    assert wav.abs().max() <= 1
+
+
+def test_sound_is_written_in_blocks(tmp_path, monkeypatch):
+    wav = torch.randn(5000).mul(0.5)
+    monkeypatch.setattr(media, "BLOCK", 700)
+    media.write_wav(tmp_path / "a.wav", wav, {"comment": "x"})
+    written, rate = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    assert rate == SAMPLE_RATE and np.abs(written - wav.clamp(-1, 1).numpy()).max() < 1e-4
+    with media.sound_file(wav, tmp_path / "part.mp4") as path:
+        assert np.array_equal(np.fromfile(path, np.float32), wav.numpy())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_a_stage_inside_another_counts_for_itself(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
+    profile = Profile()
+    with profile("outer"), profile("inner"):
+        pass
+    # the clock reads 0, 1, 2, 3: two of the outer's three seconds are its own
+    assert profile.rows["inner"]["seconds"] == 1 and profile.rows["outer"]["seconds"] == 2
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+def test_progress_counts_windows(capsys):
+    with progress.show_progress(25, disable=False, mininterval=0, ncols=80) as on_step:
+        on_step(30, 100)
+        on_step(60, 100)
+    err = capsys.readouterr().err
+    assert "reading" in err and "windows 2/4 |" in err and "s/window, " in err and "to go" in err
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+# sample.py as a script that kills itself, as kill -9 does, after so many batches of windows
+KILLED = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import diffusion
+left = int(sys.argv.pop(1))
+drawn = diffusion.SAMPLERS["dpm"]
+def counted(*args):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), 9)
+    return drawn(*args)
+diffusion.SAMPLERS["dpm"] = counted
+runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(capsys, film, weights, tmp_path):
+    def flags(out):
+        return (film, "--out", out, "--weights", weights, "--steps", 2, "--device", "cpu")
+
+    status, _, err = run(capsys, *flags(tmp_path / "whole"))
+    assert status == 0 and err == []
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, "4", *map(str, flags(out))]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert killed.returncode == -9, killed.stderr
+    assert [p.name for p in out.iterdir()] == [".film.foley.windows"]
+
+    # other settings would not go on from these windows; nothing here draws with them
+    steps = []
+    many = sample.generate_many(
+        [film],
+        sample.load_models(weights, "cpu"),
+        settings=Settings(steps=2),
+        on_step=lambda *numbers: steps.append(numbers),
+        keep={film: kept.windows_file(out / "film.foley")},
+    )
+    with pytest.warns(UserWarning, match="goes on after 4 of 6 windows"):
+        ((_, result),) = many
+    assert steps == [(k, 4) for k in (1, 2, 3, 4)]
+
+    # all windows are there now: cut one short, as a kill in mid-write does
+    file = out / ".film.foley.windows"
+    content = file.read_bytes()
+    assert len(content) == len(content.split(b"\n", 1)[0]) + 1 + 6 * kept.SIZE
+    file.write_bytes(content[:-1000])
+    status, lines, err = run(capsys, *flags(out))
+    assert status == 0 and len(lines) == 1
+    assert err == [
+        f"sample.py: {film}: goes on after 5 of 6 windows, which an earlier run has drawn"
+    ]
+    assert sorted(p.name for p in out.iterdir()) == ["film.foley.mp4", "film.foley.wav"]
+    for name in ("film.foley.mp4", "film.foley.wav"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def long_clip(source, count=6):
+    return SimpleNamespace(
+        source=source,
+        start=0.0,
+        seconds=40.0,
+        starts=[k * 40 * HOP_Z for k in range(count)],
+        needs=windows.plan_needs([k * 40 * HOP_Z for k in range(count)]),
+        hits=[],
+        known={},
+        latents={},
+        scores={},
+        keeper=None,
+    )
+
+
+def test_what_is_kept_is_read_again_only_if_nothing_changed(models, film, tmp_path, recwarn):
+    file = tmp_path / "w"
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    named = sample.Models(models.cavp, models.ldm, models.align, "cpu", "tiny", (weights,))
+    settings = Settings(steps=3)
+
+    def opened(settings=settings, given=named, **changes):
+        clip = long_clip(film)
+        vars(clip).update(changes)
+        kept.go_on(clip, file, given, settings)
+        return clip
+
+    first = opened()
+    z = torch.randn(4, 16, 64)
+    first.keeper.add(0, first.starts[2], torch.tensor(-0.7), z)
+    first.keeper.add(0, first.starts[4], None, z * np.nan)  # diverged: not kept
+    first.keeper.add(1, first.starts[0], None, 2 * z)
+    assert not recwarn.list
+
+    # the same, of one candidate and of two
+    again = opened()
+    assert list(again.latents) == [(0, first.starts[2])]
+    assert torch.equal(again.latents[0, first.starts[2]], z)
+    assert torch.equal(again.scores[0, first.starts[2]], torch.tensor(-0.7))
+    assert len(opened(Settings(steps=3, candidates=2)).latents) == 2
+    assert "goes on after 1 of 6 windows" in str(recwarn.list[0].message)
+    recwarn.clear()
+
+    # a bit that flipped: what is before it is good
+    content = bytearray(file.read_bytes())
+    content[-9000] ^= 1
+    file.write_bytes(content)
+    assert list(opened(Settings(steps=3, candidates=2)).latents) == [(0, first.starts[2])]
+    assert "damaged; a part of it is drawn anew" in str(recwarn.list[0].message)
+    assert len(file.read_bytes()) == len(content) - kept.SIZE
+
+    # short clips, models that are in no files, and clips of which something is known keep nothing
+    assert opened(starts=first.starts[:4]).keeper is None
+    assert opened(given=models).keeper is None and opened(known={(0, 0): ()}).keeper is None
+    assert opened().latents
+
+    # whatever the windows depend on
+    changes = (
+        {"settings": Settings(steps=4)},
+        {"settings": Settings(steps=3, seed=1)},
+        {"settings": Settings(steps=3, material=("wood",))},
+        {"start": 1.0},
+        {"hits": [sample.Hit(1.0)]},
+    )
+    for change in changes:
+        other = opened()
+        other.keeper.add(0, first.starts[0], None, z)
+        with pytest.warns(UserWarning, match="all 6 windows are drawn anew"):
+            assert not opened(**change).latents
+        opened()
+    opened().keeper.add(0, first.starts[0], None, z)
+    weights.write_bytes(b"22")
+    assert not opened().latents
+    file.write_bytes(b"\x80\x04]nothing of ours")
+    assert not opened().latents and opened().keeper
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_film(models, film, tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    named = sample.Models(models.cavp, models.ldm, models.align, "cpu", "tiny", (weights,))
+    clip = long_clip(film)
+    with pytest.warns(UserWarning, match="cannot be kept in .*nowhere"):
+        kept.go_on(clip, tmp_path / "nowhere" / "w", named, Settings())
+    assert clip.keeper is None
+    kept.go_on(clip, tmp_path / "w", named, Settings())
+    clip.keeper.path = tmp_path / "nowhere" / "w"
+    with pytest.warns(UserWarning, match="a run that is stopped begins anew"):
+        clip.keeper.add(0, 0, None, torch.zeros(4, 16, 64))
+    clip.keeper.add(0, 0, None, torch.zeros(4, 16, 64))  # said once
+    kept.forget(tmp_path / "w")
+    kept.forget(tmp_path / "w")
