@@ -97,12 +97,14 @@ from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, write_wav
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
+from film.provenance import make_tags
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
     COLUMNS,
     FINDERS,
+    VERSION,
     Settings,
     add_material,
     add_watermark,
@@ -110,7 +112,6 @@ from sample import (
     join_windows,
     load_models,
     plan_windows,
-    tags_of,
     video_features,
 )
 from vae import LATENT_SCALE, AutoencoderKL
@@ -638,7 +639,8 @@ def make_sounds(videos, clips, args, changes, name):
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
             path = args.out / f"{videos[k].stem}.foley.wav"
-            write_wav(path, add_watermark(wav), tags_of(models.name, settings.seed))
+            tags = make_tags(models, settings, VERSION, has_picture=False)
+            write_wav(path, add_watermark(wav), tags)
         return wav, seconds
 
     return share_out(make, len(videos), name)

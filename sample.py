@@ -56,8 +56,10 @@ from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
+from film.credentials import Signer
 from film.jobs import labels_of, plan_jobs, report
 from film.outputs import write_outputs
+from film.provenance import WeightSums, make_tags
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -247,6 +249,7 @@ class Models:
     align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     name: str = "mini"
+    sums: WeightSums = field(default_factory=WeightSums)  # of the files they came from
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
@@ -293,7 +296,8 @@ def load_models(
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name)
+    name = paths["ldm"].resolve().parent.name
+    return Models(cavp, ldm, align, str(device), name, WeightSums(paths))
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none
@@ -488,12 +492,6 @@ def mix(wavs, source, gain, start):
     return {k: audio.limit(wav + own) for k, wav in wavs.items()}
 
 
-def tags_of(name, seed, mark=True):
-    """The tags of an output: what made it, and whether the sound itself says so."""
-    comment = f"{watermark.CLAIM} {name}, seed {seed}, version {VERSION}"
-    return {"comment": comment if mark else f"{comment}, no watermark"}
-
-
 def add_watermark(wav):
     """Sound (n,) with the watermark: what every sound is given before it leaves the program."""
     return audio.limit(watermark.mark(wav))
@@ -514,8 +512,9 @@ class Result:
     start: float  # seconds into the picture
     duration: float | None  # seconds asked for; None: to the end
     profile: Profile
-    tags: dict[str, str]
+    tags: dict[str, str]  # of the film
     marked: bool = True  # whether the sounds carry the watermark
+    sound_tags: dict[str, str] = field(default_factory=dict)  # of the sound alone
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
 
     def __repr__(self):
@@ -532,7 +531,7 @@ class Result:
         if path.resolve() == self.source.resolve():
             raise MediaError(f"{path}: is the source itself; give another name")
         if path.suffix.lower() == ".wav":
-            media.write_wav(path, self.wav, self.tags)
+            media.write_wav(path, self.wav, self.sound_tags)
         else:
             media.write_video(
                 self.source, self.wav, path, self.tags, self.start, self.duration, keep_tracks
@@ -589,7 +588,8 @@ def make_result(clip, models, settings, mark, wavs, scores, best, mel):
         start=clip.start,
         duration=clip.duration,
         profile=clip.profile,
-        tags=tags_of(models.name, settings.seed, mark),
+        tags=make_tags(models, settings, VERSION, mark),
+        sound_tags=make_tags(models, settings, VERSION, mark, has_picture=False),
         marked=mark,
     )
 
@@ -920,6 +920,13 @@ def add_run_arguments(g):
         action="store_true",
         help="print seconds and peak memory of each stage; total: since the output before",
     )
+    g.add_argument(
+        "--sign",
+        nargs=2,
+        type=Path,
+        metavar=("CERT", "KEY"),
+        help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
+    )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
@@ -942,6 +949,8 @@ def main(argv=None):
     isolation.start()  # the child that reads files gets ready while weights load
     profile = Profile()
     try:
+        # a certificate that cannot sign shows before any work
+        args.sign = args.sign and Signer(*args.sign)
         with profile("loading"):
             models = load(args)
         settings = settings.resolve(models)

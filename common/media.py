@@ -20,7 +20,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from common import isolation
+from common import isolation, xmp
 from common.ffmpeg import SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo
 from common.files import atomic_write, write_bytes
 from common.mux import CONTAINERS
@@ -178,12 +178,16 @@ def write_video(
 def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
     """Write sound (n,) as 16-bit wav, atomically. Raises FileError.
 
-    `tags` by the names that wav knows: title, artist, comment, copyright, software.
+    `tags` by the names that wav knows: title, artist, comment, copyright, software; and xmp.TAG.
     """
     # in memory first: libsndfile does not report a full disk
     memory = io.BytesIO()
     with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
-        for name, value in (tags or {}).items():
+        tags = dict(tags or {})
+        packet = tags.pop(xmp.TAG, None)
+        for name, value in tags.items():
             setattr(file, name, value)
         file.write(wav.detach().float().cpu().clamp(-1, 1).numpy())
+    if packet:
+        xmp.embed(memory, packet)
     write_bytes(out, memory.getvalue())

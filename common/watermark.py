@@ -6,8 +6,8 @@ out  mark(): the same sound with each of 24 bands raised or lowered by 1 dB ever
 
 Spread spectrum on magnitudes in decibels, its signs repeated in time (Kirovski and Malvar 2003,
 IEEE Trans. Signal Processing 51(4)). The mark scales with the sound, so silence stays silent, and
-neither gain nor phase matters. It survives codecs, cuts and resampling; it is lost under other
-sound as loud as the quiet parts, or when the speed changes by some percent.
+neither gain nor phase matters. It survives codecs, cuts, resampling and speeds from 0.8 to 1.25; it
+is lost under other sound as loud as the quiet parts (docs/provenance.md has the table).
 
 There is no secret: whoever has this file can remove the mark, or put it on another sound. It stops
 mistakes, not attackers.
@@ -16,7 +16,7 @@ mistakes, not attackers.
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import media
+from common import media, xmp
 from common.audio import HOP, N_FFT, SAMPLE_RATE, stft
 
 CLAIM = "AI-generated sound: diff-foley"  # how the tag of every output begins
@@ -226,7 +226,13 @@ class Verdict:
 
     file: Path
     has_tag: bool
-    confidence: float  # 1 - p(chance match of the watermark)
+    match: Match  # of the watermark
+    said: dict[str, str] = field(default_factory=dict)  # by its XMP: see common/xmp.py
+    has_credentials: bool = False  # Content Credentials; whose and whether valid is not checked
+
+    @property
+    def confidence(self):
+        return self.match.confidence
 
     @property
     def has_watermark(self):
@@ -242,19 +248,40 @@ class Verdict:
             "tags": self.has_tag,
             "watermark": self.has_watermark,
             "confidence": round(self.confidence, 6),
+            "speed": round(self.match.speed, 4),
+            "pitch": round(self.match.pitch, 4),
+            "xmp": self.said,
+            "content_credentials": self.has_credentials,
         }
 
     def __str__(self):
         verdict = "ours" if self.is_ours else "not known as ours"
         tag = "tag" if self.has_tag else "no tag"
         mark = "watermark" if self.has_watermark else "no watermark"
-        return f"{self.file}: {verdict} ({tag}, {mark}, confidence {self.confidence:.4f})"
+        parts = [tag, mark, f"confidence {self.confidence:.4f}"]
+        # how it is played, where that shows the mark
+        if self.has_watermark and (self.match.speed, self.match.pitch) != (1, 1):
+            parts[2] += f" at speed {self.match.speed:.3f}, pitch {self.match.pitch:.3f}"
+        line = f"{self.file}: {verdict} ({', '.join(parts)})"
+        # what the file says of itself, which anybody could have written
+        said = [f"{name} {self.said[name]}" for name in ("model", "seed") if name in self.said]
+        if "source_type" in self.said:
+            said.append(self.said["source_type"].rsplit("/", 1)[-1])
+        if said:
+            line += f"; XMP: {', '.join(said)}"
+        if self.has_credentials:
+            line += "; Content Credentials: yes, not checked here"
+        return line
 
 
 def check(file) -> Verdict:
     """Look for our tag and watermark in a video or a sound file. Raises MediaError."""
-    has_tag = media.read_tags(file).get("comment", "").startswith(CLAIM)
-    return Verdict(file, has_tag, confidence(media.read_audio(file)))
+    tags = media.read_tags(file)
+    has_tag = tags.get("comment", "").startswith(CLAIM)
+    found = match(media.read_audio(file))
+    # in a box of the file's own, or a tag of Matroska's
+    packet = xmp.read(file) or tags.get(xmp.TAG.lower(), "")
+    return Verdict(file, has_tag, found, xmp.parse_packet(packet), xmp.has_credentials(file))
 
 
 def verify(paths, script: str, as_json: bool = False) -> int:

@@ -4,10 +4,12 @@ in   a `sample.Result`, and the command line's arguments
 out  NAME.foley.mp4 (or what holds the picture), NAME.foley.wav, ..., all of them or none
 """
 
+import warnings
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import data
-from common import audio, media, plots
+from common import audio, media, plots, xmp
 from common.audio import SAMPLE_RATE
 from common.files import atomic_write
 from common.media import MediaError
@@ -30,6 +32,20 @@ def plot(path, result, count=12):
     plots.plot_result(path, name, frames[:count], onsets, result.mel, result.wav, result.seconds)
 
 
+def sign(signer, part, target, tags, source=None):
+    """Content Credentials for a file under its temporary name, where they are wanted (--sign).
+
+    source: of the picture in it.
+    """
+    if signer is None:
+        return
+    name = Path(target).name
+    if not signer.sign(part, name, xmp.parse_packet(tags[xmp.TAG]), source):
+        suffix = Path(target).suffix
+        reason = f"{suffix} holds no Content Credentials; {name} is not signed"
+        warnings.warn(f"{source}: {reason}", stacklevel=2)
+
+
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
     video = f"{target}{media.output_suffix(result.source)}"
@@ -42,9 +58,13 @@ def write_outputs(result, target, args):
     # all under temporary names first, so that a full disk leaves none of them
     with ExitStack() as stack:
         with result.profile("writing"):
-            result.save(stack.enter_context(atomic_write(video)), args.keep_tracks)
+            part = stack.enter_context(atomic_write(video))
+            result.save(part, args.keep_tracks)
+            sign(args.sign, part, video, result.tags, result.source)
             for path, wav in sounds.items():
-                media.write_wav(stack.enter_context(atomic_write(path)), wav, result.tags)
+                part = stack.enter_context(atomic_write(path))
+                media.write_wav(part, wav, result.sound_tags)
+                sign(args.sign, part, path, result.sound_tags)
             if args.write_onsets:
                 write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
         if args.plot:

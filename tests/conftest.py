@@ -56,6 +56,9 @@ FAST = {
         "test_confidence_is_what_it_says",
         "test_the_mark_survives",
         "test_a_long_sound_is_marked_throughout",
+        "test_other_speeds_are_found",
+        "test_other_tempos_and_pitches_are_found",
+        "test_the_search_is_part_of_the_confidence",
     ),
     # files
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
