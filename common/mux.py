@@ -709,7 +709,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
         tags = {key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE}
         tags |= job.tags
         # as a tag in Matroska; mp4 and mov have a box for it, which follows all else
-        packet = None if job.muxer in ("matroska", "webm") else tags.pop(xmp.TAG, None)
+        about = None if job.muxer in ("matroska", "webm") else tags.pop(xmp.TAG, None)
         options = muxer_options(job.muxer, tags, patch_aspect)
         with av.open(f"file:{out}", "w", job.muxer, container_options=options) as dst:
             # all tracks, before the first packet
@@ -731,9 +731,9 @@ def write(out, job, method, keep_tag=True, extras_too=True):
             width = track.codec_context.width
             height = track.codec_context.height
     # what PyAV cannot tell the muxer, and what cannot be kept
-    if packet:
+    if about:
         with open(out, "r+b") as file:
-            xmp.embed(file, packet)
+            xmp.embed(file, about)
     if xmp.has_credentials(job.source):
         extras.dropped.append("Content Credentials (they hold for the unchanged file alone)")
     if patch_aspect and not set_display_size(out, *display_size(width, height, aspect)):
