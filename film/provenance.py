@@ -30,7 +30,7 @@ class WeightSums:
         self.paths = {name: path for name, path in (paths or {}).items() if path is not None}
         self.sums = {}
         self.error = None
-        # of no use to anybody once the program ends
+        # a daemon: once the program ends, nobody waits for it
         self.thread = Thread(target=self.compute, daemon=True)
         self.thread.start()
 

@@ -61,6 +61,11 @@ FAST = {
         "test_the_search_is_part_of_the_confidence",
     ),
     # files
+    "test_provenance": (
+        "test_every_container_says_what_it_is",
+        "test_signed_outputs_satisfy_the_librarys_own_reader",
+        "test_verify_prints_what_the_xmp_says",
+    ),
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
     "test_controls": (),
