@@ -56,14 +56,19 @@ def weights_sha256(source) -> dict[str, str]:
 
 
 def settings_text(settings) -> str:
-    """Settings as JSON: what is unset is left out, and of hits that were given their number."""
+    """Settings as JSON: what is unset is left out.
+
+    Of hits that were given their number, and no path: whoever gets a file need not know it.
+    """
     values = {}
     for name, value in asdict(settings).items():
         if name == "onsets" and isinstance(value, tuple):
             value = f"{len(value)} given"
+        if isinstance(value, Path):
+            value = "given in files"
         if name != "seed" and value not in (None, (), False):
             values[name] = value
-    return json.dumps(values, default=str)
+    return json.dumps(values)
 
 
 def describe(models, settings, version: str, mark: bool, has_picture: bool) -> dict[str, str]:

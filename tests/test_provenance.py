@@ -18,6 +18,7 @@ import sample
 from common import media, watermark, xmp
 from common.audio import mel
 from common.files import sha256
+from common.onsets import Hit
 from common.profiling import Profile
 from film import provenance
 from film.outputs import write_outputs
@@ -193,6 +194,15 @@ def test_sums_are_those_of_the_files(models, tmp_path):
     assert provenance.weights_sha256({"ldm": tmp_path / "ldm"}) == {"ldm": sums["ldm"]}
     with pytest.raises(OSError):
         provenance.weights_sha256({"ldm": tmp_path / "missing"})
+
+
+def test_settings_name_no_paths_and_no_hits(tmp_path):
+    hits = (Hit(0.5), Hit(1.25, 0.8, "metal"))
+    said = provenance.settings_text(sample.Settings(onsets=hits, material=("wood",), seed=4))
+    assert json.loads(said)["onsets"] == "2 given" and json.loads(said)["material"] == ["wood"]
+    assert "seed" not in said and "keep_audio" not in said
+    said = provenance.settings_text(sample.Settings(onsets=tmp_path))
+    assert json.loads(said)["onsets"] == "given in files" and str(tmp_path) not in said
 
 
 def test_verify_prints_what_the_xmp_says(capsys, models, tmp_path):
