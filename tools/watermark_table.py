@@ -3,7 +3,7 @@
 in   how many unmarked sounds, how many marked ones
 out  a table in Markdown on stdout
 
-    python -m tools.watermark_table                 20 minutes on one core; its figures are those of
+    python -m tools.watermark_table                 15 minutes of one core; its figures are those of
                                                     docs/provenance.md
 
 Unmarked are procedural sounds (foley.py), noise of five colors, and what sounds the installed
