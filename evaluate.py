@@ -100,19 +100,20 @@ from common.media import MediaError, find_videos, probe, read_audio, read_tags, 
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from film import listen
+from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
     FINDERS,
+    VERSION,
     Settings,
     add_material,
     add_watermark,
     generate,
     load_models,
     plan_windows,
-    tags_of,
     video_features,
 )
 from vae import LATENT_SCALE, AutoencoderKL
@@ -641,7 +642,8 @@ def make_sounds(videos, clips, args, changes, name):
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
             path = args.out / f"{videos[k].stem}.foley.wav"
-            write_wav(path, add_watermark(wav), tags_of(models.name, settings.seed))
+            tags = make_tags(models, settings, VERSION, has_picture=False)
+            write_wav(path, add_watermark(wav), tags)
         return wav, seconds
 
     return share_out(make, len(videos), name)
@@ -652,14 +654,16 @@ def write_listening(videos, wavs, partners, args):
 
     partners: the video whose sound each video has in the pair with the wrong one.
     """
-    weights = Path(args.weights[0]).resolve().name
+    models = None if args.samples else load_models(args.weights[0], args.device)
     ours = []
     for k, wav in enumerate(wavs):
         # what is generated here is marked here; what was made elsewhere keeps its tag
         if args.samples:
             ours.append((wav, tags_elsewhere(find_sample(args.samples, videos[k]))))
         else:
-            ours.append((add_watermark(wav), tags_of(weights, args.seed + k)))
+            settings = replace(settings_of(args), seed=args.seed + k)
+            tags = make_tags(models, settings, VERSION, has_picture=False)
+            ours.append((add_watermark(wav), tags))
     sounds = {
         "ours": ours,
         "ground_truth": [(read_audio(video), {}) for video in videos],

@@ -58,10 +58,12 @@ from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
+from film.credentials import Signer
 from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
+from film.provenance import WeightSums, make_tags
 from film.redo import Redo, add_redo, check_stretches, plan_redo, repaint
 from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
@@ -235,10 +237,15 @@ class Models:
     align: torch.nn.Module | None  # only guidance by it and the ranking of candidates need it
     device: str = "cpu"
     name: str = "mini"
-    files: tuple[Path, ...] = ()  # they were read from
+    sums: WeightSums = field(default_factory=WeightSums)  # of the files they came from
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
+
+    @property
+    def files(self):
+        """That they were read from."""
+        return tuple(self.sums.paths.values())
 
 
 def default_dtype(ldm_path, device):
@@ -286,8 +293,8 @@ def load_models(
     fast.optimise(ldm.unet)
     if align is not None:
         fast.optimise(align.model)
-    files = tuple(path for path in paths.values() if path)
-    return Models(cavp, ldm, align, str(device), paths["ldm"].resolve().parent.name, files)
+    name = paths["ldm"].resolve().parent.name
+    return Models(cavp, ldm, align, str(device), name, WeightSums(paths))
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none
@@ -485,12 +492,6 @@ def denoise(windows, models, settings, callback=None):
 # from spectrogram to sound
 
 
-def tags_of(name, seed, mark=True):
-    """The tags of an output: what made it, and whether the sound itself says so."""
-    comment = f"{watermark.CLAIM} {name}, seed {seed}, version {VERSION}"
-    return {"comment": comment if mark else f"{comment}, no watermark"}
-
-
 def add_watermark(wav, out=None):
     """Sound (n,) with the watermark: what every sound is given before it leaves the program.
 
@@ -517,8 +518,9 @@ class Result:
     start: float  # seconds into the picture
     duration: float | None  # seconds asked for; None: to the end
     profile: Profile
-    tags: dict[str, str]
+    tags: dict[str, str]  # of the film
     marked: bool = True  # whether the sounds carry the watermark
+    sound_tags: dict[str, str] = field(default_factory=dict)  # of the sound alone
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
     settings: Settings = Settings()  # as resolved
     # candidate -> dB by which it is louder than the model made it
@@ -608,7 +610,8 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
         start=clip.start,
         duration=clip.duration,
         profile=clip.profile,
-        tags=tags_of(models.name, settings.seed, mark),
+        tags=make_tags(models, settings, VERSION, mark),
+        sound_tags=make_tags(models, settings, VERSION, mark, has_picture=False),
         settings=settings,
         gains=gains,
         marked=mark,
@@ -959,6 +962,13 @@ def add_run_arguments(g):
         action="store_true",
         help="index.html in --out, or beside the first output: pick by ear, in a browser",
     )
+    g.add_argument(
+        "--sign",
+        nargs=2,
+        type=Path,
+        metavar=("CERT", "KEY"),
+        help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
+    )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
@@ -995,6 +1005,8 @@ def main(argv=None):
     profile = Profile()
     models = None
     try:
+        # a certificate that cannot sign shows before any work
+        args.signer = args.sign and Signer(*args.sign)
         jobs = plan_jobs(args)
         if args.redo:
             settings = replace(settings, redo_of=plan_redo(args))

@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import torch
 
-from common import isolation
+from common import isolation, xmp
 from common.ffmpeg import SAMPLE_RATE, VIDEO_SUFFIXES, MediaError, MediaInfo
 from common.files import atomic_write
 from common.mux import CONTAINERS
@@ -221,16 +221,20 @@ def write_sound(
     """Write blocks of sound (n, channels) as wav or flac, atomically. Raises FileError.
 
     At 16 kHz in 16 bits, else in 24. `tags` by the names that both know: title, artist, comment,
-    copyright, software.
+    copyright, software; and xmp.TAG.
     """
     kind = "FLAC" if Path(out).suffix.lower() == ".flac" else "WAV"
     bits = "PCM_16" if rate == SAMPLE_RATE else "PCM_24"
     with atomic_write(out) as part, CarefulFile(part, "w+") as disk:
         with soundfile.SoundFile(disk, "w", rate, channels, bits, format=kind) as file:
-            for name, value in (tags or {}).items():
+            tags = dict(tags or {})
+            packet = tags.pop(xmp.TAG, None)
+            for name, value in tags.items():
                 setattr(file, name, value)
             for block in blocks:
                 file.write(np.clip(block, -1, 1))
+        if packet:
+            xmp.embed(disk, packet)
         if disk.refused:
             raise disk.refused
 

@@ -23,6 +23,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from common import xmp
 from common.ffmpeg import (
     LONGEST,
     SAMPLE_RATE,
@@ -734,6 +735,8 @@ def write(out, job, method, keep_tag=True, extras_too=True):
         patch_aspect = anamorphic and not display_matrix(first)  # a rotation needs the same place
         tags = {key: value for key, value in src.metadata.items() if key.lower() not in STRUCTURE}
         tags |= job.tags
+        # as a tag in Matroska; mp4 and mov have a box for it, which follows all else
+        about = None if job.muxer in ("matroska", "webm") else tags.pop(xmp.TAG, None)
         options = muxer_options(job.muxer, tags, patch_aspect)
         with av.open(f"file:{out}", "w", job.muxer, container_options=options) as dst:
             # all tracks, before the first packet
@@ -756,6 +759,11 @@ def write(out, job, method, keep_tag=True, extras_too=True):
             width = track.codec_context.width
             height = track.codec_context.height
     # what PyAV cannot tell the muxer, and what cannot be kept
+    if about:
+        with open(out, "r+b") as file:
+            xmp.embed(file, about)
+    if xmp.has_credentials(job.source):
+        extras.dropped.append("Content Credentials (they hold for the unchanged file alone)")
     if patch_aspect and not set_display_size(out, *display_size(width, height, aspect)):
         extras.dropped.append(f"pixel aspect ratio {aspect}")
     if anamorphic and not patch_aspect and job.muxer == "webm":

@@ -38,7 +38,7 @@ except ImportError:  # Windows
 NAME = "manifest.jsonl"
 # arguments that change nothing in the files of one output; all others count, new ones too
 IRRELEVANT = {
-    *("inputs", "out", "overwrite", "verify", "page"),
+    *("inputs", "out", "overwrite", "verify", "page", "signer"),
     *("weights",),  # their sums are compared instead
     *("device", "kernels", "batch", "verbose", "json", "profile"),
 }

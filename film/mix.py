@@ -43,6 +43,7 @@ class Sound:
     channels: int
     gain: float  # dB by which the generated sound in it is louder than the model made it
     level: loudness.Level
+    has_own: bool = False  # whether the clip's own sound is in it
     exact: redo.Sound | None = None  # the same as a file has it, which is written as it is
 
     def louder(self, decibels):
@@ -213,7 +214,9 @@ def mix(result, own, k):
     """What is written of candidate k: with the clip's own sound if that was asked for."""
     if own is None or result.settings.keep_audio is None:
         return foley(result, k)
-    return finished(partial(mix_blocks, result, own, k), result.settings, result.gains.get(k, 0.0))
+    blocks = partial(mix_blocks, result, own, k)
+    mixed = finished(blocks, result.settings, result.gains.get(k, 0.0))
+    return replace(mixed, has_own=True)
 
 
 # ---- redone ------------------------------------------------------------------------------------
@@ -229,4 +232,6 @@ def redone(result, k):
 
     channels = sound.samples.shape[1]
     measured = loudness.measure(blocks(), sound.rate)
-    return Sound(blocks, sound.rate, channels, 0.0, measured, exact=sound)
+    # of an output of ours the tag says that it is all generated, unless own sound was mixed in
+    has_own = not result.redo.comment or result.settings.keep_audio is not None
+    return Sound(blocks, sound.rate, channels, 0.0, measured, has_own, sound)

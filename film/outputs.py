@@ -6,11 +6,12 @@ out  NAME.foley.mp4 (or what holds the picture), NAME.foley.wav, ..., all of the
 
 import math
 import sys
+import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import data
-from common import audio, media, plots
+from common import audio, media, plots, xmp
 from common.audio import SAMPLE_RATE
 from common.files import FileError, atomic_write, scratch_file, written
 from common.media import MediaError
@@ -19,6 +20,7 @@ from film import manifest, redo
 from film.jobs import onsets_file, stem_file
 from film.level import CEILING, down, with_gain
 from film.mix import foley, mix, own_sound, redone, write_blocks
+from film.provenance import with_source_type
 
 SOUNDS = (".wav", ".flac")  # outputs without a picture
 LOSSY = (".mp4", ".m4v", ".mov", ".webm")  # videos whose sound is not quite what was encoded
@@ -74,11 +76,16 @@ def write_video(result, sound, path, keep_tracks=False):
     return sound
 
 
+def sound_tags(result, sound):
+    """The tags of a Sound that is written alone."""
+    return with_source_type(with_gain(result.sound_tags, sound.gain), sound.has_own)
+
+
 def write(result, sound, path, keep_tracks=False):
     """A Sound as the path's suffix says: alone, or with the picture. -> the Sound as written."""
     if Path(path).suffix.lower() not in SOUNDS:
         return write_video(result, sound, path, keep_tracks)
-    tags = with_gain(result.tags, sound.gain)
+    tags = sound_tags(result, sound)
     if sound.exact is not None and Path(path).suffix.lower() == ".wav":
         sound.exact.write(path, tags)
         return sound
@@ -140,6 +147,20 @@ def explain(result, args):
             )
 
 
+def sign(signer, part, target, tags, source=None):
+    """Content Credentials for a file under its temporary name, where they are wanted (--sign).
+
+    source: of the picture in it.
+    """
+    if signer is None:
+        return
+    name = Path(target).name
+    if not signer.sign(part, name, xmp.parse_packet(tags[xmp.TAG]), source):
+        suffix = Path(target).suffix
+        reason = f"{suffix} holds no Content Credentials; {name} is not signed"
+        warnings.warn(f"{source}: {reason}", stacklevel=2)
+
+
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
     suffix = ".flac" if args.format == "flac" else ".wav"
@@ -156,9 +177,12 @@ def write_outputs(result, target, args):
             if not alone:
                 part = stack.enter_context(atomic_write(output))
                 best = write_video(result, best, part, args.keep_tracks)
+                sign(args.signer, part, output, result.tags, result.source)
             before = redo.keep_before(result, target, output, stack)
             for path, sound in sounds.items():
-                write(result, sound, stack.enter_context(atomic_write(path)))
+                part = stack.enter_context(atomic_write(path))
+                write(result, sound, part)
+                sign(args.signer, part, path, sound_tags(result, sound))
             if args.stems and own is not None:
                 part = stack.enter_context(atomic_write(stem_file(target, "own", suffix)))
                 form = result.settings.rate, own.channels

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import audio, media, watermark
+from common import audio, media, watermark, xmp
 from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.files import atomic_write, write_bytes
 from common.media import MediaError
@@ -227,9 +227,13 @@ class Sound:
         with soundfile.SoundFile(
             memory, "w", self.rate, channels, self.subtype, format="WAV"
         ) as file:
-            for name, value in (tags or {}).items():
+            tags = dict(tags or {})
+            packet = tags.pop(xmp.TAG, None)
+            for name, value in tags.items():
                 setattr(file, name, value)
             file.write(self.samples)
+        if packet:
+            xmp.embed(memory, packet)
         write_bytes(path, memory.getvalue())
 
 
@@ -415,8 +419,12 @@ class Redo:
                 self.sounds[k] = self.sounds[k].replaced(wav, a, b)
                 floats[k] = floats[k].replaced(wav, a, b)
         wavs = {k: torch.from_numpy(sound.samples[:, 0]) for k, sound in floats.items()}
-        tags = result.tags | {"comment": self.new_comment(result.tags["comment"], settings.seed)}
-        return replace(result, redo=self, wav=wavs[result.best], wavs=wavs, tags=tags)
+        tags = [
+            tags | {"comment": self.new_comment(tags["comment"], settings.seed)}
+            for tags in (result.tags, result.sound_tags)
+        ]
+        wav = wavs[result.best]
+        return replace(result, redo=self, wav=wav, wavs=wavs, tags=tags[0], sound_tags=tags[1])
 
     def new_comment(self, comment, seed: int):
         """The tag of the redone sound; `comment`: what it would be if all were new."""

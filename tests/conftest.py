@@ -56,10 +56,18 @@ FAST = {
         "test_confidence_is_what_it_says",
         "test_the_mark_survives",
         "test_a_long_sound_is_marked_throughout",
+        "test_other_speeds_are_found",
+        "test_other_tempos_and_pitches_are_found",
+        "test_the_search_is_part_of_the_confidence",
     ),
     # files
     "test_loudness": (),
     "test_mix": ("test_all_flags_at_once",),
+    "test_provenance": (
+        "test_every_container_says_what_it_is",
+        "test_signed_outputs_satisfy_the_librarys_own_reader",
+        "test_verify_prints_what_the_xmp_says",
+    ),
     "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
     "test_onsets": (),
     "test_controls": (),

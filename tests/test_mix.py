@@ -38,7 +38,8 @@ from vae import VAEConfig
 SECONDS = 4
 HITS = (1.0, 2.5)
 FLAGS = {"format": None, "stems": False, "keep_all": False, "keep_tracks": False, "plot": False}
-FLAGS |= {"write_onsets": False, "verbose": False, "seed": 0}
+FLAGS |= {"write_onsets": False, "verbose": False, "seed": 0, "signer": None}
+TAGS = {"comment": f"{watermark.CLAIM} tiny, seed 0"}
 
 
 def bursts(peak=0.3, decay=0.05, times=HITS, seconds=SECONDS):
@@ -64,14 +65,15 @@ def result_of(wav, source, mark=True, **settings):
         wavs=wavs,
         scores=[None],
         best=0,
-        mel=audio.mel(wav),
+        spectrogram=audio.mel(wav),
         starts=[0],
         seconds=len(wav) / SAMPLE_RATE,
         source=source,
         start=0.0,
         duration=None,
         profile=Profile(),
-        tags=sample.tags_of("tiny", 0, mark),
+        tags=TAGS,
+        sound_tags=TAGS,
         marked=mark,
         hits=[Hit(time) for time in HITS],
         settings=settings,

@@ -101,6 +101,11 @@ def test_imports_go_down_the_layers(path):
             assert inside and own == "compat.hub", (
                 f"{own}: huggingface_hub is optional; import it where compat/hub.py downloads"
             )
+        elif package in ("c2pa", "cryptography"):
+            assert inside and own == "film.credentials", (
+                f"{own}: c2pa-python, which brings cryptography, is optional; import both where "
+                "film/credentials.py signs"
+            )
         else:
             assert package in THIRD_PARTY | sys.stdlib_module_names, (
                 f"{own} imports {name}, which requirements.txt does not have"
@@ -116,7 +121,7 @@ def test_requirements_are_exact_and_complete():
     ]
     assert set(names) == THIRD_PARTY | {"matplotlib", "pytest"} and len(names) == len(set(names))
     for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
-        assert re.match(r"(ruff|huggingface_hub|diffusers)==[\d.]+$", line), line
+        assert re.match(r"(ruff|huggingface_hub|diffusers|c2pa-python)==[\d.]+$", line), line
 
 
 @each_source

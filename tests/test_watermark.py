@@ -1,10 +1,8 @@
 """The watermark: detected after what happens to sound on its way, inaudible; --verify."""
 
-import io
 import json
 import math
 
-import av
 import numpy as np
 import pytest
 import soundfile
@@ -13,6 +11,7 @@ import torch
 import sample
 from common import audio, media, watermark
 from common.audio import SAMPLE_RATE
+from tools.watermark_table import coded, filtered, played, resampled, shifted
 
 
 def hits(seconds, seed):
@@ -31,32 +30,6 @@ def hits(seconds, seed):
     return torch.from_numpy(wav.clip(-1, 1)).float()
 
 
-def coded(wav, name, container, rate):
-    """Through a lossy codec, as a stream of this rate of bits a second."""
-    memory = io.BytesIO()
-    with av.open(memory, "w", container) as out:
-        track = out.add_stream(name, rate=SAMPLE_RATE, layout="mono")
-        track.bit_rate = rate
-        resampler = av.AudioResampler(track.codec_context.format, "mono", SAMPLE_RATE)
-        for at in range(0, len(wav), SAMPLE_RATE):
-            frame = av.AudioFrame.from_ndarray(
-                wav[None, at : at + SAMPLE_RATE].numpy(), "flt", "mono"
-            )
-            frame.sample_rate, frame.pts = SAMPLE_RATE, at
-            for piece in resampler.resample(frame):
-                out.mux(track.encode(piece))
-        out.mux(track.encode(None))
-    memory.seek(0)
-    with av.open(memory) as source:
-        resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        pieces = [
-            p.to_ndarray()[0]
-            for frame in [*source.decode(audio=0), None]
-            for p in resampler.resample(frame)
-        ]
-    return torch.from_numpy(np.concatenate(pieces))
-
-
 CHANGES = {
     "nothing": lambda wav: wav,
     "16 bits, 30 dB down": lambda wav: (wav * 0.03 * 32767).round() / 32767,
@@ -72,15 +45,6 @@ CHANGES = {
     ),
     "four seconds of it": lambda wav: wav[30000:94000],
 }
-
-
-def resampled(wav, before, after):
-    frame = av.AudioFrame.from_ndarray(wav[None].numpy(), "flt", "mono")
-    frame.sample_rate = before
-    resampler = av.AudioResampler("flt", "mono", after)
-    return torch.from_numpy(
-        np.concatenate([p.to_ndarray()[0] for f in (frame, None) for p in resampler.resample(f)])
-    )
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -132,10 +96,49 @@ def test_a_long_sound_is_marked_throughout():
 
 def test_confidence_is_what_it_says():
     """Of unmarked sounds a twentieth reaches 0.95, and so on: it is 1 - p."""
-    sure = torch.tensor([watermark.confidence(hits(6, 100 + k)) for k in range(300)])
+    matches = [watermark.match(hits(6, 100 + k), search=False) for k in range(300)]
+    sure = torch.tensor([found.confidence for found in matches])
     assert 0.01 < (sure > 0.95).float().mean() < 0.1
     assert 0.3 < sure.median() < 0.7
     assert (sure > watermark.SURE).sum() == 0
+
+
+@pytest.mark.parametrize("speed", [0.8, 0.9, 0.95, 1.1, 1.25])
+def test_other_speeds_are_found(speed):
+    wav = hits(8, 11)
+    found = watermark.match(played(watermark.mark(wav), speed))
+    assert found.confidence > watermark.SURE
+    assert found.speed == pytest.approx(speed, rel=3e-3) and found.pitch == found.speed
+    assert watermark.confidence(played(wav, speed)) < watermark.SURE
+
+
+def test_other_tempos_and_pitches_are_found():
+    marked = watermark.mark(hits(8, 12))
+    slower = watermark.match(filtered(marked, ("atempo", "0.9")))
+    assert slower.confidence > watermark.SURE and slower.pitch == 1
+    assert slower.speed == pytest.approx(0.9, rel=5e-3)
+    higher = watermark.match(shifted(marked, 1.12))
+    assert higher.confidence > watermark.SURE and higher.speed == 1
+    assert higher.pitch == pytest.approx(1.12, rel=0.05)
+
+
+def test_the_search_is_part_of_the_confidence():
+    """Unmarked sounds are no surer for it, and plain playing hardly less."""
+    sure = torch.tensor([watermark.confidence(hits(6, 500 + k)) for k in range(20)])
+    assert (sure > 0.99).sum() <= 1 and sure.median() < 0.8
+    marked = watermark.mark(hits(6, 13))[: 3 * SAMPLE_RATE]
+    plain = watermark.match(marked, search=False).confidence
+    assert watermark.match(marked).confidence == pytest.approx(plain**2)
+    # how many ways are tried, and that they reach as far as is said
+    speeds = [speed for speed, _ in watermark.playbacks()]
+    assert min(speeds) == pytest.approx(0.8) and max(speeds) == pytest.approx(1.25)
+
+
+def test_long_sounds_are_searched_in_some_places(monkeypatch):
+    """So that an hour takes no longer than two minutes do."""
+    seen = list(watermark.spans_of(torch.zeros(40 * watermark.SPAN), most=3))
+    assert len(seen) == 3
+    assert len(list(watermark.spans_of(torch.zeros(2 * watermark.SPAN), most=3))) == 2
 
 
 def verify(capsys, *argv):
@@ -163,9 +166,8 @@ def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
     for path in (ours, bare, tagged, foreign):
         status, lines, _ = verify(capsys, path, "--json")
         line = json.loads(lines[0])
-        assert set(line) == {"file", "tags", "watermark", "confidence"} and line["file"] == str(
-            path
-        )
+        assert {"file", "tags", "watermark", "confidence"} < set(line)
+        assert line["file"] == str(path) and line["xmp"] == {} and line["speed"] == 1
         verdicts[path.stem] = status, line["tags"], line["watermark"]
     assert verdicts == {
         "ours": (0, True, True),
