@@ -66,9 +66,11 @@ def settings_text(settings) -> str:
             value = f"{len(value)} given"
         if isinstance(value, Path):
             value = "given in files"
-        if name != "seed" and value not in (None, (), False):
+        is_unset = value is None or value is False or (isinstance(value, tuple) and not value)
+        if name != "seed" and not is_unset:
             values[name] = value
-    return json.dumps(values)
+    # numbers may be numpy's
+    return json.dumps(values, default=lambda number: number.item())
 
 
 def describe(models, settings, version: str, mark: bool, has_picture: bool) -> dict[str, str]:

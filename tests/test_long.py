@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from bounds import PATIENCE
 from clips import make_video
@@ -18,18 +17,20 @@ from main_job import run, shuffled
 import sample
 from align import Alignment, AlignmentConfig
 from cavp import CAVP, CAVPConfig
-from common import audio, controls, media, profiling, watermark
+from common import audio, controls, mux, profiling, watermark
 from common.audio import HOP, SAMPLE_RATE
 from common.checkpoints import save_model
 from common.files import UserError
 from common.profiling import Profile
 from film import kept, progress, windows
+from film.provenance import WeightSums
 from ldm import LDM, LDMConfig, UNetConfig
 from sample import Settings
 from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 FPS = 15.625
+MADE = ["film.foley.mp4", "film.foley.wav", "manifest.jsonl"]
 HOP_Z = windows.LATENT_HOP
 
 
@@ -233,15 +234,17 @@ def test_marking_and_limiting_in_place_are_the_same():
     assert wav.abs().max() <= 1
 
 
-def test_sound_is_written_in_blocks(tmp_path, monkeypatch):
-    wav = torch.randn(5000).mul(0.5)
-    monkeypatch.setattr(media, "BLOCK", 700)
-    media.write_wav(tmp_path / "a.wav", wav, {"comment": "x"})
-    written, rate = soundfile.read(tmp_path / "a.wav", dtype="float32")
-    assert rate == SAMPLE_RATE and np.abs(written - wav.clamp(-1, 1).numpy()).max() < 1e-4
-    with media.sound_file(wav, tmp_path / "part.mp4") as path:
-        assert np.array_equal(np.fromfile(path, np.float32), wav.numpy())
-    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+def test_sound_of_a_file_is_read_by_seconds(tmp_path):
+    wav = np.random.default_rng(0).uniform(-2, 2, (2500, 2)).astype(np.float32)
+    wav.tofile(tmp_path / "sound")
+    # of a file as of an array; longer than the sound, and shorter
+    for samples in (3000, 2100):
+        of_file = list(mux.sound_seconds(tmp_path / "sound", 1000, 2, samples))
+        of_array = list(mux.sound_seconds(wav, 1000, 2, samples))
+        assert [len(block) for block in of_file] == [1000, 1000, samples - 2000]
+        whole = np.concatenate(of_file)
+        assert np.array_equal(whole, np.concatenate(of_array))
+        assert np.array_equal(whole[:2500], wav[:samples].clip(-1, 1)) and not whole[2500:].any()
 
 
 def test_a_stage_inside_another_counts_for_itself(monkeypatch):
@@ -320,7 +323,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(capsys, film, weights, tmp_path)
     assert err == [
         f"sample.py: {film}: goes on after 5 of 6 windows, which an earlier run has drawn"
     ]
-    assert sorted(p.name for p in out.iterdir()) == ["film.foley.mp4", "film.foley.wav"]
+    assert sorted(p.name for p in out.iterdir()) == MADE
     for name in ("film.foley.mp4", "film.foley.wav"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -344,7 +347,9 @@ def test_what_is_kept_is_read_again_only_if_nothing_changed(models, film, tmp_pa
     file = tmp_path / "w"
     weights = tmp_path / "weights"
     weights.write_bytes(b"1")
-    named = sample.Models(models.cavp, models.ldm, models.align, "cpu", "tiny", (weights,))
+    named = sample.Models(
+        models.cavp, models.ldm, models.align, "cpu", "tiny", WeightSums({"ldm": weights})
+    )
     settings = Settings(steps=3)
 
     def opened(settings=settings, given=named, **changes):
@@ -406,7 +411,9 @@ def test_what_is_kept_is_read_again_only_if_nothing_changed(models, film, tmp_pa
 def test_a_full_disk_ends_the_keeping_and_not_the_film(models, film, tmp_path):
     weights = tmp_path / "weights"
     weights.write_bytes(b"1")
-    named = sample.Models(models.cavp, models.ldm, models.align, "cpu", "tiny", (weights,))
+    named = sample.Models(
+        models.cavp, models.ldm, models.align, "cpu", "tiny", WeightSums({"ldm": weights})
+    )
     clip = long_clip(film)
     with pytest.warns(UserWarning, match="cannot be kept in .*nowhere"):
         kept.go_on(clip, tmp_path / "nowhere" / "w", named, Settings())

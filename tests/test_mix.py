@@ -430,6 +430,9 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     assert run(capsys, *arguments)[0] == 0
     media.write_sound(tmp_path / "clip.mix.wav", [np.zeros((10, 1), "f4")], 16000, 1)
     status, _, err = run(capsys, *arguments)
+    assert status == 1 and len(err) == 1 and "clip.mix.wav: was changed since" in err[0]
+    (tmp_path / "manifest.jsonl").unlink()
+    status, _, err = run(capsys, *arguments)
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
 
 

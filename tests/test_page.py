@@ -7,6 +7,7 @@ import math
 import os
 import re
 import urllib.parse
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from common.media import read_audio
 from film import listen, page
 from film.jobs import Job
 from film.page import Page
+from sample import Settings
 
 
 class Reader(html.parser.HTMLParser):
@@ -338,7 +340,14 @@ def test_generated_sounds_of_a_test_are_marked(tmp_path, monkeypatch):
         path = other / f"{video.stem}.wav"
         other.mkdir(exist_ok=True)
         media.write_wav(path, torch.full((16000,), 0.4), {"comment": "another model"})
-    args = SimpleNamespace(weights=["mini"], samples=None, against=other, out=tmp_path, seed=5)
+    args = SimpleNamespace(
+        **(asdict(Settings()) | {"seed": 5}),
+        weights=["mini"],
+        samples=None,
+        against=other,
+        out=tmp_path,
+        device="cpu",
+    )
     evaluate.write_listening(videos, wavs, [1, 0], args)
     key = json.loads((tmp_path / listen.KEY).read_text())["pairs"]
     expected = {

@@ -56,14 +56,14 @@ def result_of(source, models, **settings):
         Profile(),
         tags[0],
         sound_tags=tags[1],
+        settings=settings,
     )
 
 
 def write(result, target, signer=None):
     """The files of a result -> paths of film and sound."""
-    args = Namespace(
-        keep_all=False, keep_tracks=False, write_onsets=False, plot=False, sign=signer, seed=3
-    )
+    off = ("keep_all", "keep_tracks", "write_onsets", "plot", "stems", "verbose")
+    args = Namespace(**dict.fromkeys(off, False), format=None, signer=signer, seed=3)
     line = write_outputs(result, target, args)
     return Path(line["output"]), Path(line["wav"])
 
