@@ -94,22 +94,22 @@ from common.audio import (
     vocode_long,
 )
 from common.cli import Parser, number
+from common.controls import FINDERS
 from common.files import UserError, atomic_write, make_folder, write_bytes
 from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, read_tags, write_wav
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from film import listen
+from film.arguments import add_material
 from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
 from metrics import judge, melception
 from metrics.judge import Judge
 from metrics.melception import Melception, Output
 from sample import (
-    FINDERS,
     VERSION,
     Settings,
-    add_material,
     add_watermark,
     generate,
     load_models,

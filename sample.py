@@ -58,21 +58,20 @@ from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
+from film.arguments import make_parser
 from film.credentials import Signer
 from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
 from film.provenance import WeightSums, make_tags
-from film.redo import Redo, add_redo, check_stretches, plan_redo, repaint
+from film.redo import Redo, check_stretches, plan_redo, repaint
 from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
 OVERLAP = 16384  # samples that neighboring windows share at least
-# of hits: the onset head, the picture's motion, both; none: stage 2 is not told any, as published
-FINDERS = ("model", "flow", "both", "none")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -99,8 +98,8 @@ class Settings:
     rate: int = SAMPLE_RATE  # of what is written; 48000
     layout: str = "mono"  # of what is written; "stereo"
     as_official: bool = False  # the official demo quirk for quirk (compat/official.py)
-    # who finds the hits, one of FINDERS; or the hits themselves, their file (common/onsets.py), or
-    # a folder of such files for many videos; None: what suits the weights
+    # who finds the hits, one of controls.FINDERS; or the hits themselves, their file
+    # (common/onsets.py), or a folder of such files for many videos; None: what suits the weights
     onsets: str | Path | tuple[Hit, ...] | None = None
     material: tuple[str, ...] = ()  # what may be heard; (): what the model sees
     # stretches of an existing sound, (from, to) in seconds, that alone are made anew; (): all of it
@@ -158,9 +157,9 @@ class Settings:
         if isinstance(onsets, tuple):
             onsets = checked(onsets, known)
         # a file is read at once, so that a mistake in it shows before any work
-        elif onsets is not None and onsets not in FINDERS:
+        elif onsets is not None and onsets not in controls.FINDERS:
             if not str(onsets) or not Path(onsets).exists():
-                names = ", ".join(FINDERS)
+                names = ", ".join(controls.FINDERS)
                 raise ValueError(f"onsets {cli.quoted(onsets)}: not one of {names}, nor a file")
             onsets = Path(onsets)
             if not onsets.is_dir():
@@ -363,7 +362,7 @@ def set_conditions(clip, models, settings):
     # by the features alone, as the published weights
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
-    if settings.onsets in FINDERS:
+    if settings.onsets in controls.FINDERS:
         clip.hits = found_hits(clip, models.ldm, settings.onsets)
     else:
         hits = settings.onsets
@@ -789,36 +788,7 @@ def generate_as_official(source, models, settings, start, seconds, profile, prog
 
 def parse_arguments(argv=None):
     """-> the arguments, and the Settings among them."""
-    p = cli.Parser("sample.py", __doc__)
-    p.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="videos, folders, 'patterns/**/*.mov', @LIST (a text file with one of these a line); "
-        "after -- names may begin with a dash",
-    )
-    p.add_argument(
-        "--verify",
-        action="store_true",
-        help="make nothing, but say of each INPUT (wav too) whether its sound is ours; "
-        "exit status 3 where one is not",
-    )
-    p.add_argument(
-        "--out", type=Path, metavar="DIR", help="write there; default: beside each input"
-    )
-    p.add_argument(
-        "--weights",
-        default="mini",
-        metavar="mini|official|DIR",
-        help="the model shipped here; the published one (4.3 GB, downloaded once); or a folder "
-        "with the checkpoints cavp, ldm and align: ours or the published ones",
-    )
-    add_sampling_arguments(
-        p.add_argument_group("sampling; steps and sampler are the paper's by default")
-    )
-    add_input_arguments(p.add_argument_group("input"))
-    level.add_arguments(p.add_argument_group("level, mix and format"))
-    add_run_arguments(p.add_argument_group("run"))
+    p = make_parser("sample.py", __doc__)
     p.set_defaults(**asdict(Settings()))
     args = p.parse_args(argv)
     try:
@@ -826,150 +796,6 @@ def parse_arguments(argv=None):
     except ValueError as error:
         p.error(f"--{str(error).replace('_', '-', 1)}")
     return args, settings
-
-
-def add_sampling_arguments(g):
-    g.add_argument("--steps", type=int, help="of the sampler")
-    g.add_argument(
-        "--cfg",
-        type=float,
-        help="classifier-free guidance scale; 1: off; default: what suits the weights "
-        "(published: 4.5, as in the paper; mini: 2.5)",
-    )
-    g.add_argument(
-        "--cg",
-        type=float,
-        help="classifier guidance scale; 0: off; default: what suits the weights' own classifier "
-        "(published: 50, as in the paper; mini: 15)",
-    )
-    g.add_argument("--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, DDIM or PLMS")
-    g.add_argument("--seed", type=int, help="same seed, same sound")
-    g.add_argument(
-        "--as-official",
-        action="store_true",
-        help="what the official demo does with the published weights, quirk for "
-        "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see compat/official.py)",
-    )
-    g.add_argument(
-        "--onsets",
-        metavar="|".join((*FINDERS, "FILE", "DIR")),
-        help="who finds the hits: the model, by what it sees; the flow of the picture; both "
-        "(default); none: nobody, as published; or play those of FILE and no others: a label "
-        "track of Audacity, or a CSV of time, strength and material; of many inputs "
-        "DIR/NAME.onsets.txt",
-    )
-    add_material(g)
-    g.add_argument(
-        "--write-onsets",
-        action="store_true",
-        help="NAME.onsets.txt: the hits, to be edited and given back by --onsets",
-    )
-    g.add_argument(
-        "--candidates",
-        type=int,
-        metavar="N",
-        help="draw N and keep the one that the classifier rates best",
-    )
-    g.add_argument(
-        "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
-    )
-    add_redo(g)
-
-
-def add_material(g):
-    g.add_argument(
-        "--material",
-        type=lambda text: tuple(name.strip().lower() for name in text.split(",")),
-        default=(),
-        metavar="NAME[,NAME]",
-        help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
-    )
-
-
-def add_input_arguments(g):
-    g.add_argument(
-        "--start",
-        type=cli.number(float, 0),
-        default=0.0,
-        metavar="S",
-        help="seconds into the picture",
-    )
-    g.add_argument(
-        "--duration",
-        type=cli.number(float, 1e-3),
-        metavar="S",
-        help="seconds of picture; default: the rest",
-    )
-    g.add_argument(
-        "--keep-audio",
-        type=cli.number(float, -100, 100),
-        nargs="?",
-        const=0.0,
-        metavar="dB",
-        help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written",
-    )
-    g.add_argument(
-        "--keep-tracks",
-        action="store_true",
-        help="the clip's own sound tracks stay, as they are, as further tracks of the video",
-    )
-
-
-def add_run_arguments(g):
-    g.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="draw again what is there already, finished with the same settings or edited since",
-    )
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 for networks of the published size, on a GPU and on a CPU that "
-        "computes in it; else float32",
-    )
-    g.add_argument(
-        "--kernels",
-        choices=("auto", "triton", "torch"),
-        default="auto",
-        help="fused kernels for NVIDIA GPUs; auto: where they can run",
-    )
-    g.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="say which kernels run, what had to be done without, and what else lies in a folder",
-    )
-    g.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="windows in one network call, of any clips; default: 1 on a CPU, 16 on a GPU",
-    )
-    g.add_argument(
-        "--plot",
-        action="store_true",
-        help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis",
-    )
-    g.add_argument(
-        "--profile",
-        action="store_true",
-        help="print seconds and peak memory of each stage; total: since the output before",
-    )
-    g.add_argument(
-        "--page",
-        action="store_true",
-        help="index.html in --out, or beside the first output: pick by ear, in a browser",
-    )
-    g.add_argument(
-        "--sign",
-        nargs=2,
-        type=Path,
-        metavar=("CERT", "KEY"),
-        help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
-    )
-    g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
 
 
 def load(args):

@@ -25,6 +25,9 @@ from common import motion as motion_curve
 from common.audio import COLUMN
 from common.onsets import Hit
 
+# who finds the hits: the onset head, the picture's motion, both; none: stage 2 is given no hits, as
+# published
+FINDERS = ("model", "flow", "both", "none")
 MOTION_LEAD = 0.017  # seconds, on procedural clips
 APART = 3  # mel columns on each side in which only the highest peak is a hit
 ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 has one

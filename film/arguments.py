@@ -1,0 +1,192 @@
+"""The flags of sample.py.
+
+in   nothing: defaults of what is drawn come from `sample.Settings`
+out  a parser
+"""
+
+from pathlib import Path
+
+from common import cli
+from common.controls import FINDERS
+from diffusion import SAMPLERS
+from film import level
+from film.redo import add_redo
+
+
+def make_parser(script: str, description: str):
+    """All of them, without the defaults of what is drawn."""
+    p = cli.Parser(script, description)
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="videos, folders, 'patterns/**/*.mov', @LIST (a text file with one of these a line); "
+        "after -- names may begin with a dash",
+    )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="make nothing, but say of each INPUT (wav too) whether its sound is ours; "
+        "exit status 3 where one is not",
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="write there; default: beside each input"
+    )
+    p.add_argument(
+        "--weights",
+        default="mini",
+        metavar="mini|official|DIR",
+        help="the model shipped here; the published one (4.3 GB, downloaded once); or a folder "
+        "with the checkpoints cavp, ldm and align: ours or the published ones",
+    )
+    add_sampling_arguments(
+        p.add_argument_group("sampling; steps and sampler are the paper's by default")
+    )
+    add_input_arguments(p.add_argument_group("input"))
+    level.add_arguments(p.add_argument_group("level, mix and format"))
+    add_run_arguments(p.add_argument_group("run"))
+    return p
+
+
+def add_sampling_arguments(g):
+    g.add_argument("--steps", type=int, help="of the sampler")
+    g.add_argument(
+        "--cfg",
+        type=float,
+        help="classifier-free guidance scale; 1: off; default: what suits the weights "
+        "(published: 4.5, as in the paper; mini: 2.5)",
+    )
+    g.add_argument(
+        "--cg",
+        type=float,
+        help="classifier guidance scale; 0: off; default: what suits the weights' own classifier "
+        "(published: 50, as in the paper; mini: 15)",
+    )
+    g.add_argument("--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, DDIM or PLMS")
+    g.add_argument("--seed", type=int, help="same seed, same sound")
+    g.add_argument(
+        "--as-official",
+        action="store_true",
+        help="what the official demo does with the published weights, quirk for "
+        "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see compat/official.py)",
+    )
+    g.add_argument(
+        "--onsets",
+        metavar="|".join((*FINDERS, "FILE", "DIR")),
+        help="who finds the hits: the model, by what it sees; the flow of the picture; both "
+        "(default); none: nobody, as published; or play those of FILE and no others: a label "
+        "track of Audacity, or a CSV of time, strength and material; of many inputs "
+        "DIR/NAME.onsets.txt",
+    )
+    add_material(g)
+    g.add_argument(
+        "--write-onsets",
+        action="store_true",
+        help="NAME.onsets.txt: the hits, to be edited and given back by --onsets",
+    )
+    g.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="draw N and keep the one that the classifier rates best",
+    )
+    g.add_argument(
+        "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
+    )
+    add_redo(g)
+
+
+def add_material(g):
+    g.add_argument(
+        "--material",
+        type=lambda text: tuple(name.strip().lower() for name in text.split(",")),
+        default=(),
+        metavar="NAME[,NAME]",
+        help="what is heard, unless a hit of --onsets FILE has its own: wood, metal, glass, ...",
+    )
+
+
+def add_input_arguments(g):
+    g.add_argument(
+        "--start",
+        type=cli.number(float, 0),
+        default=0.0,
+        metavar="S",
+        help="seconds into the picture",
+    )
+    g.add_argument(
+        "--duration",
+        type=cli.number(float, 1e-3),
+        metavar="S",
+        help="seconds of picture; default: the rest",
+    )
+    g.add_argument(
+        "--keep-audio",
+        type=cli.number(float, -100, 100),
+        nargs="?",
+        const=0.0,
+        metavar="dB",
+        help="mix the clip's own sound in, at this gain (0 if none is given); the mix is written",
+    )
+    g.add_argument(
+        "--keep-tracks",
+        action="store_true",
+        help="the clip's own sound tracks stay, as they are, as further tracks of the video",
+    )
+
+
+def add_run_arguments(g):
+    g.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="draw again what is there already, finished with the same settings or edited since",
+    )
+    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    g.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 for networks of the published size, on a GPU and on a CPU that "
+        "computes in it; else float32",
+    )
+    g.add_argument(
+        "--kernels",
+        choices=("auto", "triton", "torch"),
+        default="auto",
+        help="fused kernels for NVIDIA GPUs; auto: where they can run",
+    )
+    g.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="say which kernels run, what had to be done without, and what else lies in a folder",
+    )
+    g.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="windows in one network call, of any clips; default: 1 on a CPU, 16 on a GPU",
+    )
+    g.add_argument(
+        "--plot",
+        action="store_true",
+        help="NAME.foley.png: frames, onsets, spectrogram, waveform on one time axis",
+    )
+    g.add_argument(
+        "--profile",
+        action="store_true",
+        help="print seconds and peak memory of each stage; total: since the output before",
+    )
+    g.add_argument(
+        "--page",
+        action="store_true",
+        help="index.html in --out, or beside the first output: pick by ear, in a browser",
+    )
+    g.add_argument(
+        "--sign",
+        nargs=2,
+        type=Path,
+        metavar=("CERT", "KEY"),
+        help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
+    )
+    g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
