@@ -22,8 +22,10 @@ Differs from the official code: every sampler takes every guidance; S steps of D
 coefficients are computed once a run.
 """
 
+import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 # --------------------------------------------------------------------------------------------------
@@ -141,25 +143,66 @@ def fill_in(eps_fn, z, known):
 # follows every step. Times are given on the CPU, where no step waits for a device to know them
 
 
-def dpm_grid(steps):
-    """(steps + 1,) float32, 999 to 0: continuous time from 1 to 0.001, evenly, as published."""
-    return (torch.linspace(1, 0.001, steps + 1) - 0.001) * 1000
+def time_at(lam):
+    """Half log signal-to-noise ratios (n,) -> the times t (n,) that have them, float32.
+
+    The inverse of `log_snr`, between integer times linear as that nearly is.
+    """
+    table = log_snr(torch.arange(1000)).flip(0).numpy()  # rising
+    return torch.from_numpy(np.interp(lam, table, np.arange(999, -1, -1))).float()
 
 
-def dpm_times(steps: int):
-    """The fractional times at which `dpm_solver` asks for eps: 999, 959.04, ..."""
-    return dpm_grid(steps)[:-1]
+def log_snr(t):
+    """Times (n,) -> half the log of the signal-to-noise ratio, log(alpha_t / sigma_t), float64."""
+    return log_alpha(t) - sigma(t).log()
 
 
-def dpm_solver(eps_fn, x, steps: int, callback=None):
+# Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), its list for this noise schedule
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0]
+
+
+def time_grid(steps: int, schedule="uniform"):
+    """(steps + 1,) float32: the times at which a solver stops, from 999 down to 0.
+
+    uniform: evenly in time, from 1 to 0.001, as published; quadratic: evenly in its square root;
+    logsnr: evenly in the log signal-to-noise ratio; karras: evenly in the seventh root of the noise
+    (Karras et al. 2022, Eq. 5); ays: Align Your Steps' list, between its entries evenly in the log;
+    or a list of rising or falling times, as `search_schedule` gives, of any number of steps.
+    """
+    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if schedule == "uniform":
+        return (torch.linspace(1, 0.001, steps + 1) - 0.001) * 1000
+    if schedule == "quadratic":
+        return (999 * (1 - share) ** 2).float()
+    first, last = log_snr(torch.tensor([999, 0])).tolist()
+    if schedule == "logsnr":
+        return time_at(first + (last - first) * share)
+    if schedule == "karras":
+        low = math.exp(-first / 7)
+        high = math.exp(-last / 7)
+        return time_at(-7 * (low + (high - low) * share).log())
+    # a list: its own times, and those between them
+    known = log_snr(torch.tensor(sorted(AYS if schedule == "ays" else schedule)[::-1])).numpy()
+    return time_at(np.interp(share, np.linspace(0, 1, len(known)), known))
+
+
+def solver_times(steps: int, schedule="uniform"):
+    """The times at which the solvers of a `time_grid` ask for eps: all but the last."""
+    return time_grid(steps, schedule)[:-1]
+
+
+def solver_tables(steps, schedule):
+    """Of the times of a grid: t, alpha, sigma, and half the log signal-to-noise ratio."""
+    t = time_grid(steps, schedule)
+    return t, log_alpha(t).exp(), sigma(t), log_snr(t)
+
+
+def dpm_solver(eps_fn, x, steps: int, callback=None, schedule="uniform"):
     """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: data prediction, `steps` calls of eps_fn.
 
     The end point is not evaluated: as published, the result still carries its sigma of 0.0292.
     """
-    t = dpm_grid(steps)
-    alpha = log_alpha(t).exp()
-    sig = sigma(t)
-    lam = alpha.log() - sig.log()  # half the log signal-to-noise ratio
+    t, alpha, sig, lam = solver_tables(steps, schedule)
     previous = None
     for i in range(steps):
         # the clean latent that eps implies
@@ -175,6 +218,66 @@ def dpm_solver(eps_fn, x, steps: int, callback=None):
         # the exact solution of the linear part, with d held fixed over the step
         x = sig[i + 1] / sig[i] * x - alpha[i + 1] * torch.expm1(-h) * d
         previous = x0
+        if callback:
+            callback(i, x)
+    return x
+
+
+def unipc(eps_fn, x, steps: int, callback=None, schedule="uniform"):
+    """UniPC-2 (Zhao et al. 2023, arXiv 2302.04867, B(h) = e^h - 1): `steps` calls of eps_fn.
+
+    DPM-Solver++(2M) predicts; the clean latent found there then corrects the step that led to it.
+    """
+    t, alpha, sig, lam = solver_tables(steps, schedule)
+    clean = []
+    begun = x  # where the step before began
+    for i in range(steps):
+        clean.append((x - sig[i] * eps_fn(x, t[i].expand(len(x)))) / alpha[i])
+        if i > 0:
+            # corrector: the step before once more, exact for clean latents that are linear in
+            # lambda (second step: constant) before it, and go through the one found behind it
+            h = lam[i] - lam[i - 1]
+            b1 = (1 - h / -torch.expm1(-h)) / -h
+            b2 = 2 * (b1 / -h - 0.5 / torch.expm1(-h))
+            d = clean[i - 1] + (clean[i] - clean[i - 1]) / 2
+            if i > 1:
+                r = (lam[i - 2] - lam[i - 1]) / h  # below 0
+                early = (b1 - b2) / (1 - r)
+                slope = (clean[i - 2] - clean[i - 1]) / r
+                d = clean[i - 1] + early * slope + (b1 - early) * (clean[i] - clean[i - 1])
+            x = sig[i] / sig[i - 1] * begun - alpha[i] * torch.expm1(-h) * d
+        # predictor
+        begun = x
+        h = lam[i + 1] - lam[i]
+        d = clean[i]
+        if i > 0 and not (steps < 15 and i == steps - 1):
+            r = (lam[i] - lam[i - 1]) / h
+            d = d + (clean[i] - clean[i - 1]) / (2 * r)
+        x = sig[i + 1] / sig[i] * x - alpha[i + 1] * torch.expm1(-h) * d
+        if callback:
+            callback(i, x)
+    return x
+
+
+def deis(eps_fn, x, steps: int, callback=None, schedule="uniform", order: int = 3):
+    """DEIS (Zhang and Chen 2023, arXiv 2204.13902, rho-AB): `steps` calls of eps_fn.
+
+    With y = x / alpha and rho = sigma / alpha the equation is dy = eps d rho; eps is taken for the
+    polynomial in rho through its last `order` values. Two of them make it iPNDM's, for this grid.
+    """
+    t, alpha, sig, _ = solver_tables(steps, schedule)
+    rho = (sig / alpha).tolist()
+    history = []
+    for i in range(steps):
+        history = [(rho[i], eps_fn(x, t[i].expand(len(x)))), *history][:order]
+        change = torch.zeros_like(x)
+        for k, (own, eps) in enumerate(history):
+            # the integral of Lagrange's polynomial that is 1 here and 0 at the others
+            others = [r for n, (r, _) in enumerate(history) if n != k]
+            lagrange = np.poly1d(others, True) / np.prod([own - r for r in others])
+            primitive = lagrange.integ()
+            change = change + float(primitive(rho[i + 1]) - primitive(rho[i])) * eps
+        x = alpha[i + 1] * (x / alpha[i] + change)
         if callback:
             callback(i, x)
     return x
@@ -239,6 +342,42 @@ def plms(eps_fn, x, steps: int, callback=None, times: list | None = None):
     return x
 
 
-SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "plms": plms}
+SAMPLERS = {"dpm": dpm_solver, "unipc": unipc, "deis": deis, "ddim": ddim, "plms": plms}
+
+
+def search_schedule(eps_fn, x, steps: int, solver=dpm_solver, exact: int = 200, rounds: int = 4):
+    """-> steps + 1 times (a `schedule`) that bring the solver nearest to the same ODE's end.
+
+    eps_fn, x: of one's own networks, e.g. `guided_eps` on 8 windows; exact: steps of the solver on
+    an even log-SNR grid whose end counts as the ODE's. One inner time after the other is moved
+    towards its neighbors, in log-SNR, by a share that shrinks each round, while that helps: about
+    2 * steps * rounds runs of the solver.
+    """
+    target = solver(eps_fn, x, exact, schedule="logsnr")
+    best = log_snr(time_grid(steps, "quadratic")).tolist()
+
+    def distance(lam):
+        drawn = solver(eps_fn, x, steps, schedule=time_at(lam).tolist())
+        return float((drawn - target).square().mean())
+
+    least = distance(best)
+    for r in range(rounds):
+        for i in range(1, steps):
+            for neighbor in (i - 1, i + 1):
+                moved = list(best)
+                moved[i] += 0.5**r / 2 * (best[neighbor] - best[i])
+                found = distance(moved)
+                if found < least:
+                    best = moved
+                    least = found
+    return time_at(best).tolist()
+
+
 # the times at which each asks for eps, for a network that is prepared for them (kernels/fast.py)
-TIMES = {"dpm": dpm_times, "ddim": ddim_times, "plms": plms_times}
+TIMES = {
+    "dpm": solver_times,
+    "unipc": solver_times,
+    "deis": solver_times,
+    "ddim": ddim_times,
+    "plms": plms_times,
+}

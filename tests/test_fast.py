@@ -77,7 +77,7 @@ def test_optimised_networks_give_the_same_numbers(form, deferred):
     rule.close("logit", fused_align.logit(x, t, features), align.logit(x, t, features), 1e-5)
     ours, plain = (a.grad_log_prob(x, t, features) for a in (fused_align, align))
     rule.close("gradient", ours, plain, 1e-5)
-    times = diffusion.dpm_times(3)
+    times = diffusion.solver_times(3)
     known = fused.prepare(context, times)
     rows = times[[2, 0]]
     rule.close("prepared", fused(x, rows, known), unet(x, rows, context), 1e-5)
@@ -94,7 +94,7 @@ def test_optimised_networks_give_the_same_numbers(form, deferred):
 def test_networks_that_are_not_optimised_are_called_as_they_are():
     unet, align = networks("tiny")
     x, context, features = clip("one", unet)
-    times = diffusion.dpm_times(2)
+    times = diffusion.solver_times(2)
     plain = diffusion.guided_eps(
         unet, context, torch.zeros_like(context), 4.5, align, features, 15.0
     )
@@ -213,7 +213,7 @@ def test_a_step_is_recorded_anew_only_for_what_changes_it(records):
 
     def draw(count=2, steps=2, cfg=4.5, cg=15.0):
         x, context, features = clip("one", unet, count)
-        times = diffusion.dpm_times(steps)
+        times = diffusion.solver_times(steps)
         eps = guided(fused, fused_align, context, features, times, cg, cfg)
         diffusion.dpm_solver(eps, x, steps)
         return len(records)
@@ -234,7 +234,7 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(records, monkeypatch):
 
     monkeypatch.setattr(fast, "record", refuse)
     clips = [clip(name, unet) for name in ("one", "two")]
-    eps = [guided(fused, fused_align, c, f, diffusion.dpm_times(2)) for _, c, f in clips]
+    eps = [guided(fused, fused_align, c, f, diffusion.solver_times(2)) for _, c, f in clips]
     with pytest.warns(UserWarning, match="without a CUDA graph .operation not permitted.") as said:
         made = [diffusion.dpm_solver(eps[k], clips[k][0], 2) for k in (0, 1, 0)]
     assert len(said) == 1 and torch.equal(made[0], made[2])

@@ -158,7 +158,7 @@ def test_shapes_have_graphs_of_their_own_and_few_are_kept():
     for clips in (1, 2, 3, 1, 4, 5):
         x, context, _ = conditions("shape", clips)
         eps = fast.guided(
-            fused, context, torch.zeros_like(context), 4.5, times=diffusion.dpm_times(2)
+            fused, context, torch.zeros_like(context), 4.5, times=diffusion.solver_times(2)
         )
         assert diffusion.dpm_solver(eps, x, 2).isfinite().all()
         assert len(fused.recorded) <= fast.KEPT
@@ -169,7 +169,7 @@ def test_shapes_have_graphs_of_their_own_and_few_are_kept():
 def test_a_time_that_was_not_prepared_stops_a_recorded_run():
     _, _, fused, _ = small_networks(torch.float32)
     x, context, _ = conditions("times", 1)
-    eps = fast.guided(fused, context, None, 1.0, times=diffusion.dpm_times(5))
+    eps = fast.guided(fused, context, None, 1.0, times=diffusion.solver_times(5))
     first = diffusion.dpm_solver(eps, x, 5)
     with pytest.raises(ValueError, match="not among the 5 that this condition was prepared for"):
         diffusion.dpm_solver(eps, x, 7)

@@ -486,7 +486,7 @@ def test_a_clip_prepares_its_condition_once():
     for module in watched:
         module.register_forward_hook(lambda m, *_: calls.update([m]))
     context, features = rule.normal("context", 1, 128, 16), rule.normal("features", 1, 128, 512)
-    null_context, times = torch.zeros_like(context), diffusion.dpm_times(3)
+    null_context, times = torch.zeros_like(context), diffusion.solver_times(3)
     eps = fast.guided(
         unet, context, null_context, 4.5, classifier, features, 15.0, times, diffusion.sigma
     )

@@ -142,7 +142,7 @@ def streams(two):
 
 def step_of(way, context, features, cg):
     """eps(x, t) of the way."""
-    times = diffusion.dpm_times(STEPS)
+    times = diffusion.solver_times(STEPS)
     # the same sampler's times for all ways
     null_context = torch.zeros_like(context)
     eps = fast.guided(

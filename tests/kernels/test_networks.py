@@ -117,7 +117,7 @@ def test_guided_sampling(unet, classifier):
     fast.optimise(classifier.model)
     unet.defer_biases()
     classifier.model.defer_biases()
-    features, times = rule.normal("features", 1, 8, 16), diffusion.dpm_times(3)
+    features, times = rule.normal("features", 1, 8, 16), diffusion.solver_times(3)
     null_context = torch.zeros_like(context)
 
     def run():

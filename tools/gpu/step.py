@@ -124,7 +124,7 @@ def run(name, clips, cg, emit, reference, keep=None):
     context = torch.randn(clips, 32, UNET.context_dim, device=DEVICE)
     features = F.normalize(torch.randn(clips, 32, 512, device=DEVICE), dim=2)
     null_context = torch.zeros_like(context)
-    times = diffusion.dpm_times(25)
+    times = diffusion.solver_times(25)
     # the variant stands in kernels.fast while its graph is recorded
     with swapped(others):
         eps = fast.guided(

@@ -99,7 +99,7 @@ def guided_step(unet_config, align_config, dtype, frames=32, clips=1):
     x = torch.empty(clips, 4, 16, 64, device="meta")
     context = torch.empty(clips, frames, unet_config.context_dim, device="meta")
     features = torch.empty(clips, frames, align_config.feature_dim, device="meta")
-    times = diffusion.dpm_times(25)
+    times = diffusion.solver_times(25)
     with ChannelsLast(), torch.no_grad():
         eps = fast.guided(unet, context, context, 4.5, align, features, 1.0, times, diffusion.sigma)
         eps(x, times[:1])
