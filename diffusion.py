@@ -157,6 +157,7 @@ def log_snr(t):
     return log_alpha(t) - sigma(t).log()
 
 
+SCHEDULES = ("uniform", "quadratic", "logsnr", "karras", "ays")
 # Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), its list for this noise schedule
 AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0]
 

@@ -100,6 +100,7 @@ from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, read_tags, write_wav
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
+from diffusion import SCHEDULES
 from film import listen
 from film.arguments import add_material
 from film.provenance import make_tags
@@ -148,6 +149,17 @@ ABLATIONS = {
         "flow": {"onsets": "flow"},
         "both": {"onsets": "both"},
         "annotated": {"onsets": "annotated"},
+    },
+    # few steps: which solver, and where its steps lie
+    "few": {
+        f"{sampler}_{schedule}_{steps}": {
+            "sampler": sampler,
+            "schedule": schedule,
+            "steps": steps,
+        }
+        for steps in (4, 6, 8, 10, 15, 25)
+        for sampler in ("dpm", "unipc", "deis")
+        for schedule in SCHEDULES
     },
     "cfg": {f"cfg_{cfg:g}": {"cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)},
     "cg": {f"cg_{cg:g}": {"cg": cg} for cg in (0.0, 5.0, 15.0, 30.0, 50.0)},

@@ -56,7 +56,7 @@ from common.media import MediaError
 from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
-from diffusion import SAMPLERS, TIMES, fill_in, sigma
+from diffusion import SAMPLERS, SCHEDULES, TIMES, fill_in, sigma
 from film import kept, level
 from film.arguments import make_parser
 from film.credentials import Signer
@@ -78,6 +78,18 @@ OVERLAP = 16384  # samples that neighboring windows share at least
 # settings
 
 
+def check_schedule(schedule, is_solver):
+    """Raises ValueError for what is no schedule, or not of a sampler that has its own times."""
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule {cli.quoted(schedule)}: not one of {known}")
+    elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
+        raise ValueError("schedule: give two times or more, from 0 to 999")
+    if schedule != "uniform" and not is_solver:
+        raise ValueError("schedule: ddim, plms and the official demo have their own; leave it out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How sound is drawn. Raises ValueError, in one line, for what cannot be."""
@@ -86,7 +98,9 @@ class Settings:
     steps: int = 25  # of the sampler, as in the paper
     cfg: float | None = None  # classifier-free guidance scale, 1: off; None: the weights' own
     cg: float | None = None  # classifier guidance scale, 0: off; None: the weights' own
-    sampler: str = "dpm"  # DPM-Solver++ 2M, as in the paper; "ddim", "plms"
+    sampler: str = "dpm"  # one of diffusion.SAMPLERS; DPM-Solver++ 2M, as in the paper
+    # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives
+    schedule: str | tuple[float, ...] = "uniform"
     candidates: int = 1  # drawn of each clip; the classifier ranks them
     keep_all: bool = False  # the sound of every candidate, not of the best alone
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
@@ -169,9 +183,19 @@ class Settings:
         cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
         batch = 1 if torch.device(models.device).type == "cpu" else 16
-        sampler = "ddim" if self.redo else self.sampler  # its steps, which `repaint` takes twice
+        # redoing takes DDIM's steps, twice (film/redo.py)
+        sampler = "ddim" if self.redo else self.sampler
+        schedule = "uniform" if self.redo else self.schedule
         batch = self.batch or batch
-        return replace(self, cfg=cfg, cg=cg, batch=batch, onsets=onsets, sampler=sampler)
+        return replace(
+            self,
+            cfg=cfg,
+            cg=cg,
+            batch=batch,
+            onsets=onsets,
+            sampler=sampler,
+            schedule=schedule,
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -460,6 +484,7 @@ def denoise(windows, models, settings, callback=None):
     # latents, by the sampler under double guidance; the classifier then scores them
     scores = [None] * len(windows)
     with share([clip.profile for clip, _, _ in windows], "sampling"):
+        schedule = {} if settings.schedule == "uniform" else {"schedule": settings.schedule}
         eps = fast.guided(
             ldm.unet,
             ldm.conditioner(torch.stack(conditions)),
@@ -468,13 +493,13 @@ def denoise(windows, models, settings, callback=None):
             models.align,
             v,
             settings.cg,
-            times=TIMES[settings.sampler](settings.steps),
+            times=TIMES[settings.sampler](settings.steps, **schedule),
             sigma=sigma,
         )
         if any_known:
             eps = fill_in(eps, known_z, is_known)
         sampler = repaint if settings.redo else SAMPLERS[settings.sampler]
-        z = sampler(eps, x, settings.steps, callback)
+        z = sampler(eps, x, settings.steps, callback, **schedule)
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()

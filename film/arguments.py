@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import cli
 from common.controls import FINDERS
-from diffusion import SAMPLERS
+from diffusion import SAMPLERS, SCHEDULES
 from film import level
 from film.redo import add_redo
 
@@ -62,7 +62,12 @@ def add_sampling_arguments(g):
         help="classifier guidance scale; 0: off; default: what suits the weights' own classifier "
         "(published: 50, as in the paper; mini: 15)",
     )
-    g.add_argument("--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, DDIM or PLMS")
+    g.add_argument(
+        "--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, UniPC, DEIS, DDIM or PLMS"
+    )
+    g.add_argument(
+        "--schedule", choices=SCHEDULES, help="where the steps of the first three samplers lie"
+    )
     g.add_argument("--seed", type=int, help="same seed, same sound")
     g.add_argument(
         "--as-official",

@@ -7,7 +7,8 @@ out  the same network, in place; eps(x, t) for `diffusion.dpm_solver`, `ddim` or
 
     optimise(ldm.unet)
     optimise(align.model)
-    eps = guided(ldm.unet, context, null_context, 4.5, align, features, 50.0, solver_times(25), sigma)
+    times = solver_times(25)
+    eps = guided(ldm.unet, context, null_context, 4.5, align, features, 50.0, times, sigma)
 
 `optimise` gives every block a fused form. What depends on weights alone is folded once: queries,
 keys and values of self-attention are one product, 1x1 convolutions are products, biases go where

@@ -376,3 +376,70 @@ def test_every_sampler_says_the_times_it_asks_for():
         asked = []
         sampler(lambda x, t, asked=asked: asked.append(float(t[0])) or 0.1 * x, torch.ones(1, 1), 7)
         assert set(asked) <= {float(t) for t in diffusion.TIMES[name](7)}, name
+
+
+# ---- solvers and schedules -----------------------------------------------------------------------
+
+
+def mixture_eps(x, t):
+    """Of two Gaussians around +m and -m, whose noised densities are known exactly."""
+    m = torch.linspace(-1, 1, x.shape[-1], dtype=torch.float64)
+    alpha = diffusion.log_alpha(t).exp()[:, None, None, None]
+    sig = diffusion.sigma(t)[:, None, None, None]
+    variance = 0.3**2 * alpha**2 + sig**2
+    side = torch.tanh(alpha * m * x / variance)  # of which of the two x is
+    return sig * (x - alpha * m * side) / variance
+
+
+@pytest.fixture(scope="module")
+def exact_end():
+    """-> noise, and where the mixture's ODE leads it."""
+    x = torch.randn(1, 4, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x, diffusion.dpm_solver(mixture_eps, x, 2000, schedule="logsnr")
+
+
+def distance(sampler, exact_end, steps, **options):
+    x, end = exact_end
+    return float((diffusion.SAMPLERS[sampler](mixture_eps, x, steps, **options) - end).norm())
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "unipc", "deis"])
+def test_solvers_converge_at_their_order(exact_end, sampler):
+    """Twice the steps: four times as near, or nearly, as times are interpolated."""
+    errors = [distance(sampler, exact_end, n, schedule="logsnr") for n in (25, 50, 100)]
+    assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3
+
+
+def test_unipc_corrects_what_dpm_solver_predicts(exact_end):
+    for steps in (8, 15, 50):
+        dpm = distance("dpm", exact_end, steps, schedule="logsnr")
+        assert distance("unipc", exact_end, steps, schedule="logsnr") < 0.9 * dpm
+    # one step has nothing to correct
+    x, _ = exact_end
+    assert torch.equal(*(diffusion.SAMPLERS[s](mixture_eps, x, 1) for s in ("dpm", "unipc")))
+
+
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 25])
+def test_schedules_fall_from_one_end_to_the_other(schedule, steps):
+    grid = diffusion.time_grid(steps, schedule)
+    assert len(grid) == steps + 1 and (grid.diff() < 0).all()
+    assert grid[0] == 999 and grid[-1].abs() < 1e-3
+
+
+def test_schedules_are_what_they_say():
+    lam = diffusion.log_snr(diffusion.time_grid(20, "logsnr"))
+    assert lam.diff().std() < 0.02 * lam.diff().mean()
+    noise = (-diffusion.log_snr(diffusion.time_grid(20, "karras"))).exp() ** (1 / 7)
+    assert noise.diff().std() < 0.02 * noise.diff().mean().abs()
+    assert diffusion.time_grid(10, "ays").round().tolist() == diffusion.AYS
+    given = [999.0, 700.0, 300.0, 0.0]
+    assert torch.allclose(diffusion.time_grid(3, given[::-1]), torch.tensor(given), atol=1e-2)
+
+
+def test_a_search_finds_better_times(exact_end):
+    x, _ = exact_end
+    found = diffusion.search_schedule(mixture_eps, x, 5, diffusion.unipc)
+    assert len(found) == 6 and sorted(found) == found[::-1]
+    ends = [distance("unipc", exact_end, 5, schedule=s) for s in (found, "quadratic", "uniform")]
+    assert ends[0] < 0.8 * ends[1] and ends[0] < 0.5 * ends[2]

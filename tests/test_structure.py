@@ -160,8 +160,9 @@ def measured(path):
 
 def test_the_papers_files_can_be_read_in_an_evening():
     """Tokens rather than lines are counted, so that packing does not pay."""
-    # 22,500 for the paper's system, the rest for what stage 2 can be told beside it
-    assert sum(measured(path)[0] for path in PAPER) <= 24_500
+    # 22,500 for the paper's system, the rest for what stage 2 can be told beside it and for solvers
+    # and schedules that were published after it
+    assert sum(measured(path)[0] for path in PAPER) <= 25_000
     for path in PAPER:
         code, lines, comments, solid = measured(path)
         assert code / lines <= 11, path.name
