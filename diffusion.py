@@ -148,8 +148,10 @@ def time_at(lam):
 
     The inverse of `log_snr`, between integer times linear as that nearly is.
     """
-    table = log_snr(torch.arange(1000)).flip(0).numpy()  # rising
-    return torch.from_numpy(np.interp(lam, table, np.arange(999, -1, -1))).float()
+    # np.interp wants the places rising
+    falling = np.arange(999, -1, -1)
+    rising = log_snr(torch.from_numpy(falling)).numpy()
+    return torch.from_numpy(np.interp(lam, rising, falling)).float()
 
 
 def log_snr(t):
@@ -170,21 +172,27 @@ def time_grid(steps: int, schedule="uniform"):
     (Karras et al. 2022, Eq. 5); ays: Align Your Steps' list, between its entries evenly in the log;
     or a list of rising or falling times, as `search_schedule` gives, of any number of steps.
     """
+    # how much of the way is gone at each time
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if schedule == "uniform":
         return (torch.linspace(1, 0.001, steps + 1) - 0.001) * 1000
+    # times that are denser where there is little noise
     if schedule == "quadratic":
         return (999 * (1 - share) ** 2).float()
+    # the others in terms of the log signal-to-noise ratio, whose ends all of them have
     first, last = log_snr(torch.tensor([999, 0])).tolist()
     if schedule == "logsnr":
         return time_at(first + (last - first) * share)
     if schedule == "karras":
+        # noise over signal, which is exp(-lambda), in its seventh root
         low = math.exp(-first / 7)
         high = math.exp(-last / 7)
         return time_at(-7 * (low + (high - low) * share).log())
     # a list: its own times, and those between them
-    known = log_snr(torch.tensor(sorted(AYS if schedule == "ays" else schedule)[::-1])).numpy()
-    return time_at(np.interp(share, np.linspace(0, 1, len(known)), known))
+    listed = AYS if schedule == "ays" else schedule
+    falling = torch.tensor(sorted(listed)[::-1])
+    shares = np.linspace(0, 1, len(falling))
+    return time_at(np.interp(share, shares, log_snr(falling)))
 
 
 def solver_times(steps: int, schedule="uniform"):
@@ -192,10 +200,37 @@ def solver_times(steps: int, schedule="uniform"):
     return time_grid(steps, schedule)[:-1]
 
 
-def solver_tables(steps, schedule):
-    """Of the times of a grid: t, alpha, sigma, and half the log signal-to-noise ratio."""
-    t = time_grid(steps, schedule)
-    return t, log_alpha(t).exp(), sigma(t), log_snr(t)
+class Grid:
+    """The times of a solver's steps, and what its equations need of them: all float64 (steps + 1,).
+
+    t, alpha, sigma; lam: half the log signal-to-noise ratio, in which steps are measured.
+    """
+
+    def __init__(self, steps: int, schedule):
+        self.t = time_grid(steps, schedule)
+        self.alpha = log_alpha(self.t).exp()
+        self.sigma = sigma(self.t)
+        self.lam = log_snr(self.t)
+
+    def eps(self, eps_fn, x, i):
+        return eps_fn(x, self.t[i].expand(len(x)))
+
+    def clean(self, eps_fn, x, i):
+        """The clean latent that eps implies at time i."""
+        eps = self.eps(eps_fn, x, i)
+        return (x - self.sigma[i] * eps) / self.alpha[i]
+
+    def ratio(self, i):
+        """How many times as long as the step from time i the one before it was."""
+        before = self.lam[i] - self.lam[i - 1]
+        return before / (self.lam[i + 1] - self.lam[i])
+
+    def advance(self, x, d, i):
+        """From time i to i + 1: exactly the linear part, with the clean latent d held fixed."""
+        h = self.lam[i + 1] - self.lam[i]
+        # what is left of x, and the share of d
+        kept = self.sigma[i + 1] / self.sigma[i]
+        return kept * x - self.alpha[i + 1] * torch.expm1(-h) * d
 
 
 def dpm_solver(eps_fn, x, steps: int, callback=None, schedule="uniform"):
@@ -203,21 +238,18 @@ def dpm_solver(eps_fn, x, steps: int, callback=None, schedule="uniform"):
 
     The end point is not evaluated: as published, the result still carries its sigma of 0.0292.
     """
-    t, alpha, sig, lam = solver_tables(steps, schedule)
+    grid = Grid(steps, schedule)
     previous = None
     for i in range(steps):
-        # the clean latent that eps implies
-        x0 = (x - sig[i] * eps_fn(x, t[i].expand(len(x)))) / alpha[i]
-        h = lam[i + 1] - lam[i]
+        x0 = grid.clean(eps_fn, x, i)
         if previous is None or (steps < 15 and i == steps - 1):
             # first order: in the first step, and in the last of few
             d = x0
         else:
             # second order: extrapolate from the step before, which was r times as long
-            r = (lam[i] - lam[i - 1]) / h
+            r = grid.ratio(i)
             d = x0 + (x0 - previous) / (2 * r)
-        # the exact solution of the linear part, with d held fixed over the step
-        x = sig[i + 1] / sig[i] * x - alpha[i + 1] * torch.expm1(-h) * d
+        x = grid.advance(x, d, i)
         previous = x0
         if callback:
             callback(i, x)
@@ -229,56 +261,67 @@ def unipc(eps_fn, x, steps: int, callback=None, schedule="uniform"):
 
     DPM-Solver++(2M) predicts; the clean latent found there then corrects the step that led to it.
     """
-    t, alpha, sig, lam = solver_tables(steps, schedule)
+    grid = Grid(steps, schedule)
     clean = []
     begun = x  # where the step before began
     for i in range(steps):
-        clean.append((x - sig[i] * eps_fn(x, t[i].expand(len(x)))) / alpha[i])
+        clean.append(grid.clean(eps_fn, x, i))
         if i > 0:
-            # corrector: the step before once more, exact for clean latents that are linear in
-            # lambda (second step: constant) before it, and go through the one found behind it
-            h = lam[i] - lam[i - 1]
-            b1 = (1 - h / -torch.expm1(-h)) / -h
-            b2 = 2 * (b1 / -h - 0.5 / torch.expm1(-h))
-            d = clean[i - 1] + (clean[i] - clean[i - 1]) / 2
-            if i > 1:
-                r = (lam[i - 2] - lam[i - 1]) / h  # below 0
-                early = (b1 - b2) / (1 - r)
-                slope = (clean[i - 2] - clean[i - 1]) / r
-                d = clean[i - 1] + early * slope + (b1 - early) * (clean[i] - clean[i - 1])
-            x = sig[i] / sig[i - 1] * begun - alpha[i] * torch.expm1(-h) * d
+            # corrector: the step before once more, through the clean latent found at its end
+            x = grid.advance(begun, corrected(clean, grid, i), i - 1)
         # predictor
         begun = x
-        h = lam[i + 1] - lam[i]
         d = clean[i]
+        # of first order as in dpm_solver
         if i > 0 and not (steps < 15 and i == steps - 1):
-            r = (lam[i] - lam[i - 1]) / h
+            r = grid.ratio(i)
             d = d + (clean[i] - clean[i - 1]) / (2 * r)
-        x = sig[i + 1] / sig[i] * x - alpha[i + 1] * torch.expm1(-h) * d
+        x = grid.advance(x, d, i)
         if callback:
             callback(i, x)
     return x
+
+
+def corrected(clean, grid, i):
+    """UniPC's mean clean latent over the step that led to time i (its Eq. 9, order 2)."""
+    change = clean[i] - clean[i - 1]
+    if i == 1:
+        return clean[0] + change / 2
+    # the weights for which the step is exact where clean latents are quadratic in lambda
+    h = grid.lam[i] - grid.lam[i - 1]
+    # B(h), and the two right-hand sides
+    b = torch.expm1(-h)
+    b1 = -1 / h - 1 / b
+    b2 = -2 * b1 / h - 1 / b
+    r = -grid.ratio(i - 1)
+    early = (b1 - b2) / (1 - r)
+    slope = (clean[i - 2] - clean[i - 1]) / r
+    return clean[i - 1] + early * slope + (b1 - early) * change
 
 
 def deis(eps_fn, x, steps: int, callback=None, schedule="uniform", order: int = 3):
     """DEIS (Zhang and Chen 2023, arXiv 2204.13902, rho-AB): `steps` calls of eps_fn.
 
     With y = x / alpha and rho = sigma / alpha the equation is dy = eps d rho; eps is taken for the
-    polynomial in rho through its last `order` values. Two of them make it iPNDM's, for this grid.
+    polynomial in rho through its last `order` values. With one of them this is DDIM.
     """
-    t, alpha, sig, _ = solver_tables(steps, schedule)
-    rho = (sig / alpha).tolist()
+    grid = Grid(steps, schedule)
+    rho = (grid.sigma / grid.alpha).tolist()
     history = []
     for i in range(steps):
-        history = [(rho[i], eps_fn(x, t[i].expand(len(x)))), *history][:order]
+        # the latest first
+        history = [(rho[i], grid.eps(eps_fn, x, i)), *history][:order]
+        # the integral of eps over the step
         change = torch.zeros_like(x)
         for k, (own, eps) in enumerate(history):
-            # the integral of Lagrange's polynomial that is 1 here and 0 at the others
-            others = [r for n, (r, _) in enumerate(history) if n != k]
-            lagrange = np.poly1d(others, True) / np.prod([own - r for r in others])
+            # of Lagrange's polynomial that is 1 here and 0 at the others
+            others = [other for n, (other, _) in enumerate(history) if n != k]
+            lagrange = np.poly1d(others, True) / np.prod(own - np.array(others))
             primitive = lagrange.integ()
-            change = change + float(primitive(rho[i + 1]) - primitive(rho[i])) * eps
-        x = alpha[i + 1] * (x / alpha[i] + change)
+            weight = primitive(rho[i + 1]) - primitive(rho[i])
+            change = change + float(weight) * eps
+        # y and back
+        x = grid.alpha[i + 1] * (x / grid.alpha[i] + change)
         if callback:
             callback(i, x)
     return x
@@ -346,7 +389,7 @@ def plms(eps_fn, x, steps: int, callback=None, times: list | None = None):
 SAMPLERS = {"dpm": dpm_solver, "unipc": unipc, "deis": deis, "ddim": ddim, "plms": plms}
 
 
-def search_schedule(eps_fn, x, steps: int, solver=dpm_solver, exact: int = 200, rounds: int = 4):
+def search_schedule(eps_fn, x, steps: int, solver=dpm_solver, exact=200, rounds=4):
     """-> steps + 1 times (a `schedule`) that bring the solver nearest to the same ODE's end.
 
     eps_fn, x: of one's own networks, e.g. `guided_eps` on 8 windows; exact: steps of the solver on
@@ -355,9 +398,11 @@ def search_schedule(eps_fn, x, steps: int, solver=dpm_solver, exact: int = 200, 
     2 * steps * rounds runs of the solver.
     """
     target = solver(eps_fn, x, exact, schedule="logsnr")
+    # what came out best for mixtures of Gaussians is where it begins
     best = log_snr(time_grid(steps, "quadratic")).tolist()
 
     def distance(lam):
+        # how far from the exact end these times lead
         drawn = solver(eps_fn, x, steps, schedule=time_at(lam).tolist())
         return float((drawn - target).square().mean())
 
@@ -365,8 +410,10 @@ def search_schedule(eps_fn, x, steps: int, solver=dpm_solver, exact: int = 200, 
     for r in range(rounds):
         for i in range(1, steps):
             for neighbor in (i - 1, i + 1):
+                # a try
                 moved = list(best)
                 moved[i] += 0.5**r / 2 * (best[neighbor] - best[i])
+                # and whether it helps
                 found = distance(moved)
                 if found < least:
                     best = moved

@@ -87,7 +87,7 @@ def check_schedule(schedule, is_solver):
     elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
         raise ValueError("schedule: give two times or more, from 0 to 999")
     if schedule != "uniform" and not is_solver:
-        raise ValueError("schedule: ddim, plms and the official demo have their own; leave it out")
+        raise ValueError("schedule: ddim, plms, redo and as-official have their own; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,9 @@ class Settings:
             known = ", ".join(SAMPLERS)
             raise ValueError(f"sampler {cli.quoted(self.sampler)}: not one of {known}")
         # DDIM and PLMS step between 1000 whole times, and from the last one there is no step left
-        most = 1000 if self.sampler == "dpm" and not self.redo else 999
+        is_solver = self.sampler not in ("ddim", "plms")
+        most = 1000 if is_solver and not self.redo else 999
+        check_schedule(self.schedule, is_solver and not (self.redo or self.as_official))
         cli.check_number("steps", self.steps, 1, most, whole=True)
         cli.check_number("seed", self.seed, 0, 2**40, whole=True)
         cli.check_number("candidates", self.candidates, 1, 1000, whole=True)
