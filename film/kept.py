@@ -30,6 +30,7 @@ NUMBERS = struct.Struct("<iqd")  # candidate, start sample, score
 SIZE = NUMBERS.size + 4 * int(np.prod(LATENT_SHAPE)) + 4  # bytes of a record, its sum among them
 # settings that no window depends on
 OTHERS = ("candidates", "keep_all", "batch", "keep_audio", "as_official", "onsets")
+OTHERS += ("lufs", "duck", "rate", "layout")  # these make other files of the same windows
 
 
 def windows_file(target: Path | str) -> Path:
