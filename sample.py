@@ -59,7 +59,15 @@ from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
 from film.credentials import Signer
-from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
+from film.jobs import (
+    cannot_start,
+    check_onsets,
+    exit_status,
+    find_sounds,
+    labels_of,
+    plan_jobs,
+    report,
+)
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
@@ -825,6 +833,8 @@ def parse_arguments(argv=None):
         settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
     except ValueError as error:
         p.error(f"--{str(error).replace('_', '-', 1)}")
+    if args.keep_tracks and args.format in ("wav", "flac"):
+        p.error(f"--keep-tracks: {args.format} holds one sound alone; leave one of the two out")
     return args, settings
 
 
@@ -999,7 +1009,7 @@ def write_next(results, job, args, settings, models, keep, profile):
 def main(argv=None):
     args, settings = parse_arguments(argv)
     if args.verify:
-        return watermark.verify(map(Path, args.inputs), "sample.py", args.json)
+        return watermark.verify(find_sounds(args.inputs), "sample.py", args.json)
     clock = time.perf_counter()
     isolation.start()  # the child that reads files gets ready while weights load
     profile = Profile()

@@ -434,6 +434,10 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     (tmp_path / "manifest.jsonl").unlink()
     status, _, err = run(capsys, *arguments)
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
+    # nor over what is no sound at all
+    (tmp_path / "clip.mix.wav").write_text("notes")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -451,6 +455,7 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
         ("--rate fast", "--rate"),
         ("--layout 5.1", "--layout"),
         ("--format mp3", "--format"),
+        ("--format wav --keep-tracks", "--keep-tracks"),
     ],
 )
 def test_nonsense_is_one_line_before_any_work(capsys, flags, words):
