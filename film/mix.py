@@ -232,6 +232,5 @@ def redone(result, k):
 
     channels = sound.samples.shape[1]
     measured = loudness.measure(blocks(), sound.rate)
-    # of an output of ours the tag says that it is all generated, unless own sound was mixed in
-    has_own = not result.redo.comment or result.settings.keep_audio is not None
+    has_own = result.redo.has_own or result.settings.keep_audio is not None
     return Sound(blocks, sound.rate, channels, 0.0, measured, has_own, sound)
