@@ -98,7 +98,8 @@ def write_blocks(path, blocks):
     """Blocks of sound as a file of plain float32."""
     with open(path, "wb") as file:
         for block in blocks:
-            block.astype(np.float32).tofile(file)
+            # not tofile, which counts bytes where the disk is full and does not say so
+            file.write(block.astype(np.float32).tobytes())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 import re
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 import av
 import numpy as np
@@ -338,6 +339,13 @@ def test_no_own_sound_is_said_and_the_rest_is_done(silent, tmp_path):
     names = ["clip.foley.mp4", "clip.foley.wav", "clip.mix.wav"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert np.array_equal(read(line["wav"]), read(tmp_path / "clip.mix.wav"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_in_words():
+    with pytest.raises(OSError, match="No space left") as caught:
+        mix.write_blocks("/dev/full", [np.zeros((100000, 1), "f4")])
+    assert caught.value.strerror
 
 
 def test_a_loud_mix_keeps_to_the_ceiling(tmp_path):
