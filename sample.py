@@ -60,7 +60,15 @@ from diffusion import SAMPLERS, SCHEDULES, TIMES, fill_in, sigma
 from film import kept, level
 from film.arguments import make_parser
 from film.credentials import Signer
-from film.jobs import cannot_start, check_onsets, exit_status, labels_of, plan_jobs, report
+from film.jobs import (
+    cannot_start,
+    check_onsets,
+    exit_status,
+    find_sounds,
+    labels_of,
+    plan_jobs,
+    report,
+)
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
@@ -822,6 +830,8 @@ def parse_arguments(argv=None):
         settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
     except ValueError as error:
         p.error(f"--{str(error).replace('_', '-', 1)}")
+    if args.keep_tracks and args.format in ("wav", "flac"):
+        p.error(f"--keep-tracks: {args.format} holds one sound alone; leave one of the two out")
     return args, settings
 
 
@@ -852,7 +862,7 @@ def write_next(results, job, args, settings, models, keep, profile):
 def main(argv=None):
     args, settings = parse_arguments(argv)
     if args.verify:
-        return watermark.verify(map(Path, args.inputs), "sample.py", args.json)
+        return watermark.verify(find_sounds(args.inputs), "sample.py", args.json)
     clock = time.perf_counter()
     isolation.start()  # the child that reads files gets ready while weights load
     profile = Profile()

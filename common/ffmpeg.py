@@ -823,8 +823,8 @@ def spool_audio(
             peak = max(peak, float(np.abs(part).max(initial=0)))
             if len(part):
                 file.seek(4 * max(0, at) * channels)
-                part.tofile(file)
+                file.write(part.tobytes())
         known = max(0, min(n, end_of_sound(path, start, end, rate)))
         file.seek(4 * known * channels)
-        np.zeros((max(0, min(n, end) - known), channels), np.float32).tofile(file)
+        file.write(np.zeros((max(0, min(n, end) - known), channels), np.float32).tobytes())
     return peak

@@ -293,6 +293,7 @@ def check(file) -> Verdict:
 def verify(paths, script: str, as_json: bool = False) -> int:
     """Print a verdict for each file, of folders all videos and sounds. -> exit status.
 
+    paths: also MediaErrors, in place of what cannot be read.
     1 where a file could not be read (said on stderr after the script's name), else 3 where the
     sound of one is not ours, else 0.
     """
@@ -300,13 +301,15 @@ def verify(paths, script: str, as_json: bool = False) -> int:
     any_foreign = False
     for given in paths:
         files = [given]
-        if given.is_dir():
+        if isinstance(given, Path) and given.is_dir():
             files = media.search(given, ("video", "sound"), ours=True)[0]
         if not files:
             any_failed = True
             print(f"{script}: {given}: no video or sound in this folder", file=sys.stderr)
         for file in files:
             try:
+                if isinstance(file, media.MediaError):
+                    raise file
                 verdict = check(file)
             except media.MediaError as error:
                 any_failed = True

@@ -55,9 +55,14 @@ def foreign_stem(target, suffix):
     """A file that --stems would write over and that is not ours, or None."""
     for name in ("own", "mix"):
         path = stem_file(target, name, suffix)
+        if not path.exists():
+            continue
+        # what cannot be read is somebody's, too
+        comment = ""
         with suppress(MediaError):
-            if path.exists() and "diff-foley" not in media.read_tags(path).get("comment", ""):
-                return path
+            comment = media.read_tags(path).get("comment", "")
+        if "diff-foley" not in comment:
+            return path
     return None
 
 
@@ -155,6 +160,28 @@ def find_videos(given):
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return [(given, f"{given}: cannot be used ({reason}); give the name of a file")]
+
+
+def find_sounds(inputs):
+    """Files and folders of --verify: of a pattern all videos and sounds that fit it, ours too.
+
+    A name or pattern that fits nothing stays as it is: reading it says so. A list that cannot be
+    read is its MediaError.
+    """
+    found = []
+    for given in inputs:
+        if not os.path.lexists(given) and given.startswith("@"):
+            try:
+                found += find_sounds(read_list(Path(given[1:])))
+            except MediaError as error:
+                found.append(error)
+            continue
+        fits = []
+        if not os.path.lexists(given) and glob.has_magic(given):
+            paths = map(Path, sorted(glob.glob(given, recursive=True)))
+            fits = [path for path in paths if path.is_dir() or media.kind_of(path)]
+        found += fits or [Path(given)]
+    return found
 
 
 def plan_outputs(inputs, out, verbose=False, redo=False):

@@ -30,6 +30,7 @@ NUMBERS = struct.Struct("<iqd")  # candidate, start sample, score
 SIZE = NUMBERS.size + 4 * int(np.prod(LATENT_SHAPE)) + 4  # bytes of a record, its sum among them
 # settings that no window depends on
 OTHERS = ("candidates", "keep_all", "batch", "keep_audio", "as_official", "onsets")
+OTHERS += ("lufs", "duck", "rate", "layout")  # these make other files of the same windows
 
 
 def windows_file(target: Path | str) -> Path:
@@ -62,15 +63,17 @@ def header(key: str) -> bytes:
     return json.dumps({"diff-foley windows": VERSION, "sum": key}).encode() + b"\n"
 
 
-def read_records(content: bytes):
+def read_records(content: bytes, first: bytes):
     """[(candidate, start, score, latents)] of whole records, and whether one of them is damaged.
 
-    What follows a damaged one is not read.
+    What follows a damaged one is not read. Sums count on from that of the header `first`: another
+    run at the same time, with other settings, may have appended here.
     """
+    begin = zlib.crc32(first)
     records = []
     for at in range(0, len(content) - SIZE + 1, SIZE):
         record = content[at : at + SIZE]
-        if zlib.crc32(record[:-4]) != int.from_bytes(record[-4:], "little"):
+        if zlib.crc32(record[:-4], begin) != int.from_bytes(record[-4:], "little"):
             return records, True
         candidate, start, score = NUMBERS.unpack_from(record)
         latents = np.frombuffer(record[NUMBERS.size : -4], "<f4").reshape(LATENT_SHAPE)
@@ -84,6 +87,7 @@ class Kept:
     def __init__(self, path: Path, first: bytes, size: int):
         """size: bytes of `path` that are good; what follows them goes. 0: begin with `first`."""
         self.path = path
+        self.begin = zlib.crc32(first)
         with open(path, "r+b" if size else "wb") as file:
             file.truncate(size)
             if not size:
@@ -96,7 +100,7 @@ class Kept:
         score = float("nan") if score is None else float(score)
         record = NUMBERS.pack(candidate, start, score)
         record += latents.numpy().astype("<f4").tobytes()
-        record += zlib.crc32(record).to_bytes(4, "little")
+        record += zlib.crc32(record, self.begin).to_bytes(4, "little")
         try:
             # in one piece and at once, so that a kill costs at most this window
             with open(self.path, "ab", buffering=0) as file:
@@ -125,7 +129,7 @@ def go_on(clip, path: Path | str, models, settings):
     try:
         content = path.read_bytes() if path.exists() else b""
         same = content.startswith(first)
-        records, damaged = read_records(content[len(first) :]) if same else ((), False)
+        records, damaged = read_records(content[len(first) :], first) if same else ((), False)
         size = len(first) + SIZE * len(records) if same else 0
         clip.keeper = Kept(path, first, size)
     except OSError as error:

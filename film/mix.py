@@ -98,7 +98,8 @@ def write_blocks(path, blocks):
     """Blocks of sound as a file of plain float32."""
     with open(path, "wb") as file:
         for block in blocks:
-            block.astype(np.float32).tofile(file)
+            # not tofile, which counts bytes where the disk is full and does not say so
+            file.write(block.astype(np.float32).tobytes())
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,5 @@ def redone(result, k):
 
     channels = sound.samples.shape[1]
     measured = loudness.measure(blocks(), sound.rate)
-    # of an output of ours the tag says that it is all generated, unless own sound was mixed in
-    has_own = not result.redo.comment or result.settings.keep_audio is not None
+    has_own = result.redo.has_own or result.settings.keep_audio is not None
     return Sound(blocks, sound.rate, channels, 0.0, measured, has_own, sound)

@@ -21,8 +21,8 @@ from film.jobs import onsets_file, stem_file
 from film.level import CEILING, down, with_gain
 from film.mix import foley, mix, own_sound, redone, write_blocks
 from film.provenance import with_source_type
+from film.redo import SOUNDS
 
-SOUNDS = (".wav", ".flac")  # outputs without a picture
 LOSSY = (".mp4", ".m4v", ".mov", ".webm")  # videos whose sound is not quite what was encoded
 OWN = {"comment": "the clip's own sound, a stem beside diff-foley's"}  # says whose file it is
 
@@ -86,7 +86,7 @@ def write(result, sound, path, keep_tracks=False):
     if Path(path).suffix.lower() not in SOUNDS:
         return write_video(result, sound, path, keep_tracks)
     tags = sound_tags(result, sound)
-    if sound.exact is not None and Path(path).suffix.lower() == ".wav":
+    if sound.exact is not None and sound.exact.fits(Path(path).suffix.lower()):
         sound.exact.write(path, tags)
         return sound
     media.write_sound(path, sound.blocks(), sound.rate, sound.channels, tags)
@@ -178,7 +178,7 @@ def write_outputs(result, target, args):
                 part = stack.enter_context(atomic_write(output))
                 best = write_video(result, best, part, args.keep_tracks)
                 sign(args.signer, part, output, result.tags, result.source)
-            before = redo.keep_before(result, target, output, stack)
+            before = redo.keep_before(result, target, output, suffix, stack)
             for path, sound in sounds.items():
                 part = stack.enter_context(atomic_write(path))
                 write(result, sound, part)

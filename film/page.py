@@ -198,6 +198,16 @@ def card(line, target, result, folder, start):
     return content | {"id": digest[:16]}
 
 
+def is_foreign(path):
+    """Whether something is there that is no page of ours."""
+    try:
+        return GENERATOR not in path.read_bytes()[:1000]
+    except FileNotFoundError:
+        return False
+    except OSError:  # a folder, or what we may not read
+        return True
+
+
 class Page:
     """The page of one run, in the folder of its first output: `add` every input, then `write`.
 
@@ -217,7 +227,7 @@ class Page:
         folders = [job.target.parent for job in jobs if job.target]
         self.folder = args.out or next(iter(folders), Path())
         self.path = self.folder / "index.html"
-        if self.wanted and self.path.exists() and GENERATOR not in self.path.read_bytes()[:1000]:
+        if self.wanted and is_foreign(self.path):
             raise ValueError(f"page: {self.path} is there and not of ours; move it, or give --out")
 
     def add(self, line, target, result=None):

@@ -12,9 +12,12 @@ the cross-fade the level then does not dip (docs/directing.md).
 """
 
 import argparse
+import glob
 import io
 import math
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,12 +34,16 @@ from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.files import atomic_write, write_bytes
 from common.media import MediaError
 from diffusion import ALPHAS_CUMPROD, ddim_step, descending_pairs
+from film import loudness
+from film.level import AIM
+from film.provenance import COMPOSITE
 from vae import LATENT_SCALE
 
 SHORTEST = 0.1  # seconds of a stretch: less than a latent column is nothing to draw
 FADE = 256  # samples (16 ms) inside a stretch's ends over which the new sound takes over
 CONTEXT = 16384  # samples that a window shows of the sound on either side of a stretch
 AROUND = 16  # mel columns of known sound on either side, for the phases
+SOUNDS = (".wav", ".flac")  # outputs without a picture
 SLACK = 0.1  # seconds by which a sound may be longer or shorter than the picture
 GAIN = re.compile(r"gain ([+-]\d+\.\d+) dB")  # in the tag of a sound whose level was changed
 SECONDS = r"(\d+\.?\d*|\.\d+)"
@@ -117,7 +124,11 @@ def plan_redo(args):
 
     Raises ValueError for arguments that do not go together, MediaError for a file.
     """
-    if len(args.inputs) > 1 or Path(args.inputs[0]).is_dir():
+    first = args.inputs[0]
+    names_several = os.path.isdir(first) or (
+        not os.path.lexists(first) and (first.startswith("@") or glob.has_magic(first))
+    )
+    if len(args.inputs) > 1 or names_several:
         raise ValueError("redo: is for one clip at a time; give one video")
     if args.start or args.duration is not None:
         raise ValueError(
@@ -133,7 +144,9 @@ def plan_redo(args):
             raise ValueError(f"redo: keeps rate, layout and level of the sound; leave --{flag} out")
     video = Path(args.inputs[0])
     check_end(args.redo, media.probe(video).duration, video)
-    return find_sound(video, args.out)
+    path = find_sound(video, args.out)
+    check_stem(path)
+    return path
 
 
 def place_windows(spans, samples: int, fps: float, plan, grid: int):
@@ -165,7 +178,7 @@ class Sound:
 
     @classmethod
     def read(cls, path):
-        """Of a wav file. Raises MediaError."""
+        """Of a wav or flac file. Raises MediaError."""
         try:
             with soundfile.SoundFile(path) as file:
                 if file.subtype not in EXACT:
@@ -175,7 +188,7 @@ class Sound:
                 samples = file.read(dtype=EXACT[file.subtype], always_2d=True)
                 return cls(samples, file.samplerate, file.subtype)
         except (soundfile.LibsndfileError, OSError) as error:
-            raise MediaError(f"{path}: is no wav file that we can read ({error})") from None
+            raise MediaError(f"{path}: is no wav or flac file that we can read ({error})") from None
 
     @classmethod
     def read_track(cls, path, seconds, is_ours):
@@ -206,11 +219,14 @@ class Sound:
         first = math.ceil(a * self.rate / SAMPLE_RATE)
         stop = min(len(self.samples), math.ceil(b * self.rate / SAMPLE_RATE))
         new = resampled(wav, first, stop, self.rate)
-        new = new / max(1.0, float(new.abs().max()))
         # in samples at 16 kHz
         times = (torch.arange(first, stop, dtype=torch.float64) + 0.5) * SAMPLE_RATE / self.rate
         end = math.inf if stop == len(self.samples) else b
         share = share_of_new(times, a, end).numpy()[:, None]
+        # as heard, cross-faded, no louder than any sound that we make
+        heard = (share * new.numpy()[:, None]).astype(np.float32)
+        peak = loudness.measure([heard], self.rate).true_peak
+        new = new * 10 ** (min(0.0, AIM - peak) / 20)
         old = self.samples[first:stop].astype(np.float64)
         mixed = old + share * (new.numpy()[:, None] * self.full_scale - old)
         if self.samples.dtype.kind == "i":
@@ -220,12 +236,17 @@ class Sound:
         samples[first:stop] = mixed
         return replace(self, samples=samples)
 
+    def fits(self, suffix):
+        """Whether a file of this suffix holds these samples as they are."""
+        return suffix == ".wav" or self.subtype in ("PCM_16", "PCM_24")
+
     def write(self, path, tags=None):
-        """As wav, atomically. Raises FileError."""
+        """As wav or flac, atomically. Raises FileError."""
+        kind = "FLAC" if Path(path).suffix.lower() == ".flac" else "WAV"
         memory = io.BytesIO()
         channels = self.samples.shape[1]
         with soundfile.SoundFile(
-            memory, "w", self.rate, channels, self.subtype, format="WAV"
+            memory, "w", self.rate, channels, self.subtype, format=kind
         ) as file:
             tags = dict(tags or {})
             packet = tags.pop(xmp.TAG, None)
@@ -275,6 +296,25 @@ def base_name(video):
     return Path(video).stem.removesuffix(".foley")
 
 
+def newest_sound(stem):
+    """STEM.wav or STEM.flac, whichever was written last; None where neither is there."""
+    there = [path for path in map(Path, (f"{stem}.wav", f"{stem}.flac")) if path.is_file()]
+    return max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def check_stem(path):
+    """Raises MediaError for a sound that --stems has written: the video has another."""
+    mix = path.with_name(f"{base_name(path)}.mix{path.suffix}")
+    is_ours = False
+    with suppress(MediaError):  # what cannot be read is not ours
+        is_ours = path.stem.endswith(".foley") and mix.is_file() and our_comment(mix)
+    if is_ours:
+        raise MediaError(
+            f"{path}: is a stem, and {mix} is what the video has; move {mix.name} over it to redo "
+            "the mix, or elsewhere to redo the stem"
+        )
+
+
 def our_comment(path):
     """The tag that says that a sound is ours, or ""."""
     comment = media.read_tags(path).get("comment", "")
@@ -285,14 +325,15 @@ def find_sound(video, out=None):
     """The file whose sound is to be redone: an earlier output's wav, or the video itself.
 
     The wav is NAME.foley.wav in the folder `out` or beside the video, or of the same name as a
-    video that is an output by its tag. Raises MediaError where there is none.
+    video that is an output by its tag; or a flac, if that is newer. Raises MediaError where there
+    is none.
     """
     video = Path(video)
     for folder in (out, video.parent):
-        if folder is not None and (folder / f"{base_name(video)}.foley.wav").is_file():
-            return folder / f"{base_name(video)}.foley.wav"
-    if our_comment(video) and video.with_suffix(".wav").is_file():
-        return video.with_suffix(".wav")
+        if folder is not None and (found := newest_sound(folder / f"{base_name(video)}.foley")):
+            return found
+    if our_comment(video) and (found := newest_sound(video.with_suffix(""))):
+        return found
     if not media.probe(video).has_audio:
         raise MediaError(
             f"{video}: has no sound to redo, and no {base_name(video)}.foley.wav is there; leave "
@@ -329,7 +370,7 @@ class Redo:
         path = Path(settings.redo_of or find_sound(clip.source))
         with clip.profile("decode"):
             comment = our_comment(path)
-            if path.suffix.lower() == ".wav":
+            if path.suffix.lower() in SOUNDS:
                 sound = Sound.read(path)
                 wav = media.read_audio(path)
             else:
@@ -433,26 +474,35 @@ class Redo:
             return f"{self.comment}, {stretches} s redone with seed {seed}"
         return f"{comment}, {stretches} s alone; the rest is the sound of {self.path.name}"
 
+    @property
+    def has_own(self):
+        """Whether a clip's own sound is in it, by the tag. A video's tag names it anyway."""
+        if not self.comment or '"keep_audio"' in self.comment:
+            return True
+        return COMPOSITE in self.comment and self.path.suffix.lower() in SOUNDS
+
     def line(self):
         """What --json says of it."""
         return {"seconds": self.stretches, "of": str(self.path)}
 
 
-def keep_before(result, target, video, stack):
+def keep_before(result, target, video, suffix, stack):
     """Keep the sound that the outputs replace, if they do, as NAME.foley.before.wav. -> its path.
 
-    Never over one that is there: then as NAME.foley.before.2.wav.
+    suffix: of the sounds, .wav or .flac. Never over one that is there: then as
+    NAME.foley.before.2.wav.
     """
     if result.redo is None:
         return None
-    old = Path(f"{target}.wav")
+    old = Path(f"{target}{suffix}")
     replaces_source = Path(video).resolve() == result.source.resolve()
     if not old.exists() and not replaces_source:
         return None
-    path = Path(f"{target}.before.wav")
+    suffix = suffix if result.redo.sound.fits(suffix) else ".wav"
+    path = Path(f"{target}.before{suffix}")
     number = 2
     while path.exists():
-        path = Path(f"{target}.before.{number}.wav")
+        path = Path(f"{target}.before.{number}{suffix}")
         number += 1
     part = stack.enter_context(atomic_write(path))
     if old.exists():

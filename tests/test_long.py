@@ -371,6 +371,8 @@ def test_what_is_kept_is_read_again_only_if_nothing_changed(models, film, tmp_pa
     assert torch.equal(again.latents[0, first.starts[2]], z)
     assert torch.equal(again.scores[0, first.starts[2]], torch.tensor(-0.7))
     assert len(opened(Settings(steps=3, candidates=2)).latents) == 2
+    # nor does it matter what becomes of the sound
+    assert opened(Settings(steps=3, lufs=-30, rate=48000, layout="stereo")).latents
     assert "goes on after 1 of 6 windows" in str(recwarn.list[0].message)
     recwarn.clear()
 
@@ -381,6 +383,16 @@ def test_what_is_kept_is_read_again_only_if_nothing_changed(models, film, tmp_pa
     assert list(opened(Settings(steps=3, candidates=2)).latents) == [(0, first.starts[2])]
     assert "damaged; a part of it is drawn anew" in str(recwarn.list[0].message)
     assert len(file.read_bytes()) == len(content) - kept.SIZE
+
+    # a run with other settings at the same time appends to the file that this one has begun
+    opened(Settings(steps=4))
+    opened()
+    first.keeper.add(0, first.starts[2], None, z)
+    other = long_clip(film)
+    kept.go_on(other, tmp_path / "other", named, Settings(steps=4))
+    other.keeper.path = file
+    other.keeper.add(0, first.starts[3], None, z)
+    assert list(opened().latents) == [(0, first.starts[2])]
 
     # short clips, models that are in no files, and clips of which something is known keep nothing
     assert opened(starts=first.starts[:4]).keeper is None

@@ -9,6 +9,7 @@ import math
 import re
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 import av
 import numpy as np
@@ -340,6 +341,13 @@ def test_no_own_sound_is_said_and_the_rest_is_done(silent, tmp_path):
     assert np.array_equal(read(line["wav"]), read(tmp_path / "clip.mix.wav"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_in_words():
+    with pytest.raises(OSError, match="No space left") as caught:
+        mix.write_blocks("/dev/full", [np.zeros((100000, 1), "f4")])
+    assert caught.value.strerror
+
+
 def test_a_loud_mix_keeps_to_the_ceiling(tmp_path):
     loud = 0.95 * np.sign(np.sin(2 * np.pi * 200 * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE))
     clip = make_video(tmp_path / "loud.mp4", 2, 10, sound=loud)
@@ -434,6 +442,10 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     (tmp_path / "manifest.jsonl").unlink()
     status, _, err = run(capsys, *arguments)
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
+    # nor over what is no sound at all
+    (tmp_path / "clip.mix.wav").write_text("notes")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -451,6 +463,7 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
         ("--rate fast", "--rate"),
         ("--layout 5.1", "--layout"),
         ("--format mp3", "--format"),
+        ("--format wav --keep-tracks", "--keep-tracks"),
     ],
 )
 def test_nonsense_is_one_line_before_any_work(capsys, flags, words):

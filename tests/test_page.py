@@ -179,6 +179,10 @@ def test_a_page_of_somebody_else_is_not_overwritten(tmp_path, capsys):
     assert err[0].startswith("sample.py: --page: ") and "index.html" in err[0]
     assert (tmp_path / "index.html").read_text() == "<title>my site</title>"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "index.html"]
+    # nor a folder of that name
+    (tmp_path / "out" / "index.html").mkdir(parents=True)
+    status, out, err = run(capsys, video, "--page", "--out", tmp_path / "out")
+    assert status == 2 and not out and len(err) == 1 and "not of ours" in err[0]
 
 
 # ---- blind listening ---------------------------------------------------------------------------

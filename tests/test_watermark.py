@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,21 @@ def verify(capsys, *argv):
 def test_verifying_an_empty_folder_is_no_success(capsys, tmp_path):
     assert sample.main(["--verify", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"sample.py: {tmp_path}: no video or sound in this folder\n"
+
+
+def test_verifying_patterns_and_lists(capsys, tmp_path):
+    for name in ("a.foley.wav", "b.wav"):
+        media.write_wav(tmp_path / name, hits(2, 10))
+    (tmp_path / "manifest.jsonl").write_text("{}\n")
+    (tmp_path / "list.txt").write_text("# ours\n*.foley.*\n")
+    for given, names in (("*", ["a.foley.wav", "b.wav"]), ("b*", ["b.wav"])):
+        status, lines, _ = verify(capsys, tmp_path / given, "--json")
+        assert status == 3 and [Path(json.loads(line)["file"]).name for line in lines] == names
+    status, lines, _ = verify(capsys, f"@{tmp_path / 'list.txt'}", "--json")
+    assert status == 3 and len(lines) == 1 and "a.foley.wav" in lines[0]
+    # what fits nothing is one line
+    status, lines, err = verify(capsys, tmp_path / "c*", f"@{tmp_path / 'none.txt'}")
+    assert status == 1 and not lines and len(err) == 2 and "none.txt: cannot be read" in err[1]
 
 
 def test_verify_tells_ours_from_others_by_tag_or_by_sound(capsys, tmp_path):
