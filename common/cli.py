@@ -29,7 +29,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
     def _get_help_string(self, action):
         default = action.default
-        if default is None or default is False or default in ([], argparse.SUPPRESS):
+        if default is None or default is False or default in ([], (), argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
 

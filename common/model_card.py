@@ -201,8 +201,9 @@ def describe(data: dict, depth: int = 0) -> str:
     """One summary (`rights.summarize`), and those of the weights that it began with."""
     clips = number(data.get("clips"))
     seconds = data.get("seconds")
-    of_sound = f", {number(seconds / 3600, 2)} hours of sound" if number(seconds) else ""
-    lines = [f"{clips or 'An unknown number of'} clips{of_sound}.", ""]
+    of_sound = f", {length(seconds)} of sound" if number(seconds) else ""
+    noun = "clip" if clips == "1" else "clips"
+    lines = [f"{clips or 'An unknown number of'} {noun}{of_sound}.", ""]
     without = data.get("without_license")
     if without == 1:
         lines.append("No license is recorded for any of them.")
@@ -226,6 +227,13 @@ def describe(data: dict, depth: int = 0) -> str:
         else:
             lines.append(f"{NOT_RECORDED.capitalize()}.")
     return "\n".join(lines)
+
+
+def length(seconds) -> str:
+    """Hours, or seconds where hours in two decimals would say nothing."""
+    if seconds < 360:
+        return f"{number(seconds)} seconds"
+    return f"{number(seconds / 3600, 2)} hours"
 
 
 def table(name, counts, others) -> list:

@@ -283,22 +283,19 @@ def look_up(job, args):
         if not manifest.is_same(path, entry):
             job.fail(f"{path}: was changed since it was written; move it, or give --overwrite")
             return
-    # somebody's work, which a run of the whole folder would undo
-    if redone := job.record["settings"].get("redo"):
-        job.fail(
-            f"{job.target}: {described(redone)} s of it were redone; move it, or give --overwrite"
-        )
-        return
     # the cheapest first
-    same = (
-        len(there) == len(files)
-        and manifest.same_settings(job.record, args, hits_file_of(job, args))
-        and manifest.is_same(job.given, job.record["input"])
+    finished = len(there) == len(files) and manifest.is_same(job.given, job.record["input"])
+    # somebody's work, which a run of the whole folder would undo, is kept whatever its settings
+    redone = job.record["settings"].get("redo")
+    same = redone or (
+        manifest.same_settings(job.record, args, hits_file_of(job, args))
         and job.weights.made(job.record)
     )
-    if same:
+    if finished and same:
         paths = {name: str(folder / path) for name, path in job.record["paths"].items()}
         job.line = {"input": str(job.given), **paths, "kept": True, **job.record["result"]}
+        if redone:
+            job.line["redone"] = described(redone)
 
 
 def compare(jobs, args, verbose):
@@ -397,6 +394,9 @@ def check_onsets(jobs, args, settings, models):
 
 def describe(line):
     """A line of --json in words."""
+    if "redone" in line:
+        reason = f"{line['redone']} s of it were redone; --overwrite draws it anew"
+        return f"{line['output']}  kept ({reason})"
     if line.get("kept"):
         return f"{line['output']}  kept (same settings; --overwrite draws it again)"
     return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}{said(line)}"

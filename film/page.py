@@ -208,6 +208,22 @@ def is_foreign(path):
         return True
 
 
+def read_cards(path):
+    """{input: what a page of ours holds of it}; none of a page that is missing or unreadable."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r'<script[^>]*id="?data"?[^>]*>(.*?)</script>', text, re.DOTALL)
+        inputs = json.loads(found[1])["inputs"] if found else []
+        return {one["input"]: one for one in inputs if "sounds" in one}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def heard(content):
+    """What tells the sounds of one input from others: their files and how they look."""
+    return [(sound.get("file"), sound.get("spectrogram")) for sound in content["sounds"]]
+
+
 class Page:
     """The page of one run, in the folder of its first output: `add` every input, then `write`.
 
@@ -229,6 +245,7 @@ class Page:
         self.path = self.folder / "index.html"
         if self.wanted and is_foreign(self.path):
             raise ValueError(f"page: {self.path} is there and not of ours; move it, or give --out")
+        self.earlier = read_cards(self.path) if self.wanted else {}
 
     def add(self, line, target, result=None):
         """One input: its line of --json, its output without suffix, and what was drawn for it."""
@@ -240,7 +257,13 @@ class Page:
         name = Path(line["input"]).name
         if "error" not in line:
             try:
-                self.inputs.append(card(line, target, result, self.folder, self.start))
+                made = card(line, target, result, self.folder, self.start)
+                before = self.earlier.get(line["input"])
+                # of sounds that were kept only the earlier page knows hits and scores; with them
+                # stays the id under which the browser holds what was picked
+                if line.get("kept") and before and heard(before) == heard(made):
+                    made = before
+                self.inputs.append(made)
                 return
             # such as a sound that somebody deleted in between
             except UserError as error:

@@ -123,6 +123,18 @@ def test_stems_are_heard_but_not_those_of_an_earlier_run(tmp_path):
     assert [sound["file"] for sound in sounds] == ["a.foley.wav", "a.mp4"]
 
 
+def test_a_page_of_kept_outputs_keeps_hits_scores_and_picks(tmp_path):
+    made = source, line, target = outputs(tmp_path, "a")
+    (before,) = read(write_page(tmp_path, [made]))["inputs"]
+    kept = {"input": line["input"], "output": line["output"], "kept": True}
+    assert read(write_page(tmp_path, [(source, kept, target)]))["inputs"] == [before]
+    media.write_wav(f"{target}.wav", 0.1 * torch.randn(96000))
+    for path in tmp_path.glob("a.foley.?.wav"):
+        media.write_wav(path, 0.1 * torch.randn(96000))
+    (after,) = read(write_page(tmp_path, [(source, kept, target)]))["inputs"]
+    assert after["id"] != before["id"]
+
+
 def test_an_output_that_was_kept_is_read_from_its_files(tmp_path):
     source, line, target = outputs(tmp_path, "a")
     kept = {"input": line["input"], "output": line["output"], "kept": True}

@@ -124,6 +124,10 @@ def test_an_output_is_redone_and_the_rest_stays(capsys, clip, weights, tmp_path)
         assert comment.startswith(watermark.CLAIM) and ", seed 0," in comment
         assert comment.endswith(", 1-1.8 s redone with seed 3")
     assert run(capsys, "--verify", folder / "clip.foley.wav")[0] == 0
+    # a later run leaves this work alone, whatever its settings
+    status, out, err = run(capsys, clip, *args, "--seed", 5)
+    assert status == 0 and not err and "kept (1-1.8 s of it were redone" in out[0]
+    assert np.array_equal(samples_of(folder / "clip.foley.wav"), after)
 
     # the same seed, the same sound; of the output itself, under the same names
     again = tmp_path / "again"

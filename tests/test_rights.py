@@ -356,9 +356,18 @@ def test_the_card_of_a_run(sounds, run, tmp_path, capsys):
         assert lines.count(f"## {heading}") == 1
     assert "- multipliers: 1 1 1 1" in lines and "- steps: 1" in lines
     assert "- started from: random weights" in lines
-    assert "3 clips, 0.01 hours of sound." in lines
+    assert "3 clips, 25 seconds of sound." in lines
     assert "| CC0 | 1 |" in lines and "| x.org | 1 |" in lines
     assert any(line.startswith("Without a license: 67 %. With a word on con") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "clips, seconds, words",
+    [(1, 8.19, "1 clip, 8 seconds of"), (9, 7200, "9 clips, 2.00 hours of"), (9, None, "9 clips.")],
+)
+def test_the_card_says_how_much_in_words_that_fit(clips, seconds, words):
+    text = model_card.describe({"clips": clips, "seconds": seconds})
+    assert text.startswith(words)
 
 
 def test_the_card_names_the_data_of_earlier_weights(tmp_path):

@@ -852,6 +852,7 @@ def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
         [sys.executable, ROOT / "sample.py", "--help"], capture_output=True, text=True
     )
     assert usage.returncode == 0 and "--candidates" in usage.stdout and not usage.stderr
+    assert "(default: ())" not in usage.stdout
 
 
 # sample.py as a script, saying when its first step begins and taking no second one
