@@ -92,7 +92,15 @@ def q_sample(z, t, noise):
 
 
 def guided_eps(
-    unet, context, null_context, cfg: float, classifier=None, features=None, cg: float = 0.0
+    unet,
+    context,
+    null_context,
+    cfg: float,
+    classifier=None,
+    features=None,
+    cg: float = 0.0,
+    open_context=None,
+    emphasis: float = 0.0,
 ):
     """Double guidance as one function eps(x, t): Sec. 3.3, Eq. 9-10; official `dpm_solver.py` 1340.
 
@@ -101,6 +109,9 @@ def guided_eps(
     classifier: has grad_log_prob(x, t, features); features (b, f, 512); cg: scale of its gradient,
     0 for none. The gradient is added after classifier-free guidance, so cfg does not multiply it,
     and it stays when cfg is 1.
+
+    Ours: open_context is the context with something left open, such as the material, and emphasis
+    the scale at which eps is led away from it, 0 for none.
     """
 
     def eps_fn(x, t):
@@ -112,6 +123,12 @@ def guided_eps(
             both = unet(torch.cat([x, x]), torch.cat([t, t]), contexts)
             eps_null, eps_cond = both.float().chunk(2)
             eps = eps_null + cfg * (eps_cond - eps_null)
+        if emphasis:
+            # the same equation once more, for what is left open in one of two contexts
+            contexts = torch.cat([open_context, context])
+            both = unet(torch.cat([x, x]), torch.cat([t, t]), contexts)
+            eps_open, eps_cond = both.float().chunk(2)
+            eps = eps + emphasis * (eps_cond - eps_open)
         if cg:
             # classifier guidance (Eq. 10): up the gradient of "this sound is aligned"
             sigma_t = sigma(t).to(eps)[:, None, None, None]

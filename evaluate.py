@@ -739,9 +739,8 @@ def score_rows(measured, clips):
     return result
 
 
-def check_first(args, videos):
-    """Raises UserError for what would only show after an hour."""
-    # what these weights cannot be told
+def check_weights(args):
+    """Raises UserError for what these weights cannot be given."""
     if args.material or args.onsets or args.ablate == "onsets":
         try:
             annotated = args.onsets == "annotated" or args.ablate == "onsets"
@@ -751,7 +750,10 @@ def check_first(args, videos):
             )
         except ValueError as error:
             raise UserError(f"--{error}") from None
-    # what stands in the way of a listening test
+
+
+def check_page(args, videos):
+    """Raises UserError for what stands in the way of a listening test."""
     if args.page:
         listen.check_free(args.out)
     if args.against:
@@ -761,8 +763,10 @@ def check_first(args, videos):
 
 def evaluate(args):
     """-> {"rows", "intervals", "groups", "clips"} as the module describes them."""
+    # what would only show after an hour
+    check_weights(args)
     videos = find_clips(args)
-    check_first(args, videos)
+    check_page(args, videos)
     annotations = read_annotations(args.annotations, videos) if args.annotations else {}
     groups = read_groups(args.groups, videos) if args.groups else {}
     metrics = load_metrics(args.judges)

@@ -548,6 +548,15 @@ class LDM(nn.Module):
         columns, materials = self.config.columns, len(self.config.materials)
         return torch.cat([features, controls.tokens(tracks, features, columns, materials)], 2)
 
+    def without_materials(self, conditions):
+        """What `with_controls` gives, with materials left open; None where it names none."""
+        first = self.config.feature_dim + controls.width(self.config.columns, 0)
+        if not conditions[..., first:].any():
+            return None
+        left = conditions.clone()
+        left[..., first:] = 0
+        return left
+
     @torch.no_grad()
     def decode(self, z):
         """Scaled latents (b, 4, 16, w) -> mel (b, 128, 8w): first channel, clamped to [0, 1]."""

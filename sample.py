@@ -56,9 +56,9 @@ from common.media import MediaError
 from common.onsets import Hit, checked, read_hits
 from common.profiling import Profile, share
 from compat import hub
-from diffusion import SAMPLERS, SCHEDULES, TIMES, fill_in, sigma
+from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
-from film.arguments import make_parser
+from film.arguments import check_schedule, make_parser
 from film.credentials import Signer
 from film.jobs import (
     cannot_start,
@@ -84,18 +84,6 @@ OVERLAP = 16384  # samples that neighboring windows share at least
 
 # ----------------------------------------------------------------------------------------------
 # settings
-
-
-def check_schedule(schedule, is_solver):
-    """Raises ValueError for what is no schedule, or not of a sampler that has its own times."""
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise ValueError(f"schedule {cli.quoted(schedule)}: not one of {known}")
-    elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
-        raise ValueError("schedule: give two times or more, from 0 to 999")
-    if schedule != "uniform" and not is_solver:
-        raise ValueError("schedule: ddim, plms, redo and as-official have their own; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,20 +180,12 @@ class Settings:
             onsets = "both"
         cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
-        batch = 1 if torch.device(models.device).type == "cpu" else 16
+        batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
+        resolved = replace(self, cfg=cfg, cg=cg, batch=batch, onsets=onsets)
         # redoing takes DDIM's steps, twice (film/redo.py)
-        sampler = "ddim" if self.redo else self.sampler
-        schedule = "uniform" if self.redo else self.schedule
-        batch = self.batch or batch
-        return replace(
-            self,
-            cfg=cfg,
-            cg=cg,
-            batch=batch,
-            onsets=onsets,
-            sampler=sampler,
-            schedule=schedule,
-        )
+        if self.redo:
+            return replace(resolved, sampler="ddim", schedule="uniform")
+        return resolved
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,11 +254,6 @@ class Models:
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
-
-    @property
-    def files(self):
-        """That they were read from."""
-        return tuple(self.sums.paths.values())
 
 
 def default_dtype(ldm_path, device):
@@ -471,18 +446,18 @@ def denoise(windows, models, settings, callback=None):
     the classifier's log-probability, at diffusion time 0, that sound and picture belong together.
     """
     ldm = models.ldm
-    # each window's slice of the noise field, and the features of its own seconds
+    # each window's slice of the noise field, and the conditions of its own seconds
     noise = []
-    features = []
     conditions = []
     for clip, candidate, start in windows:
         column = round(start / LATENT_HOP)
         noise.append(noise_field(settings.seed, candidate, column + LATENT_SHAPE[2])[..., column:])
         frame = round(start * ldm.config.fps / SAMPLE_RATE)
-        features.append(clip.features[frame : frame + ldm.config.frames])
         conditions.append(clip.conditions[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
-    v = torch.stack(features)  # (b, f, d)
+    conditions = torch.stack(conditions)  # (b, f, d + controls)
+    v = conditions[..., : ldm.config.feature_dim]
+    opened = ldm.without_materials(conditions)
 
     # what is known of some of these windows, and is not to be drawn
     known = [known_latents(*window) for window in windows]
@@ -497,7 +472,7 @@ def denoise(windows, models, settings, callback=None):
         schedule = {} if settings.schedule == "uniform" else {"schedule": settings.schedule}
         eps = fast.guided(
             ldm.unet,
-            ldm.conditioner(torch.stack(conditions)),
+            ldm.conditioner(conditions),
             ldm.null_context(ldm.config.frames),
             settings.cfg,
             models.align,
@@ -505,6 +480,8 @@ def denoise(windows, models, settings, callback=None):
             settings.cg,
             times=TIMES[settings.sampler](settings.steps, **schedule),
             sigma=sigma,
+            open_context=None if opened is None else ldm.conditioner(opened),
+            emphasis=controls.EMPHASIS,
         )
         if any_known:
             eps = fill_in(eps, known_z, is_known)

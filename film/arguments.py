@@ -195,3 +195,15 @@ def add_run_arguments(g):
         help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
     )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
+
+
+def check_schedule(schedule, is_solver):
+    """Raises ValueError for what is no schedule, or not of a sampler that has its own times."""
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule {cli.quoted(schedule)}: not one of {known}")
+    elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
+        raise ValueError("schedule: give two times or more, from 0 to 999")
+    if schedule != "uniform" and not is_solver:
+        raise ValueError("schedule: ddim, plms, redo and as-official have their own; leave it out")

@@ -48,7 +48,7 @@ def signature(clip, models, settings) -> str:
 
     depends = {
         "source": seen(clip.source),
-        "weights": [seen(path) for path in models.files],
+        "weights": [seen(path) for path in models.sums.paths.values()],
         "settings": {k: v for k, v in asdict(settings).items() if k not in OTHERS},
         # those that are told or were found, whoever did
         "hits": [hit._asdict() for hit in clip.hits],
@@ -122,7 +122,7 @@ def go_on(clip, path: Path | str, models, settings):
     Only of long clips, of models that were read from files, and not where parts of the sound are
     known already. Another signature replaces the file; a damaged part is drawn anew, with a line.
     """
-    if len(clip.starts) < LEAST or not models.files or clip.known:
+    if len(clip.starts) < LEAST or not models.sums.paths or clip.known:
         return
     path = Path(path)
     first = header(signature(clip, models, settings))

@@ -474,8 +474,9 @@ def prepared_gradient(classifier, features, times):
 class Step:
     """eps of both guidances, as `diffusion.guided_eps` has it, at a row of the table of times."""
 
-    def __init__(self, denoise, gradient, cfg, scales, tensors):
+    def __init__(self, denoise, gradient, cfg, scales, tensors, emphasis=0.0):
         self.denoise = denoise
+        self.emphasis = emphasis  # of what one more context leaves open; 0: there is none
         self.gradient = gradient  # None: without classifier guidance
         self.cfg = cfg  # None: the conditional branch alone
         self.scales = scales  # (times, 1, 1, 1): cg sigma_t
@@ -485,11 +486,14 @@ class Step:
         gradient = None
         if self.gradient is not None:
             gradient = beside(self.gradient, x, row)  # it needs x alone, as the U-Net does
-        if self.cfg is None:
-            eps = self.denoise(x, row).float()
-        else:
-            eps_null, eps_cond = self.denoise(torch.cat([x, x]), row).float().chunk(2)
-            eps = torch.add(eps_null, eps_cond - eps_null, alpha=self.cfg)
+        # unconditional, with something left open, conditional: as many of them as there are
+        count = 1 + (self.cfg is not None) + (self.emphasis != 0)
+        branches = self.denoise(torch.cat([x] * count), row).float().chunk(count)
+        eps = branches[-1]
+        if self.cfg is not None:
+            eps = torch.add(branches[0], eps - branches[0], alpha=self.cfg)
+        if self.emphasis:
+            eps = torch.add(eps, branches[-1] - branches[-2], alpha=self.emphasis)
         if gradient is not None:
             eps = torch.addcmul(eps, self.scales.index_select(0, row), gradient(), value=-1)
         return eps
@@ -574,7 +578,17 @@ class Guided:
 
 
 def guided(
-    unet, context, null_context, cfg, classifier=None, features=None, cg=0.0, times=None, sigma=None
+    unet,
+    context,
+    null_context,
+    cfg,
+    classifier=None,
+    features=None,
+    cg=0.0,
+    times=None,
+    sigma=None,
+    open_context=None,
+    emphasis=0.0,
 ):
     """`diffusion.guided_eps` with all that can be computed before the first step.
 
@@ -582,19 +596,25 @@ def guided(
     noise scale, a function of time. Networks that are not optimised, or any functions of
     (x, t, context), are called as they are."""
     times = torch.as_tensor(times, dtype=torch.float32)
+    contexts = [context]
+    if open_context is None or not emphasis:
+        emphasis = 0.0
+    else:
+        contexts.insert(0, open_context)
     if cfg == 1 or null_context is None:
         cfg = None
     else:
-        context = torch.cat([null_context.expand_as(context), context])  # unconditional first
+        contexts.insert(0, null_context.expand_as(context))
+    context = torch.cat(contexts)
     denoise, tensors = prepared(unet, context, times)
     gradient = scales = None
     if cg:
         gradient, more = prepared_gradient(classifier, features, times)
         tensors = tensors + more
         scales = (cg * sigma(times)).float().to(context.device)[:, None, None, None]
-    step = Step(denoise, gradient, cfg, scales, tensors)
+    step = Step(denoise, gradient, cfg, scales, tensors, emphasis)
     # a recorded step serves all clips of these networks, scales, times and shapes
     kept = vars(unet).setdefault("recorded", {}) if isinstance(unet, FusedBackbone) else {}
     shapes = tuple((x.shape, x.dtype) for x in tensors)
     model = id(getattr(classifier, "model", classifier)) if cg else None
-    return Guided(step, times, kept, (cfg, cg, model, tuple(times.tolist()), shapes))
+    return Guided(step, times, kept, (cfg, cg, emphasis, model, tuple(times.tolist()), shapes))

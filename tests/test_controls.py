@@ -166,7 +166,14 @@ def test_new_layers_change_nothing_until_they_are_trained():
     assert torch.equal(model.conditioner(nothing), model.conditioner(features))
     with pytest.raises(ValueError, match=r"wanted is \(b, frames, 512\)"):
         model.conditioner(torch.randn(1, 128, 513))
+    # materials alone can be left open again
+    materials = torch.zeros(2, 128, 3)
+    materials[:, 5, 1] = 1
+    named = model.with_controls(features, tracks._replace(materials=materials))
+    assert torch.equal(model.without_materials(named), model.with_controls(features, tracks))
+    assert model.without_materials(model.with_controls(features, tracks)) is None
     # the published network cannot be told anything
     plain = LDM(replace(config, unet=small, columns=0, materials=()))
     assert plain.with_controls(features, tracks) is features
+    assert plain.without_materials(features) is None
     assert not any("controls" in name or "onset" in name for name in plain.state_dict())

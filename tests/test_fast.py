@@ -91,6 +91,29 @@ def test_optimised_networks_give_the_same_numbers(form, deferred):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cfg", [1, 2.5])
+def test_what_is_left_open_in_one_context_is_emphasized_alike(cfg):
+    unet, align = networks("tiny")
+    fused, fused_align = optimised(unet, align)
+    x, context, features = clip("one", unet)
+    opened = context.clone()
+    opened[..., : context.shape[2] // 2] = 0
+    times = diffusion.solver_times(3)
+    null = torch.zeros_like(context[:1])
+    plain = diffusion.guided_eps(unet, context, null, cfg, align, features, 15.0, opened, 3.0)
+    ours = fast.guided(
+        *(fused, context, null, cfg, fused_align, features, 15.0, times, diffusion.sigma),
+        open_context=opened,
+        emphasis=3.0,
+    )
+    ends = [diffusion.dpm_solver(eps, x, 3) for eps in (ours, plain)]
+    rule.close("three steps", *ends, 1e-5)
+    # it is something else than without
+    without = guided(fused, fused_align, context, features, times, 15.0, cfg)
+    assert (diffusion.dpm_solver(without, x, 3) - ends[0]).norm() > 0.01 * ends[0].norm()
+
+
+@torch.no_grad()
 def test_networks_that_are_not_optimised_are_called_as_they_are():
     unet, align = networks("tiny")
     x, context, features = clip("one", unet)

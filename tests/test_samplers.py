@@ -201,6 +201,13 @@ def test_guided_eps_by_hand(inputs):
         given - s * diffusion.sigma(t).float()[:, None, None, None] * gradient,
         1e-6,
     )
+    opened = rule.normal("opened", 2, 32, 768)
+    rule.close(
+        "guided_eps, with something left open",
+        diffusion.guided_eps(eps_a, context, null, w, Judge(), features, s, opened, 2.0)(x, t),
+        expected + 2 * (given - eps_a(x, t, opened)),
+        1e-6,
+    )
     rule.close(
         "guided_eps, no null context",
         diffusion.guided_eps(eps_a, context, None, w)(x, t),
