@@ -115,6 +115,7 @@ def guided_eps(
     """
 
     def eps_fn(x, t):
+        # the conditional branch alone
         if cfg == 1 or null_context is None:
             eps = unet(x, t, context).float()
         else:
