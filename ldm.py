@@ -553,6 +553,7 @@ class LDM(nn.Module):
         first = self.config.feature_dim + controls.width(self.config.columns, 0)
         if not conditions[..., first:].any():
             return None
+        # materials are the last numbers
         left = conditions.clone()
         left[..., first:] = 0
         return left
