@@ -20,6 +20,8 @@ def have_chromium(may_install):
     reason = INSTALL
     if not is_installed() and may_install and os.geteuid() == 0 and shutil.which("apt-get"):
         command = f"apt-get update && {INSTALL}"
+        # a network that never answers is none
+        command = f"timeout 300 bash -c '{command}'"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
         reason = f"apt-get: {done.stderr[-200:]}"
     if not is_installed():
