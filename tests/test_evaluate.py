@@ -17,6 +17,7 @@ import evaluate
 import foley
 import sample
 from common import audio, media, watermark
+from film.provenance import WeightSums
 from metrics import judge
 from vae import AutoencoderKL
 
@@ -627,9 +628,8 @@ def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch
         calls.append((video.name, settings, mark))
         return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
 
-    monkeypatch.setattr(
-        evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny")
-    )
+    models = types.SimpleNamespace(name="tiny", sums=WeightSums())
+    monkeypatch.setattr(evaluate, "load_models", lambda weights, device: models)
     monkeypatch.setattr(evaluate, "generate", generate)
     flags = ["--data", str(foley_set), "--out", str(tmp_path), "--judges", str(tmp_path)]
     evaluate.main([*flags, "--clips", "3", "--seed", "5", "--keep"])
