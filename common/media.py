@@ -204,11 +204,14 @@ class CarefulFile(io.FileIO):
     refused = None
 
     def write(self, data):
+        rest = memoryview(data)
         try:
-            return super().write(data)
+            # a disk that is nearly full takes a part
+            while len(rest):
+                rest = rest[super().write(rest) :]
         except OSError as error:
             self.refused = self.refused or error
-            return len(data)
+        return len(data)
 
 
 def write_sound(

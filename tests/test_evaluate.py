@@ -661,9 +661,8 @@ def test_a_listening_test_of_generated_sounds(foley_set, tmp_path, monkeypatch, 
     def generate(video, models, *, settings, mark):
         return types.SimpleNamespace(wav=clicks(times_of(video), 8.192))
 
-    monkeypatch.setattr(
-        evaluate, "load_models", lambda weights, device: types.SimpleNamespace(name="tiny")
-    )
+    models = types.SimpleNamespace(name="tiny", sums=WeightSums())
+    monkeypatch.setattr(evaluate, "load_models", lambda weights, device: models)
     monkeypatch.setattr(evaluate, "generate", generate)
     flags = ["--data", str(foley_set), "--out", str(tmp_path), "--judges", str(tmp_path)]
     flags += ["--clips", "2", "--page"]

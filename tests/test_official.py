@@ -164,6 +164,9 @@ class Seer:
         clean = context[:, :, 0].repeat_interleave(2, 1)[:, None, None]  # (b, 1, 1, 64)
         return ((x - alpha * clean) / sigma).float()
 
+    def without_materials(self, conditions):
+        return None
+
     def decode(self, z):
         lit = z[:, 0, 0, ::2] > 0.5  # (b, 32)
         lit[:, 1:] &= ~lit[:, :-1]

@@ -175,7 +175,7 @@ class Seer:
     """Stands for CAVP and LDM alike: one feature a frame, its brightness; a latent of two frames a
     column; a mel with four columns a frame."""
 
-    config = SimpleNamespace(fps=FPS, size=8, frames=128, columns=0)
+    config = SimpleNamespace(fps=FPS, size=8, frames=128, columns=0, feature_dim=512)
     context = 0
 
     def encode_clip(self, frames):
@@ -192,6 +192,9 @@ class Seer:
         clean[:, 0, 0], clean[:, 0, 1] = context[:, 0::2, 0], context[:, 1::2, 0]
         shape = (-1, 1, 1, 1)
         return ((x - log_alpha(t).exp().view(shape) * clean) / sigma(t).view(shape)).float()
+
+    def without_materials(self, conditions):
+        return None
 
     def decode(self, z):
         lit = torch.stack([z[:, 0, 0], z[:, 0, 1]], dim=-1).flatten(1) > 0.5  # (b, 128)
@@ -393,8 +396,8 @@ def test_without_classifier_guidance_must_be_off(models, clip):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"sampler": "euler"}, 'sampler "euler": not one of dpm, ddim, plms'),
-        ({"sampler": None}, "sampler None: not one of dpm, ddim, plms"),
+        ({"sampler": "euler"}, 'sampler "euler": not one of dpm, unipc, deis, ddim, plms'),
+        ({"sampler": None}, "sampler None: not one of dpm, unipc, deis, ddim, plms"),
         ({"steps": 0}, "steps 0: not a whole number from 1 to 1000"),
         ({"steps": 2.5}, "steps 2.5: not a whole number from 1 to 1000"),
         ({"steps": True}, "steps True: not a whole number from 1 to 1000"),

@@ -440,6 +440,7 @@ def test_the_main_job_runs_on_trained_weights(home, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "00000.foley.mp4",
         "00000.foley.wav",
+        "manifest.jsonl",
     ]
 
 
