@@ -7,13 +7,13 @@ out  an XMP packet (ISO 16684-1), which goes into mp4, mov, wav and flac here, a
 Files are read box by box or chunk by chunk, without FFmpeg, which passes both over.
 """
 
+import html
 import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
-from xml.sax.saxutils import quoteattr
 
 TAG = "XMP"  # the key under which a file's tags hand a packet to whoever writes the file
 MOST = 2**20  # bytes of a packet that is read
@@ -50,10 +50,15 @@ PROPERTIES = {
 # ---- the packet --------------------------------------------------------------------------------
 
 
+def escape(text: str) -> str:
+    """Text as an attribute of XML holds it. (xml.sax would import all of urllib.)"""
+    return html.escape(text).replace("\n", "&#10;").replace("\t", "&#9;").replace("\r", "&#13;")
+
+
 def make_packet(properties: dict[str, str]) -> str:
     """An XMP packet of properties, named as in PROPERTIES."""
     spaces = [f'xmlns:{prefix}="{uri}"' for prefix, uri in NAMESPACES.items()]
-    values = [f"{PROPERTIES[name]}={quoteattr(text)}" for name, text in properties.items()]
+    values = [f'{PROPERTIES[name]}="{escape(text)}"' for name, text in properties.items()]
     inside = "\n    ".join(spaces + values)
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
