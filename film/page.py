@@ -23,6 +23,7 @@ from pathlib import Path
 import soundfile
 import torch
 
+import foley
 from common import distributed, media, plots
 from common.audio import HOP, SAMPLE_RATE, mel
 from common.files import UserError, write_bytes
@@ -141,8 +142,6 @@ def sounds_of(line, target, start):
 
 def earlier_hits(target):
     """The hits of NAME.onsets.txt, where it is there and can be read."""
-    import foley  # a tenth of a second, which runs without --page do not need
-
     with contextlib.suppress(UserError):
         if onsets_file(target).is_file():
             return read_hits(onsets_file(target), foley.MATERIALS)
