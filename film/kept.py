@@ -50,9 +50,9 @@ def signature(clip, models, settings) -> str:
         "source": seen(clip.source),
         "weights": [seen(path) for path in models.sums.paths.values()],
         "settings": {k: v for k, v in asdict(settings).items() if k not in OTHERS},
-        # those that are told or were found, whoever did
+        # those that were given or found, whoever did
         "hits": [hit._asdict() for hit in clip.hits],
-        "told": str(settings.onsets) if not isinstance(settings.onsets, tuple) else "hits",
+        "finder": str(settings.onsets) if not isinstance(settings.onsets, tuple) else "hits",
         "clip": [clip.start, clip.seconds, list(clip.starts)],
         "computed": [torch.__version__, models.device, str(next(models.ldm.parameters()).dtype)],
     }

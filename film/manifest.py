@@ -106,6 +106,14 @@ class Weights:
                 self.found[path.name] = fingerprint(path, before, self.known.get(path.name))
         return self.found
 
+    def take(self, loaded):
+        """The sums that were computed while these files were loaded: `provenance.WeightSums`."""
+        with suppress(OSError):
+            for name, digest in loaded.result().items():
+                path = loaded.paths[name]
+                if stamp(path) == self.stamps.get(path):
+                    self.found.setdefault(path.name, {**self.stamps[path], "sha256": digest})
+
     def made(self, record: dict) -> bool:
         """Whether an output was made with these weights, wherever they lay then."""
         then = {name: entry["sha256"] for name, entry in record["weights"]["files"].items()}
@@ -250,6 +258,7 @@ def add(job, line: dict, written: list, args, settings, models, version: str):
     del used["batch"]
     paths = [str(path) for path in sorted(written)]
     source = {"path": relative(job.given, folder), **fingerprint(job.given, job.stamp)}
+    job.weights.take(models.sums)
     weights = {"name": models.name, "folder": job.weights.folder, "files": job.weights.sums()}
     append(
         folder,

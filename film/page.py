@@ -219,7 +219,7 @@ def read_cards(path):
         return {}
 
 
-def heard(content):
+def looks(content):
     """What tells the sounds of one input from others: their files and how they look."""
     return [(sound.get("file"), sound.get("spectrogram")) for sound in content["sounds"]]
 
@@ -261,7 +261,7 @@ class Page:
                 before = self.earlier.get(line["input"])
                 # of sounds that were kept only the earlier page knows hits and scores; with them
                 # stays the id under which the browser holds what was picked
-                if line.get("kept") and before and heard(before) == heard(made):
+                if line.get("kept") and before and looks(before) == looks(made):
                     made = before
                 self.inputs.append(made)
                 return

@@ -223,9 +223,9 @@ class Sound:
         times = (torch.arange(first, stop, dtype=torch.float64) + 0.5) * SAMPLE_RATE / self.rate
         end = math.inf if stop == len(self.samples) else b
         share = share_of_new(times, a, end).numpy()[:, None]
-        # as heard, cross-faded, no louder than any sound that we make
-        heard = (share * new.numpy()[:, None]).astype(np.float32)
-        peak = loudness.measure([heard], self.rate).true_peak
+        # cross-faded, it is no louder than any sound that we make
+        faded = (share * new.numpy()[:, None]).astype(np.float32)
+        peak = loudness.measure([faded], self.rate).true_peak
         new = new * 10 ** (min(0.0, AIM - peak) / 20)
         old = self.samples[first:stop].astype(np.float64)
         mixed = old + share * (new.numpy()[:, None] * self.full_scale - old)

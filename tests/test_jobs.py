@@ -27,6 +27,7 @@ from common.media import MediaError
 from common.onsets import Hit
 from common.profiling import Profile
 from film import jobs, manifest
+from film.provenance import WeightSums
 from ldm import LDM, LDMConfig, UNetConfig
 from vae import VAEConfig
 
@@ -512,3 +513,21 @@ def test_torchrun_makes_the_same_sounds_with_one_line_a_file(tiny_weights, folde
     again = script(folder / "two", *launcher)
     assert again.returncode == 0, again.stderr
     assert sorted(json.loads(line)["kept"] for line in again.stdout.splitlines()) == [True] * 3
+
+
+def test_weights_are_read_once(tmp_path, monkeypatch):
+    """What was summed while they were loaded is not summed again for the manifest."""
+    for name in ("cavp", "ldm", "align"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    weights = manifest.Weights(str(tmp_path))
+    expected = manifest.Weights(str(tmp_path)).sums()
+    loaded = WeightSums({path.stem: path for path in weights.stamps})
+    loaded.result()
+    monkeypatch.setattr(manifest, "sha256", None)
+    weights.take(loaded)
+    assert weights.sums() == expected and len(expected) == 3
+    # of a file that was replaced since, the sum is of another
+    changed = manifest.Weights(str(tmp_path))
+    (tmp_path / "ldm.safetensors").write_bytes(b"a new one")
+    changed.take(loaded)
+    assert "ldm.safetensors" not in changed.found and "cavp.safetensors" in changed.found

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +317,7 @@ def test_windows_hold_their_stretches_and_what_is_around(fps):
             around = redo.CONTEXT - grid // 2
             assert starts[0] <= max(0, span[0] - around)
             assert starts[-1] + WINDOW >= min(samples, span[1] + around)
-            assert all(b - a < WINDOW for a, b in zip(starts, starts[1:], strict=False))
+            assert all(b - a < WINDOW for a, b in pairwise(starts))
             assert len(starts) == 1 or span[1] - span[0] > WINDOW - 2 * redo.CONTEXT
     # several stretches of one window take one
     starts = redo.place_windows(
