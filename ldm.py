@@ -98,6 +98,8 @@ class LDMConfig:
     # mel columns a feature lasts, in which hits can be told; 0: nothing can, as published
     columns: int = 0
     materials: tuple = ()  # that can be told
+    # largest scales of the guidances distilled into it (distill.py); (): none are, as published
+    scales: tuple = ()
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
 
@@ -511,6 +513,8 @@ class LDM(nn.Module):
         self.cond_stage_model = Conditioner(
             config.feature_dim, config.unet.context_dim, config.positions, numbers
         )
+        if config.scales:
+            self.conditioner.scales = controls.Scales(config.scales, config.unet.context_dim)
 
     __repr__ = one_line
 
@@ -538,6 +542,11 @@ class LDM(nn.Module):
         """The unconditional branch as trained: the context of zero features, (1, f, dim)."""
         zeros = self.conditioner.pos_emb.weight.new_zeros(1, frames, self.config.feature_dim)
         return self.conditioner(zeros)
+
+    def guided_context(self, conditions, scales):
+        """Conditions (b, f, d) and scales (1 or b, 3) -> the context (b, f, dim) for which a
+        distilled network predicts what double guidance with these scales would."""
+        return self.conditioner(conditions) + self.conditioner.scales(scales)
 
     def with_controls(self, features, tracks: controls.Tracks):
         """Features (b, f, d) -> (b, f, d + controls), with what the tracks say after each feature.

@@ -53,12 +53,12 @@ from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
-from common.onsets import Hit, checked, read_hits
+from common.onsets import Hit, opened_hits, read_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
-from film.arguments import check_schedule, make_parser
+from film.arguments import check_settings, make_parser
 from film.credentials import Signer
 from film.jobs import (
     cannot_start,
@@ -80,6 +80,7 @@ from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
 OVERLAP = 16384  # samples that neighboring windows share at least
+FEW = 10  # steps where guidance is distilled
 
 
 # ----------------------------------------------------------------------------------------------
@@ -91,7 +92,10 @@ class Settings:
     """How sound is drawn. Raises ValueError, in one line, for what cannot be."""
 
     seed: int = 0  # same seed, same sound
-    steps: int = 25  # of the sampler, as in the paper
+    steps: int | None = None  # of the sampler; None: 25, as in the paper, or FEW if distilled
+    # "double", as in the paper: two calls of the U-Net a step and one of the classifier; or
+    # "distilled", one call (distill.py); None: distilled where the weights are
+    guidance: str | None = None
     cfg: float | None = None  # classifier-free guidance scale, 1: off; None: the weights' own
     cg: float | None = None  # classifier guidance scale, 0: off; None: the weights' own
     sampler: str = "dpm"  # one of diffusion.SAMPLERS; DPM-Solver++ 2M, as in the paper
@@ -117,30 +121,9 @@ class Settings:
     redo_of: str | Path | None = None  # that sound's file; None: see film.redo.find_sound
 
     def __post_init__(self):
-        if self.sampler not in tuple(SAMPLERS):
-            known = ", ".join(SAMPLERS)
-            raise ValueError(f"sampler {cli.quoted(self.sampler)}: not one of {known}")
-        # DDIM and PLMS step between 1000 whole times, and from the last one there is no step left
-        is_solver = self.sampler not in ("ddim", "plms")
-        most = 1000 if is_solver and not self.redo else 999
-        check_schedule(self.schedule, is_solver and not (self.redo or self.as_official))
-        cli.check_number("steps", self.steps, 1, most, whole=True)
-        cli.check_number("seed", self.seed, 0, 2**40, whole=True)
-        cli.check_number("candidates", self.candidates, 1, 1000, whole=True)
-        # None: what suits the weights or the device
-        if self.batch is not None:
-            cli.check_number("batch", self.batch, 1, 4096, whole=True)
-        if self.keep_audio is not None:
-            cli.check_number("keep_audio", self.keep_audio, -100, 100)
+        check_settings(self)
         level.check(self)
-        for name in ("cfg", "cg"):
-            if getattr(self, name) is not None:
-                cli.check_number(name, getattr(self, name), 0)
-        # a mere string would be read letter by letter
-        cli.check_type("material", self.material, tuple)
         check_stretches(self.redo, self.as_official)
-        if self.onsets is not None and not isinstance(self.onsets, str | Path | tuple):
-            raise ValueError(f"onsets {cli.quoted(self.onsets)}: give a tuple of Hit, or a file")
 
     def resolve(self, models):
         """The same with the values that were left to the weights and to the device."""
@@ -164,24 +147,19 @@ class Settings:
             if name not in known:
                 names = ", ".join(known)
                 raise ValueError(f"material {cli.quoted(name)}: not one of {names}")
-        onsets = self.onsets
-        # hits of a program
-        if isinstance(onsets, tuple):
-            onsets = checked(onsets, known)
-        # a file is read at once, so that a mistake in it shows before any work
-        elif onsets is not None and onsets not in controls.FINDERS:
-            if not str(onsets) or not Path(onsets).exists():
-                names = ", ".join(controls.FINDERS)
-                raise ValueError(f"onsets {cli.quoted(onsets)}: not one of {names}, nor a file")
-            onsets = Path(onsets)
-            if not onsets.is_dir():
-                onsets = tuple(read_hits(onsets, known))
+        onsets = opened_hits(self.onsets, controls.FINDERS, known)
         if onsets is None and config.columns:
             onsets = "both"
         cfg = config.guidance if self.cfg is None else self.cfg
         cg = align.config.guidance if self.cg is None else self.cg
+        guidance = self.guidance or ("distilled" if config.scales else "double")
+        if guidance == "distilled":
+            controls.check_scales((cfg, cg), config.scales, models.name)
+        steps = self.steps or (FEW if guidance == "distilled" else 25)
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
-        resolved = replace(self, cfg=cfg, cg=cg, batch=batch, onsets=onsets)
+        resolved = replace(
+            self, steps=steps, guidance=guidance, cfg=cfg, cg=cg, batch=batch, onsets=onsets
+        )
         # redoing takes DDIM's steps, twice (film/redo.py)
         if self.redo:
             return replace(resolved, sampler="ddim", schedule="uniform")
@@ -437,6 +415,34 @@ class Clip:
         return len(self.latents) == len(self.starts) * settings.candidates
 
 
+def guided(models, conditions, settings, times):
+    """eps(x, t) under both guidances, for conditions (b, f, d) and all times of a sampler."""
+    ldm = models.ldm
+    context = ldm.conditioner(conditions)
+    opened = ldm.without_materials(conditions)
+    # one call a step, of a network that is told how strongly it is guided
+    if settings.guidance == "distilled":
+        scales = torch.tensor([[settings.cfg, settings.cg, controls.EMPHASIS]])
+        scales = scales.repeat(len(conditions), 1).to(conditions.device)
+        # towards materials only where some are named
+        scales[:, 2] *= 0 if opened is None else (opened != conditions).flatten(1).any(1)
+        context = ldm.guided_context(conditions, scales)
+        return fast.guided(ldm.unet, context, None, 1, times=times)
+    return fast.guided(
+        ldm.unet,
+        context,
+        ldm.null_context(ldm.config.frames),
+        settings.cfg,
+        models.align,
+        conditions[..., : ldm.config.feature_dim],
+        settings.cg,
+        times=times,
+        sigma=sigma,
+        open_context=None if opened is None else ldm.conditioner(opened),
+        emphasis=controls.EMPHASIS,
+    )
+
+
 @torch.no_grad()
 def denoise(windows, models, settings, callback=None):
     """One batch of windows, of any clips: their latents and scores are added to the clips.
@@ -456,8 +462,6 @@ def denoise(windows, models, settings, callback=None):
         conditions.append(clip.conditions[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
     conditions = torch.stack(conditions)  # (b, f, d + controls)
-    v = conditions[..., : ldm.config.feature_dim]
-    opened = ldm.without_materials(conditions)
 
     # what is known of some of these windows, and is not to be drawn
     known = [known_latents(*window) for window in windows]
@@ -470,26 +474,17 @@ def denoise(windows, models, settings, callback=None):
     scores = [None] * len(windows)
     with share([clip.profile for clip, _, _ in windows], "sampling"):
         schedule = {} if settings.schedule == "uniform" else {"schedule": settings.schedule}
-        eps = fast.guided(
-            ldm.unet,
-            ldm.conditioner(conditions),
-            ldm.null_context(ldm.config.frames),
-            settings.cfg,
-            models.align,
-            v,
-            settings.cg,
-            times=TIMES[settings.sampler](settings.steps, **schedule),
-            sigma=sigma,
-            open_context=None if opened is None else ldm.conditioner(opened),
-            emphasis=controls.EMPHASIS,
-        )
+        times = TIMES[settings.sampler](settings.steps, **schedule)
+        eps = guided(models, conditions, settings, times)
         if any_known:
             eps = fill_in(eps, known_z, is_known)
         sampler = repaint if settings.redo else SAMPLERS[settings.sampler]
         z = sampler(eps, x, settings.steps, callback, **schedule)
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
-            scores = models.align.log_prob(z, z.new_zeros(len(z)), v).float().flatten().cpu()
+            features = conditions[..., : ldm.config.feature_dim]
+            scores = models.align.log_prob(z, z.new_zeros(len(z)), features)
+            scores = scores.float().flatten().cpu()
     for (clip, *window), latents, score in zip(windows, z.cpu(), scores, strict=True):
         # a copy of its own, which does not hold the whole batch
         clip.latents[tuple(window)] = latents.clone()
@@ -862,7 +857,7 @@ def main(argv=None):
 
     # every input in order: its outputs, or why there are none
     keep = {job.given: kept.windows_file(job.target) for job in jobs if job.line is None}
-    progress = show_progress(settings.steps, disable=distributed.rank() > 0 or None)
+    progress = show_progress(settings.steps or 25, disable=distributed.rank() > 0 or None)
     any_failed = False
     with warnings.catch_warnings(), progress as on_step:
         files = [str(job.given) for job in jobs]

@@ -8,6 +8,8 @@ numbers too, after each feature, where c is the number of mel columns that a fea
     given       1 if hits are told: then there are these and no others             1
     materials   1 for each material that may be heard at this time, 0: left open   a number each
 
+A network into which guidance was distilled (distill.py) is told the scales of guidance, too.
+
 Zeros say nothing of a kind, as in training, where each is left out at random. Who tells it the
 hits is a person, or `find_hits`: from the features, by `OnsetHead`, from the motion of the picture
 (common/motion.py), or from both.
@@ -47,6 +49,46 @@ class Tracks(NamedTuple):
     hits: torch.Tensor | None = None  # (b, f * c) strength in the hits' columns, -1: left open
     given: torch.Tensor | None = None  # (b, 1, 1) 1 where the hits are told
     materials: torch.Tensor | None = None  # (b, f, materials) 0 or 1
+
+
+class Scales(nn.Module):
+    """What a distilled network is told of guidance: its scales (b, 3) -> (b, 1, dim), added to all
+    of its context. Zero at first.
+
+    The scales: classifier-free, the classifier's, and that towards named materials; largest: those
+    that it was trained up to.
+    """
+
+    def __init__(self, largest, dim: int, hidden: int = 64):
+        super().__init__()
+        self.largest = tuple(largest)
+        self.layers = nn.Sequential(nn.Linear(3, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, scales):
+        weight = self.layers[0].weight
+        # a guidance that the network does not have has the largest scale 0
+        largest = torch.tensor(self.largest).clamp_min(1e-6)
+        return self.layers((scales / largest.to(scales)).to(weight))[:, None]
+
+
+def check_scales(asked, largest, name: str):
+    """Raises ValueError for scales that a distilled network was not trained for; asked: all or the
+    first two of the three; name: of the weights."""
+    if not largest:
+        raise ValueError(
+            f"guidance distilled: {name} holds no distilled guidance; take double, or distill it "
+            "with distill.py"
+        )
+    for flag, scale, most in zip(("cfg", "cg"), asked, largest, strict=False):
+        # a classifier-free scale of 1 is none
+        if not (flag == "cfg") <= scale <= most:
+            least = int(flag == "cfg")
+            raise ValueError(
+                f"{flag} {scale:g}: guidance is distilled from {least} to {most:g}; add --guidance "
+                "double"
+            )
 
 
 def width(columns: int, materials: int):

@@ -178,6 +178,23 @@ def read_hits(path: Path | str, materials: Collection[str]) -> list[Hit]:
     return sorted(hits, key=lambda hit: hit.time)
 
 
+def opened_hits(given, finders: Collection[str], materials: Collection[str]):
+    """What may be given as hits, ready for use: hits, checked; the name of a finder; of a file, its
+    hits, so that a mistake in it shows before any work; a folder's path; None.
+
+    Raises ValueError for what is none of these, and UserError of `read_hits`.
+    """
+    if isinstance(given, tuple):
+        return checked(given, materials)
+    if given is None or given in finders:
+        return given
+    if not str(given) or not Path(given).exists():
+        names = ", ".join(finders)
+        raise ValueError(f"onsets {str(given)!r:.40}: not one of {names}, nor a file")
+    path = Path(given)
+    return path if path.is_dir() else tuple(read_hits(path, materials))
+
+
 def write_hits(path: Path | str, hits: Iterable[Hit]):
     """Write a label track, which `read_hits` and Audacity read; times in whole microseconds.
 

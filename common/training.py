@@ -701,7 +701,7 @@ class TrainingRun:
         # now: the code may be edited while it runs
         self.commit = commit()
         if self.started_from is None:
-            given = {name: getattr(args, name, None) for name in ("init", "vae")}
+            given = {name: getattr(args, name, None) for name in ("init", "vae", "align")}
             self.started_from = {
                 name: sha256(path) for name, path in given.items() if path and path.is_file()
             }

@@ -12,6 +12,8 @@ from diffusion import SAMPLERS, SCHEDULES
 from film import level
 from film.redo import add_redo
 
+GUIDANCE = ("double", "distilled")
+
 
 def make_parser(script: str, description: str):
     """All of them, without the defaults of what is drawn."""
@@ -49,7 +51,17 @@ def make_parser(script: str, description: str):
 
 
 def add_sampling_arguments(g):
-    g.add_argument("--steps", type=int, help="of the sampler")
+    g.add_argument(
+        "--steps",
+        type=int,
+        help="of the sampler; default: 25, as in the paper, or 10 where guidance is distilled",
+    )
+    g.add_argument(
+        "--guidance",
+        choices=GUIDANCE,
+        help="double: the paper's, two calls of the U-Net a step and one of the classifier; "
+        "distilled: one call, for weights that learned it (distill.py; default where they did)",
+    )
     g.add_argument(
         "--cfg",
         type=float,
@@ -75,6 +87,20 @@ def add_sampling_arguments(g):
         help="what the official demo does with the published weights, quirk for "
         "quirk: windows end to end, pitch at 0.73, the first 8.2 s (see compat/official.py)",
     )
+    add_directions(g)
+    g.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="draw N and keep the one that the classifier rates best",
+    )
+    g.add_argument(
+        "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
+    )
+    add_redo(g)
+
+
+def add_directions(g):
     g.add_argument(
         "--onsets",
         metavar="|".join((*FINDERS, "FILE", "DIR")),
@@ -89,16 +115,6 @@ def add_sampling_arguments(g):
         action="store_true",
         help="NAME.onsets.txt: the hits, to be edited and given back by --onsets",
     )
-    g.add_argument(
-        "--candidates",
-        type=int,
-        metavar="N",
-        help="draw N and keep the one that the classifier rates best",
-    )
-    g.add_argument(
-        "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
-    )
-    add_redo(g)
 
 
 def add_material(g):
@@ -195,6 +211,33 @@ def add_run_arguments(g):
         help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
     )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
+
+
+def check_settings(settings):
+    """Raises ValueError, in one line, for what `sample.Settings` cannot have."""
+    sampler = settings.sampler
+    if sampler not in tuple(SAMPLERS):
+        known = ", ".join(SAMPLERS)
+        raise ValueError(f"sampler {cli.quoted(sampler)}: not one of {known}")
+    if settings.guidance not in (None, *GUIDANCE):
+        known = ", ".join(GUIDANCE)
+        raise ValueError(f"guidance {cli.quoted(settings.guidance)}: not one of {known}")
+    # DDIM and PLMS step between 1000 whole times, and from the last one there is no step left
+    is_solver = sampler not in ("ddim", "plms")
+    most = 1000 if is_solver and not settings.redo else 999
+    check_schedule(settings.schedule, is_solver and not (settings.redo or settings.as_official))
+    cli.check_number("seed", settings.seed, 0, 2**40, whole=True)
+    cli.check_number("candidates", settings.candidates, 1, 1000, whole=True)
+    # None: what suits the weights or the device
+    optional = {"steps": (1, most, True), "batch": (1, 4096, True), "keep_audio": (-100, 100)}
+    optional |= {"cfg": (0,), "cg": (0,)}
+    for name, limits in optional.items():
+        if getattr(settings, name) is not None:
+            cli.check_number(name, getattr(settings, name), *limits)
+    # a mere string would be read letter by letter
+    cli.check_type("material", settings.material, tuple)
+    if settings.onsets is not None and not isinstance(settings.onsets, str | Path | tuple):
+        raise ValueError(f"onsets {cli.quoted(settings.onsets)}: give a tuple of Hit, or a file")
 
 
 def check_schedule(schedule, is_solver):

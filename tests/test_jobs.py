@@ -62,7 +62,7 @@ def drawn(monkeypatch):
     """Stands for the networks -> names of the videos that were drawn, and "load" where weights
     were."""
     done = []
-    config = SimpleNamespace(guidance=2.5, columns=4)
+    config = SimpleNamespace(guidance=2.5, columns=4, scales=())
     network = torch.nn.Linear(1, 1)
     network.config = config
     network.materials = ("wood",)
@@ -143,7 +143,12 @@ def test_the_manifest_says_what_was_made_from_what(draw, folder, weights):
         assert entry["sha256"] == files.sha256(weights / name)
     settings = line["settings"]
     assert settings["seed"] == 7 and settings["cg"] == 3 and settings["cfg"] == 2.5
-    assert settings["onsets"] == "both" and line["left_open"] == ["cfg", "onsets"]
+    assert settings["onsets"] == "both" and set(line["left_open"]) == {
+        "steps",
+        "guidance",
+        "cfg",
+        "onsets",
+    }
     assert not {"out", "inputs", "json", "batch", "device"} & set(settings)
     assert line["dtype"] == "float32" and line["date"].endswith("Z")
 

@@ -139,6 +139,7 @@ class Seer:
         feature_dim=16,
         columns=0,
         guidance=1.0,
+        scales=(),
         unet=SimpleNamespace(aligned=0),
     )
     context = 0

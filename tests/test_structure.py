@@ -22,7 +22,7 @@ LAYERS = (  # a module imports from lower layers, and from its own package; test
     ("vae", "cavp"),
     ("ldm", "metrics.judge"),
     ("align", "metrics.melception"),
-    ("compat.official", "film.*"),
+    ("compat.official", "film.*", "distill"),
     ("sample",),
     ("evaluate",),
 )
