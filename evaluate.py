@@ -100,9 +100,9 @@ from common.machine import find_device
 from common.media import MediaError, find_videos, probe, read_audio, read_tags, write_wav
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
-from diffusion import SCHEDULES
+from diffusion import SAMPLERS, SCHEDULES
 from film import listen
-from film.arguments import add_material
+from film.arguments import GUIDANCE, add_material
 from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
 from metrics import judge, melception
@@ -137,10 +137,12 @@ DIGITS = {"desync_ms": 0, "frechet": 2, "melception_fid": 2, "loudness_db": 2, "
 # rows with settings of their own, as in the paper's ablations
 ABLATIONS = {
     "guidance": {
-        "none": {"cfg": 1.0, "cg": 0.0},
-        "classifier": {"cfg": 1.0},
-        "classifier_free": {"cg": 0.0},
-        "both": {},
+        "none": {"guidance": "double", "cfg": 1.0, "cg": 0.0},
+        "classifier": {"guidance": "double", "cfg": 1.0},
+        "classifier_free": {"guidance": "double", "cg": 0.0},
+        "both": {"guidance": "double"},
+        # of weights that learned both, by one call a step
+        "default": {},
     },
     # who finds the hits
     "onsets": {
@@ -161,10 +163,12 @@ ABLATIONS = {
         for sampler in ("dpm", "unipc", "deis")
         for schedule in SCHEDULES
     },
-    "cfg": {f"cfg_{cfg:g}": {"cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)},
-    "cg": {f"cg_{cg:g}": {"cg": cg} for cg in (0.0, 5.0, 15.0, 30.0, 50.0)},
+    "cfg": {
+        f"cfg_{cfg:g}": {"guidance": "double", "cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)
+    },
+    "cg": {f"cg_{cg:g}": {"guidance": "double", "cg": cg} for cg in (0.0, 5.0, 15.0, 30.0, 50.0)},
     "samplers": {
-        f"{sampler}_{steps}": {"sampler": sampler, "steps": steps}
+        f"{sampler}_{steps}": {"guidance": "double", "sampler": sampler, "steps": steps}
         for sampler, steps in (
             *(("dpm", steps) for steps in (10, 25, 50)),
             *(("ddim", steps) for steps in (25, 50, 100)),
@@ -619,7 +623,7 @@ def find_sample(folder: Path, video: Path, flag="--samples"):
 
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
-    names = ("seed", "steps", "cfg", "cg", "sampler", "onsets", "material")
+    names = ("seed", "steps", "guidance", "cfg", "cg", "sampler", "schedule", "onsets", "material")
     # the model's own level, which the table measures
     return Settings(lufs=None, **{name: getattr(args, name) for name in names})
 
@@ -922,12 +926,14 @@ def arguments(argv):
 
     # settings of the generation
     p.add_argument("--seed", type=int, default=0, help="clip k is generated with seed + k")
-    p.add_argument("--steps", type=int, default=25, help="of the sampler")
+    p.add_argument("--steps", type=int, help="of the sampler; default: what suits the weights")
+    p.add_argument("--guidance", choices=GUIDANCE, help="as for sample.py")
     p.add_argument(
         "--cfg", type=float, help="classifier-free guidance; default: what suits the weights"
     )
     p.add_argument("--cg", type=float, help="classifier guidance; 0: off; default: likewise")
-    p.add_argument("--sampler", choices=("dpm", "ddim", "plms"), default="dpm")
+    p.add_argument("--sampler", choices=list(SAMPLERS), help="as for sample.py")
+    p.add_argument("--schedule", choices=SCHEDULES, help="as for sample.py")
     p.add_argument(
         "--onsets",
         choices=(*FINDERS, "annotated"),

@@ -806,7 +806,8 @@ def repeat_items(model, batch, n: int, conditional, chances, noise):
         return features * conditional, None
     # mini: what else is known of the clips, and what of it this step tells
     hits, materials, stranger = map(repeat, ("hits", "materials", "stranger"))
-    onsets = controls.head_items(features, hits, stranger, noise)
+    # the head learns from every clip once
+    onsets = controls.head_items(features[::n], hits[::n], stranger[::n], noise)
     count = len(model.config.materials)
     drawn = controls.draw(features, hits, materials, stranger, count, conditional, chances)
     return model.with_controls(*drawn), onsets
@@ -856,7 +857,7 @@ def train(args):
         # four fifths; the others train the unconditional branch
         conditional = torch.rand(args.batch * n, 1, 1, generator=rng) >= 0.2
         chances = torch.rand(args.batch * n, 4, generator=rng)
-        head_noise = torch.randn(args.batch * n, config.frames, config.feature_dim, generator=rng)
+        head_noise = torch.randn(args.batch, config.frames, config.feature_dim, generator=rng)
         # this process's micro-batches
         for batch, rows in run.parts(network):
             repeated = slice(n * rows.start, n * rows.stop)
@@ -867,7 +868,7 @@ def train(args):
                 n,
                 conditional[repeated].to(device),
                 chances[repeated].to(device),
-                head_noise[repeated].to(device),
+                head_noise[rows].to(device),
             )
             # each sound is encoded once and seen at n noise levels
             with training.autocast(args):

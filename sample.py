@@ -80,7 +80,8 @@ from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
 OVERLAP = 16384  # samples that neighboring windows share at least
-FEW = 10  # steps where guidance is distilled
+PAPER = {"steps": 25, "sampler": "dpm", "schedule": "uniform"}
+FEW = {"steps": 8, "sampler": "unipc", "schedule": "karras"}  # where guidance is distilled
 
 
 # ----------------------------------------------------------------------------------------------
@@ -98,9 +99,11 @@ class Settings:
     guidance: str | None = None
     cfg: float | None = None  # classifier-free guidance scale, 1: off; None: the weights' own
     cg: float | None = None  # classifier guidance scale, 0: off; None: the weights' own
-    sampler: str = "dpm"  # one of diffusion.SAMPLERS; DPM-Solver++ 2M, as in the paper
-    # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives
-    schedule: str | tuple[float, ...] = "uniform"
+    # one of diffusion.SAMPLERS; None: "dpm", DPM-Solver++ 2M as in the paper, or that of FEW
+    sampler: str | None = None
+    # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives;
+    # None: uniform, as in the paper, or as in FEW
+    schedule: str | tuple[float, ...] | None = None
     candidates: int = 1  # drawn of each clip; the classifier ranks them
     keep_all: bool = False  # the sound of every candidate, not of the best alone
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
@@ -155,10 +158,23 @@ class Settings:
         guidance = self.guidance or ("distilled" if config.scales else "double")
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
-        steps = self.steps or (FEW if guidance == "distilled" else 25)
+        # how it is sampled; the schedule is that of the sampler
+        usual = FEW if guidance == "distilled" else PAPER
+        steps = self.steps or usual["steps"]
+        sampler = self.sampler or usual["sampler"]
+        schedule = usual["schedule"] if sampler == usual["sampler"] else PAPER["schedule"]
+        schedule = self.schedule or schedule
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
         resolved = replace(
-            self, steps=steps, guidance=guidance, cfg=cfg, cg=cg, batch=batch, onsets=onsets
+            self,
+            steps=steps,
+            sampler=sampler,
+            schedule=schedule,
+            guidance=guidance,
+            cfg=cfg,
+            cg=cg,
+            batch=batch,
+            onsets=onsets,
         )
         # redoing takes DDIM's steps, twice (film/redo.py)
         if self.redo:
@@ -857,7 +873,8 @@ def main(argv=None):
 
     # every input in order: its outputs, or why there are none
     keep = {job.given: kept.windows_file(job.target) for job in jobs if job.line is None}
-    progress = show_progress(settings.steps or 25, disable=distributed.rank() > 0 or None)
+    steps = settings.steps or PAPER["steps"]
+    progress = show_progress(steps, disable=distributed.rank() > 0 or None)
     any_failed = False
     with warnings.catch_warnings(), progress as on_step:
         files = [str(job.given) for job in jobs]

@@ -54,7 +54,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--steps",
         type=int,
-        help="of the sampler; default: 25, as in the paper, or 10 where guidance is distilled",
+        help="of the sampler; default: 25, as in the paper, or 8 where guidance is distilled",
     )
     g.add_argument(
         "--guidance",
@@ -216,7 +216,7 @@ def add_run_arguments(g):
 def check_settings(settings):
     """Raises ValueError, in one line, for what `sample.Settings` cannot have."""
     sampler = settings.sampler
-    if sampler not in tuple(SAMPLERS):
+    if sampler not in (None, *SAMPLERS):
         known = ", ".join(SAMPLERS)
         raise ValueError(f"sampler {cli.quoted(sampler)}: not one of {known}")
     if settings.guidance not in (None, *GUIDANCE):
@@ -242,6 +242,8 @@ def check_settings(settings):
 
 def check_schedule(schedule, is_solver):
     """Raises ValueError for what is no schedule, or not of a sampler that has its own times."""
+    if schedule is None:
+        return
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
