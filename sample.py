@@ -8,8 +8,8 @@ out  beside each NAME.foley.mp4 (picture copied bit for bit, sound exactly as lo
     python sample.py clips/ --out dubbed/ --candidates 4 --plot
     python sample.py --verify dubbed/clip.foley.mp4       is its sound ours? By tag and watermark
 
-Read `generate_many` and what it calls: `plan_windows` places windows of 131,072 samples (8.192 s),
-`video_features` is stage 1, `denoise` stage 2 under double guidance; film/windows.py's
+Read `generate_many` and what it calls: film/windows.py's `plan_windows` places windows of 131,072
+samples (8.192 s), `video_features` is stage 1, `denoise` stage 2 under double guidance;
 `Spectrogram` and `vocode_long` make one sound of the windows' latents.
 
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
@@ -35,7 +35,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 
 # Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
@@ -74,12 +73,20 @@ from film.page import Page
 from film.progress import show_progress
 from film.provenance import WeightSums, make_tags
 from film.redo import Redo, check_stretches, plan_redo, repaint
-from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
+from film.windows import (
+    LATENT_HOP,
+    Spectrogram,
+    agreed,
+    known_latents,
+    plan_needs,
+    plan_windows,
+    take_batch,
+    window_grid,
+)
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 VERSION = "0.2"
-OVERLAP = 16384  # samples that neighboring windows share at least
 PAPER = {"steps": 25, "sampler": "dpm", "schedule": "uniform"}
 FEW = {"steps": 8, "sampler": "unipc", "schedule": "karras"}  # where guidance is distilled
 
@@ -159,7 +166,7 @@ class Settings:
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
         # how it is sampled; the schedule is that of the sampler
-        usual = FEW if guidance == "distilled" else PAPER
+        usual = FEW if guidance == "distilled" and not self.redo else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]
         schedule = usual["schedule"] if sampler == usual["sampler"] else PAPER["schedule"]
@@ -183,40 +190,7 @@ class Settings:
 
 
 # ----------------------------------------------------------------------------------------------
-# windows
-
-
-def plan_windows(samples: int, fps: float) -> list[int]:
-    """Start samples of the windows that cover `samples` of sound.
-
-    Starts are multiples of a grid on which video features and mel columns coincide (and latent
-    columns, where those can), counted from the clip's beginning: nothing adds up. Windows are
-    spread evenly: where the last one would end long after the clip, all overlap more instead.
-    Raises CheckpointError for frame rates that meet mel columns too rarely.
-    """
-    grid = window_grid(fps)
-    # the start of the last window, and how many gaps of at most WINDOW - OVERLAP lead to it
-    last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
-    gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
-    return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
-
-
-def window_grid(fps: float) -> int:
-    """Samples between the places where a window may start. Raises CheckpointError."""
-    # exact, as a rate such as 15.625 or 29.97 makes no whole number of samples
-    frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
-    # on latent columns if a fine enough grid has them, else on mel columns
-    grids = [
-        math.lcm(frame.numerator, n * frame.denominator) // frame.denominator
-        for n in (LATENT_HOP, HOP)
-    ]
-    grid = next((g for g in grids if g <= WINDOW // 4), None)
-    if grid is None:
-        raise CheckpointError(
-            f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a "
-            "second) too rarely to place windows; train at 15.625, 12.5, 25 or 4"
-        )
-    return grid
+# noise
 
 
 def noise_field(seed, candidate, columns):

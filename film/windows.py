@@ -1,7 +1,8 @@
-"""Windows of a long clip: which is drawn after which, and one spectrogram of all.
+"""Windows of a long clip: where they start, which is drawn after which, and one spectrogram of all.
 
-in   start samples of the windows, and latents (4, 16, 64) of those that are drawn
-out  what a window knows of its neighbors; a Spectrogram (128, columns), decoded where it is read
+in   length of the sound, and latents (4, 16, 64) of windows that are drawn
+out  start samples; what a window knows of its neighbors; a Spectrogram (128, columns), decoded
+     where it is read
 
 Every other window, the first among them, is drawn by itself; those between follow and know their
 neighbors' latents in the half of each overlap that is nearer to the neighbor's middle. So they
@@ -10,17 +11,57 @@ agree, whatever is drawn at once or in an earlier run. Windows that do not start
 """
 
 import itertools
+import math
+from fractions import Fraction
 
 import torch
 
-from common.audio import HOP, N_MELS, WINDOW
+from common.audio import HOP, N_MELS, SAMPLE_RATE, WINDOW
+from common.checkpoints import CheckpointError
 from common.files import UserError
 from ldm import LATENT_SHAPE
 
 COLUMNS = WINDOW // HOP  # mel columns of a window
 LATENT_HOP = WINDOW // LATENT_SHAPE[2]  # samples of a latent column
 FADE = 32  # mel columns of a cross-fade: long against a hit, short against the overlap
+OVERLAP = 16384  # samples that neighboring windows share at least
 KEPT = 16  # decoded windows that a Spectrogram holds: 4 MB, more than a span of the vocoder reads
+
+
+# ---- where windows start -------------------------------------------------------------------------
+
+
+def plan_windows(samples: int, fps: float) -> list[int]:
+    """Start samples of the windows that cover `samples` of sound.
+
+    Starts are multiples of a grid on which video features and mel columns coincide (and latent
+    columns, where those can), counted from the clip's beginning: nothing adds up. Windows are
+    spread evenly: where the last one would end long after the clip, all overlap more instead.
+    Raises CheckpointError for frame rates that meet mel columns too rarely.
+    """
+    grid = window_grid(fps)
+    # the start of the last window, and how many gaps of at most WINDOW - OVERLAP lead to it
+    last = math.ceil(max(0, samples - WINDOW) / grid)  # in steps of the grid, as all below
+    gaps = math.ceil(last / ((WINDOW - OVERLAP) // grid))
+    return [last * k // max(1, gaps) * grid for k in range(gaps + 1)]
+
+
+def window_grid(fps: float) -> int:
+    """Samples between the places where a window may start. Raises CheckpointError."""
+    # exact, as a rate such as 15.625 or 29.97 makes no whole number of samples
+    frame = SAMPLE_RATE / Fraction(fps).limit_denominator(1001)  # samples of one video feature
+    # on latent columns if a fine enough grid has them, else on mel columns
+    grids = [
+        math.lcm(frame.numerator, n * frame.denominator) // frame.denominator
+        for n in (LATENT_HOP, HOP)
+    ]
+    grid = next((g for g in grids if g <= WINDOW // 4), None)
+    if grid is None:
+        raise CheckpointError(
+            f"these weights want {float(fps):g} frames a second, which meet mel columns (62.5 a "
+            "second) too rarely to place windows; train at 15.625, 12.5, 25 or 4"
+        )
+    return grid
 
 
 # ---- who knows whom ------------------------------------------------------------------------------
