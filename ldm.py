@@ -13,7 +13,8 @@ The equations (Sec. 3.2), and where they are:
     Conditioner      context = W features + b + position, of zero features in a fifth of the samples
 
 The mini preset can be told more than the features: hits and materials (common/controls.py). Half
-of its training tells the true ones. An onset head beside the U-Net finds hits in the features.
+of its training tells the true ones. Two heads beside the U-Net find hits and materials in the
+features.
 
 Sampling is three independent parts: `diffusion.guided_eps` makes one function eps(x, t) of the
 networks, the condition and both guidance scales (`kernels.fast.guided` is the same, faster, and
@@ -98,6 +99,7 @@ class LDMConfig:
     # mel columns a feature lasts, in which hits can be told; 0: nothing can, as published
     columns: int = 0
     materials: tuple = ()  # that can be told
+    names_materials: bool = False  # whether a head beside the U-Net says what is hit
     # largest scales of the guidances distilled into it (distill.py); (): none are, as published
     scales: tuple = ()
     unet: UNetConfig = UNetConfig()
@@ -113,6 +115,7 @@ PRESETS = {
         guidance=2.5,
         columns=4,
         materials=tuple(foley.MATERIALS),
+        names_materials=True,
         vae=VAE_PRESETS["mini"],
         unet=UNetConfig(
             width=48,
@@ -509,7 +512,9 @@ class LDM(nn.Module):
         numbers = 0
         if config.columns:
             numbers = controls.width(config.columns, len(config.materials))
-            self.onset_head = controls.OnsetHead(config.feature_dim, config.columns)
+            self.onset_head = controls.Head(config.feature_dim, config.columns)
+        if config.names_materials:
+            self.material_head = controls.Head(config.feature_dim, len(config.materials))
         self.cond_stage_model = Conditioner(
             config.feature_dim, config.unet.context_dim, config.positions, numbers
         )
@@ -620,14 +625,18 @@ def denoising_loss(model, z, t, noise, features, v_loss=False, energy_weighting=
 
 
 def training_loss(model, z, t, noise, features, onsets=None, **weightings):
-    """The denoising loss, and beside it the onset head's, which reaches nothing but the head.
+    """The denoising loss, and beside it those of the heads, which reach nothing but the heads.
 
-    onsets: features (b, f, 512) that it sees, hits (b, s) to find, weights (b,) of the items."""
+    onsets: features (b, f, 512) that they see, hits (b, s) to find, their materials (b, f), and
+    weights (b,) of the items."""
     loss = denoising_loss(model, z, t, noise, features, **weightings)
-    # two networks that share no weights, in one step
+    # networks that share no weights, in one step
     if onsets is not None:
-        seen, hits, weight = onsets
-        loss = loss + (weight * controls.onset_loss(model.onset_head(seen), hits)).mean()
+        seen, hits, materials, weight = onsets
+        odds = model.onset_head(seen).flatten(1)
+        heads = controls.onset_loss(odds, hits)
+        heads = heads + controls.material_loss(model.material_head(seen), materials, hits)
+        loss = loss + (weight * heads).mean()
     return loss
 
 
@@ -654,12 +663,16 @@ def from_ours(path, vae=None, new_conditioner=False, controls_of=None):
     `materials` this network is to have from now on. CheckpointError if the autoencoder does not
     fit."""
     model = LDM.load(path)
+    config = model.config
+    old = model.state_dict()
     if controls_of is not None:
+        config = replace(config, columns=controls_of.columns, materials=controls_of.materials)
+        old = {k: v for k, v in old.items() if ".controls." not in k}
+    # what can be told can be found, too
+    config = replace(config, names_materials=bool(config.materials))
+    if config != model.config:
         # new layers, which at first change nothing
-        old = {k: v for k, v in model.state_dict().items() if ".controls." not in k}
-        model = LDM(
-            replace(model.config, columns=controls_of.columns, materials=controls_of.materials)
-        )
+        model = LDM(config)
         model.load_state_dict({**model.state_dict(), **old})
     if new_conditioner:
         model.conditioner.reset()
@@ -806,8 +819,8 @@ def repeat_items(model, batch, n: int, conditional, chances, noise):
         return features * conditional, None
     # mini: what else is known of the clips, and what of it this step tells
     hits, materials, stranger = map(repeat, ("hits", "materials", "stranger"))
-    # the head learns from every clip once
-    onsets = controls.head_items(features[::n], hits[::n], stranger[::n], noise)
+    # the heads learn from every clip once
+    onsets = controls.head_items(features[::n], hits[::n], materials[::n], stranger[::n], noise)
     count = len(model.config.materials)
     drawn = controls.draw(features, hits, materials, stranger, count, conditional, chances)
     return model.with_controls(*drawn), onsets
@@ -831,6 +844,7 @@ def train(args):
     model.conditioner.requires_grad_(True)
     if model.config.columns:
         model.onset_head.requires_grad_(True)
+        model.material_head.requires_grad_(True)
     model.vae.requires_grad_(False)
     weightings = {"v_loss": args.v_loss, "energy_weighting": args.energy_weighting}
     measure = functools.partial(validate, device=device, **weightings)

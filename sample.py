@@ -47,7 +47,7 @@ import kernels
 from align import Alignment
 from cavp import CAVP
 from common import audio, cli, controls, distributed, isolation, media, watermark
-from common.audio import COLUMN, HOP, SAMPLE_RATE, WINDOW
+from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
@@ -59,6 +59,7 @@ from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
 from film.arguments import check_settings, make_parser
 from film.credentials import Signer
+from film.hits import found_hits
 from film.jobs import (
     cannot_start,
     check_onsets,
@@ -313,22 +314,6 @@ def video_features(path, cavp, count, seconds, start=0.0, profile=None):
     return torch.cat(features)[:count]
 
 
-@torch.no_grad()
-def found_hits(clip, ldm, finder):
-    """The hits that the onset head finds in the clip's features, its motion shows, or both say."""
-    if finder == "none":
-        return []
-    # what each of the two says
-    logits = motion = None
-    if finder != "flow":
-        with clip.profile("features"):
-            logits = controls.onset_odds(ldm.onset_head, clip.features)
-    if finder != "model":
-        with clip.profile("decode"):
-            motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
-    return controls.find_hits(logits, motion, round(clip.seconds / COLUMN))
-
-
 def set_conditions(clip, models, settings):
     """Sets a clip's hits, and its conditions: the features and what stage 2 is told beside them.
 
@@ -340,7 +325,7 @@ def set_conditions(clip, models, settings):
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
     if settings.onsets in controls.FINDERS:
-        clip.hits = found_hits(clip, models.ldm, settings.onsets)
+        clip.hits = found_hits(clip, models.ldm, settings.onsets, settings.material)
     else:
         hits = settings.onsets
         if not isinstance(hits, tuple):

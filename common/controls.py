@@ -11,8 +11,8 @@ numbers too, after each feature, where c is the number of mel columns that a fea
 A network into which guidance was distilled (distill.py) is told the scales of guidance, too.
 
 Zeros say nothing of a kind, as in training, where each is left out at random. Who tells it the
-hits is a person, or `find_hits`: from the features, by `OnsetHead`, from the motion of the picture
-(common/motion.py), or from both.
+hits is a person, or `find_hits`: from the features, by a `Head`, from the motion of the picture
+(common/motion.py), or from both; of what material they are, another `Head` says.
 """
 
 import warnings
@@ -39,6 +39,7 @@ ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 h
 # of the features that the head is trained on, relative to them: what it learns of drawn pictures
 # then holds for recorded ones a little better
 HEAD_NOISE = 0.5
+SURE = 0.5  # share that a material needs to be named by the head
 HEAD_REACH = 4  # features on each side that one of the head's columns depends on
 HEAD_SPAN = 4096  # features that it looks at at once
 
@@ -180,10 +181,14 @@ def one_hot(materials, count: int):
 # ---- finding hits --------------------------------------------------------------------------------
 
 
-class OnsetHead(nn.Module):
-    """Features (b, f, d) of the video -> log odds (b, f * columns) of onsets in the mel columns."""
+class Head(nn.Module):
+    """Features (b, f, d) of the video -> (b, f, outputs) float32, what is said of each.
 
-    def __init__(self, feature_dim: int, columns: int, hidden: int = 128):
+    Of stage 2's two heads one says onsets, the log odds of a hit in each mel column that a feature
+    lasts; the other materials, logits of what is hit.
+    """
+
+    def __init__(self, feature_dim: int, outputs: int, hidden: int = 128):
         super().__init__()
         self.scale = feature_dim**0.5  # features are unit vectors
         self.layers = nn.Sequential(
@@ -192,29 +197,44 @@ class OnsetHead(nn.Module):
             nn.SiLU(),
             nn.Conv1d(hidden, hidden, 5, padding=2),
             nn.SiLU(),
-            nn.Conv1d(hidden, columns, 1),
+            nn.Conv1d(hidden, outputs, 1),
         )
 
     def forward(self, features):
         x = self.scale * features.to(self.layers[0].weight.dtype)
-        return self.layers(x.transpose(1, 2)).transpose(1, 2).flatten(1).float()
+        return self.layers(x.transpose(1, 2)).transpose(1, 2).float()
 
 
 @torch.no_grad()
-def onset_odds(head: OnsetHead, features):
-    """Features (f, d) of a clip -> the head's log odds, float32 (f * columns,) in numpy.
+def read_head(head: Head, features):
+    """What a head says of the features (f, d) of a clip: float32 (f, outputs) in numpy.
 
     In spans with the frames around them that the head looks at: of an hour at once, its
     intermediate results would be 300 MB.
     """
-    odds = []
+    said = []
     for first in range(0, len(features), HEAD_SPAN):
         low = max(0, first - HEAD_REACH)
         span = features[low : first + HEAD_SPAN + HEAD_REACH]
-        columns = head.layers[-1].out_channels
-        logits = head(span[None])[0, (first - low) * columns :]
-        odds.append(logits[: HEAD_SPAN * columns].cpu().numpy())
-    return np.concatenate(odds)
+        said.append(head(span[None])[0, first - low :][:HEAD_SPAN].cpu().numpy())
+    return np.concatenate(said)
+
+
+def name_materials(hits, logits, names, seconds: float):
+    """The hits with the material that a head hears in each, or None where it is not SURE.
+
+    logits (f, materials): of features that last `seconds`. A hit's are the mean around it.
+    """
+    logits = logits - logits.max(1, keepdims=True)
+    shares = np.exp(logits)
+    shares /= shares.sum(1, keepdims=True)
+    named = []
+    for hit in hits:
+        frame = min(int(hit.time / seconds), len(shares) - 1)
+        share = shares[max(0, frame - 1) : frame + 2].mean(0)
+        best = int(share.argmax())
+        named.append(hit._replace(material=names[best] if share[best] > SURE else None))
+    return named
 
 
 def find_hits(logits, motion, columns: int):
@@ -239,7 +259,7 @@ def find_hits(logits, motion, columns: int):
 
 
 def onset_loss(logits, hits):
-    """Cross-entropy (b,) of the head's log odds (b, s) against the hits (b, s), 0: none.
+    """Cross-entropy (b,) of the onset head's log odds (b, s) against the hits (b, s), 0: none.
 
     A neighbor of a hit's column counts as half an onset, since no picture says it more exactly.
     """
@@ -248,6 +268,18 @@ def onset_loss(logits, hits):
     weight = torch.tensor(ONSET_WEIGHT, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weight)
     return loss.mean(1)
+
+
+def material_loss(logits, materials, hits):
+    """Cross-entropy (b,) of the material head's logits (b, f, n) where something is hit.
+
+    materials (b, f): indices, -1 unknown; hits (b, f * c). A hit counts in its feature and in
+    those beside it.
+    """
+    is_hit = (hits != 0).float().unflatten(1, (logits.shape[1], -1)).amax(2)  # (b, f)
+    near = F.max_pool1d(is_hit[:, None], 3, 1, 1)[:, 0]
+    loss = F.cross_entropy(logits.transpose(1, 2), materials, ignore_index=-1, reduction="none")
+    return (near * loss).sum(1) / near.sum(1).clamp_min(1)
 
 
 # ---- what training leaves out --------------------------------------------------------------------
@@ -282,8 +314,8 @@ def draw(features, hits, materials, stranger, count: int, conditional, u):
     return features * conditional, tracks
 
 
-def head_items(features, hits, stranger, noise):
-    """-> what the onset head learns from: features (b, f, d) with noise of HEAD_NOISE, the hits in
-    them, and 0 for items whose features are another clip's, 1 for the others."""
+def head_items(features, hits, materials, stranger, noise):
+    """-> what the heads learn from: features (b, f, d) with noise of HEAD_NOISE, the hits in them
+    and their materials, and 0 for items whose features are another clip's, 1 for the others."""
     noisy = features + HEAD_NOISE * features.shape[2] ** -0.5 * noise
-    return F.normalize(noisy, dim=2), hits, 1 - stranger
+    return F.normalize(noisy, dim=2), hits, materials, 1 - stranger

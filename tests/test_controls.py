@@ -129,7 +129,7 @@ def test_with_another_clips_features_an_item_is_told_everything(drawn):
 
 def test_the_head_learns_where_onsets_are():
     torch.manual_seed(0)
-    head = controls.OnsetHead(8, 4, hidden=16)
+    head = controls.Head(8, 4, hidden=16)
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
     directions = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
 
@@ -139,14 +139,54 @@ def test_the_head_learns_where_onsets_are():
 
     for _ in range(150):
         features, hits = batch()
-        loss = controls.onset_loss(head(features), hits).mean()
+        loss = controls.onset_loss(head(features).flatten(1), hits).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     features, hits = batch()
-    found = head(features).sigmoid()
+    found = head(features).flatten(1).sigmoid()
     far = torch.nn.functional.max_pool1d(hits[:, None], 3, 1, 1)[:, 0] == 0
     assert found[hits > 0].mean() > 0.7 and found[far].mean() < 0.2
+
+
+def test_the_other_head_learns_what_is_hit():
+    """From features near hits alone: what is said far from any does not count."""
+    torch.manual_seed(0)
+    head = controls.Head(8, 3, hidden=16)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    directions = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+
+    def batch():
+        hits = (torch.rand(16, 64) < 0.05).float()
+        materials = torch.randint(-1, 3, (16, 1)).expand(16, 16)
+        shown = directions[materials.clamp_min(0)]
+        # elsewhere the picture shows another material
+        is_hit = hits.view(16, 16, 4).amax(2)
+        near = torch.nn.functional.max_pool1d(is_hit[:, None], 3, 1, 1)[:, 0]
+        other = directions[(materials.clamp_min(0) + 1) % 3]
+        return torch.where(near[..., None] == 1, shown, other), hits, materials
+
+    for _ in range(100):
+        features, hits, materials = batch()
+        loss = controls.material_loss(head(features), materials, hits)
+        assert (loss[(materials[:, 0] < 0) | ~hits.any(1)] == 0).all()
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    features, hits, materials = batch()
+    at = (hits.view(16, 16, 4).amax(2) == 1) & (materials >= 0)
+    assert (head(features).argmax(2) == materials)[at].float().mean() > 0.9
+
+
+def test_hits_are_named_where_the_head_is_sure():
+    logits = np.zeros((20, 3), np.float32)
+    logits[4:7, 1] = 3
+    logits[10:13, 2] = 0.3  # too little to be sure
+    logits[19, 0] = 9
+    hits = [Hit(0.5), Hit(1.1), Hit(1.99), Hit(2.5)]
+    named = controls.name_materials(hits, logits, ("wood", "metal", "glass"), 0.1)
+    assert [hit.material for hit in named] == ["metal", None, "wood", "wood"]
+    assert [hit.time for hit in named] == [hit.time for hit in hits]
 
 
 def test_new_layers_change_nothing_until_they_are_trained():

@@ -145,6 +145,8 @@ def test_the_manifest_says_what_was_made_from_what(draw, folder, weights):
     assert settings["seed"] == 7 and settings["cg"] == 3 and settings["cfg"] == 2.5
     assert settings["onsets"] == "both" and set(line["left_open"]) == {
         "steps",
+        "sampler",
+        "schedule",
         "guidance",
         "cfg",
         "onsets",

@@ -216,13 +216,13 @@ def test_onsets_and_sound_of_a_spectrogram_are_those_of_its_tensor(monkeypatch):
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_the_onset_head_hears_the_same_in_spans(monkeypatch):
-    head = controls.OnsetHead(16, 4).eval()
+def test_a_head_says_the_same_in_spans(monkeypatch):
+    head = controls.Head(16, 4).eval()
     features = torch.randn(300, 16)
     with torch.no_grad():
         whole = head(features[None])[0].numpy()
     monkeypatch.setattr(controls, "HEAD_SPAN", 64)
-    spans = controls.onset_odds(head, features)
+    spans = controls.read_head(head, features)
     assert spans.shape == whole.shape and np.allclose(spans, whole, atol=1e-5)
 
 

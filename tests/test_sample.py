@@ -397,7 +397,7 @@ def test_without_classifier_guidance_must_be_off(models, clip):
     "wrong, message",
     [
         ({"sampler": "euler"}, 'sampler "euler": not one of dpm, unipc, deis, ddim, plms'),
-        ({"sampler": None}, "sampler None: not one of dpm, unipc, deis, ddim, plms"),
+        ({"guidance": "triple"}, 'guidance "triple": not one of double, distilled'),
         ({"steps": 0}, "steps 0: not a whole number from 1 to 1000"),
         ({"steps": 2.5}, "steps 2.5: not a whole number from 1 to 1000"),
         ({"steps": True}, "steps True: not a whole number from 1 to 1000"),

@@ -129,7 +129,9 @@ def install(setattr=setattr):
         setattr(data, kind.__name__, kind)
     setattr(cavp, "PRESETS", {**cavp.PRESETS, "mini": TOWERS})
     setattr(vae, "PRESETS", {**vae.PRESETS, "mini": VAE})
-    mini = ldm.LDMConfig(**TIME, columns=4, materials=("A", "B", "C"), unet=UNET, vae=VAE)
+    mini = ldm.LDMConfig(
+        **TIME, columns=4, materials=("A", "B", "C"), names_materials=True, unet=UNET, vae=VAE
+    )
     setattr(ldm, "PRESETS", {**ldm.PRESETS, "mini": mini})
     mini = align.AlignmentConfig(**TIME, unet=UNET)
     setattr(align, "PRESETS", {**align.PRESETS, "mini": mini})
