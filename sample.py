@@ -395,9 +395,12 @@ def guided(models, conditions, settings, times):
     ldm = models.ldm
     context = ldm.conditioner(conditions)
     opened = ldm.without_materials(conditions)
+    # towards what a person names; what the network itself has found needs none
+    is_found = settings.onsets in controls.FINDERS and not settings.material
+    emphasis = 0.0 if is_found else controls.EMPHASIS
     # one call a step, of a network that is told how strongly it is guided
     if settings.guidance == "distilled":
-        scales = torch.tensor([[settings.cfg, settings.cg, controls.EMPHASIS]])
+        scales = torch.tensor([[settings.cfg, settings.cg, emphasis]])
         scales = scales.repeat(len(conditions), 1).to(conditions.device)
         # towards materials only where some are named
         scales[:, 2] *= 0 if opened is None else (opened != conditions).flatten(1).any(1)
@@ -414,7 +417,7 @@ def guided(models, conditions, settings, times):
         times=times,
         sigma=sigma,
         open_context=None if opened is None else ldm.conditioner(opened),
-        emphasis=controls.EMPHASIS,
+        emphasis=emphasis,
     )
 
 

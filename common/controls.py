@@ -31,7 +31,9 @@ from common.onsets import Hit
 # published
 FINDERS = ("model", "flow", "both", "none")
 # scale of the guidance towards materials that somebody names (diffusion.guided_eps): of 0, 2 and 5
-# the best on the demo and three clips of seed 3. Without it the picture often has the last word
+# the best on the demo and three clips of seed 3. Without it the picture often has the last word.
+# Towards materials that the network finds itself it brings nothing (0, 2, 5: 0.885, 0.885, 0.883 of
+# the materials right, 96 clips of seed 3)
 EMPHASIS = 5.0
 MOTION_LEAD = 0.017  # seconds, on procedural clips
 APART = 3  # mel columns on each side in which only the highest peak is a hit

@@ -13,6 +13,7 @@ import distill
 import ldm
 from align import Alignment, AlignmentConfig
 from common import checkpoints, controls
+from common.onsets import Hit
 from diffusion import dpm_solver, guided_eps, time_grid
 from kernels import fast
 from sample import Models, Settings, guided
@@ -20,7 +21,13 @@ from sample import Models, Settings, guided
 MINI_WEIGHTS = Path(__file__).parent.parent / "weights" / "mini"
 USUAL = (2.5, 1.0, 5.0)
 MINI = ldm.LDMConfig(
-    **tiny.TIME, guidance=2.5, columns=4, materials=("A", "B", "C"), unet=tiny.UNET, vae=tiny.VAE
+    **tiny.TIME,
+    guidance=2.5,
+    columns=4,
+    materials=("A", "B", "C"),
+    names_materials=True,
+    unet=tiny.UNET,
+    vae=tiny.VAE,
 )
 
 
@@ -303,7 +310,7 @@ def test_scales_reach_a_distilled_network(models, latents):
     t = torch.full((3,), 999.0)
 
     def eps(conditions, **changes):
-        settings = Settings(**changes).resolve(models)
+        settings = Settings(material=("A",), **changes).resolve(models)
         return guided(models, conditions, settings, [999.0])(x, t)
 
     usual = eps(conditions)
@@ -314,7 +321,7 @@ def test_scales_reach_a_distilled_network(models, latents):
 
 
 def test_double_guidance_stays_selectable(models, latents):
-    settings = Settings(guidance="double").resolve(models)
+    settings = Settings(guidance="double", material=("A",)).resolve(models)
     assert settings.steps == 25
     x, _, features, conditions, opened = latents
     t = torch.full((3,), 999.0)
@@ -332,6 +339,25 @@ def test_double_guidance_stays_selectable(models, latents):
         controls.EMPHASIS,
     )(x, t)
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_found_materials_are_not_emphasized_as_named_ones(models, latents):
+    x, _, _, conditions, opened = latents
+    t = torch.full((3,), 999.0)
+
+    def scales(**changes):
+        """What the network is told of a clip that names a material, and of one that does not."""
+        settings = Settings(**changes).resolve(models)
+        told = []
+        scales = models.ldm.conditioner.scales
+        handle = scales.register_forward_pre_hook(lambda _, given: told.append(given[0].clone()))
+        guided(models, conditions, settings, [999.0])(x, t)
+        handle.remove()
+        return told[0][:, 2].tolist()
+
+    assert scales() == [0, 0, 0]
+    assert scales(material=("A",)) == [controls.EMPHASIS] * 2 + [0]
+    assert scales(onsets=(Hit(1.0, None, "A"),)) == [controls.EMPHASIS] * 2 + [0]
 
 
 def test_what_was_not_distilled_is_refused(models, teacher, align):

@@ -216,7 +216,7 @@ def test_hits_stay_in_time_for_five_minutes(tmp_path):
         video, seer, round(starts[-1] * FPS / SAMPLE_RATE) + 128, 308.0
     )
     film = sample.Clip(video, 0.0, None, 308.0, Profile(), starts, features, features)
-    settings = Settings(steps=10, cfg=1.0, cg=0.0)
+    settings = Settings(steps=10, cfg=1.0, cg=0.0, sampler="dpm", schedule="uniform")
     # first those that know none of their neighbors, then those between
     while not film.is_done(settings):
         batch = [w for w in film.windows(settings) if film.can_draw(*w[1:])][:8]
