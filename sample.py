@@ -72,13 +72,12 @@ from film.jobs import (
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
-from film.provenance import WeightSums, make_tags
+from film.provenance import VERSION, WeightSums, make_tags
 from film.redo import Redo, check_stretches, plan_redo, repaint
 from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
-VERSION = "0.2"
 OVERLAP = 16384  # samples that neighboring windows share at least
 
 
@@ -828,7 +827,7 @@ def write_next(results, job, args, settings, models, keep, profile):
     result = next(results)[1]
     if isinstance(result, UserError):
         raise result
-    line = write_job(job, result, args, settings, models, VERSION)
+    line = write_job(job, result, args, settings, models)
     kept.forget(keep[job.given])
     # loading and waiting count once, for the first output
     result.profile.rows = profile.rows | result.profile.rows

@@ -30,6 +30,12 @@ def make_parser(script: str, description: str):
         "exit status 3 where one is not",
     )
     p.add_argument(
+        "--pick",
+        action="store_true",
+        help="draw nothing, but give each video the candidate that was picked: INPUT is the "
+        "picks.json that the page of --keep-all --page saves; --out as when they were drawn",
+    )
+    p.add_argument(
         "--out", type=Path, metavar="DIR", help="write there; default: beside each input"
     )
     p.add_argument(

@@ -1,4 +1,5 @@
-"""The same state before every test and fixture, whatever ran before; and which tests are fast."""
+"""The same state before every test and fixture, whatever ran before; which tests are fast; and tiny
+models for all."""
 
 import os
 import random
@@ -89,6 +90,7 @@ FAST = {
         "test_convert",
     ),
     "test_hub": (),
+    "test_pick": (),
     "test_page": (
         "test_a_page_of_somebody_else_is_not_overwritten",
         "test_other_sounds_are_another_clip",
@@ -155,6 +157,22 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def models():
+    """Tiny random networks, of the real classes."""
+    import tiny
+
+    return tiny.models()
+
+
+@pytest.fixture(scope="session")
+def weights(models, tmp_path_factory):
+    """The folder of their checkpoints."""
+    import tiny
+
+    return tiny.save(models, tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.hookimpl(tryfirst=True)
