@@ -533,8 +533,8 @@ class Result:
     sound_tags: dict[str, str] = field(default_factory=dict)  # of the sound alone
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
     settings: Settings = Settings()  # as resolved
-    # candidate -> dB by which it is louder than the model made it
-    gains: dict[int, float] = field(default_factory=dict)
+    # candidate -> its gain, dB over what the model made, and how loud it is
+    levels: dict[int, level.Applied] = field(default_factory=dict)
     redo: Redo | None = None  # where only stretches of a sound were made anew
 
     @property
@@ -560,7 +560,7 @@ class Result:
     @property
     def gain(self):
         """dB by which the sound is louder than the model made it."""
-        return self.gains.get(self.best, 0.0)
+        return level.of(self, self.best).gain
 
 
 def finish(clip, models, settings, mark):
@@ -602,7 +602,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
     with clip.profile("vocoder"):
         if mark:
             wavs = {k: add_watermark(wav, out=wav) for k, wav in wavs.items()}
-        gains = level.apply(wavs, settings)
+        levels = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":
@@ -623,7 +623,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
         tags=make_tags(models, settings, VERSION, mark),
         sound_tags=make_tags(models, settings, VERSION, mark, has_picture=False),
         settings=settings,
-        gains=gains,
+        levels=levels,
         marked=mark,
     )
 

@@ -89,7 +89,7 @@ def write(result, sound, path, keep_tracks=False):
     if sound.exact is not None and sound.exact.fits(Path(path).suffix.lower()):
         sound.exact.write(path, tags)
         return sound
-    media.write_sound(path, sound.blocks(), sound.rate, sound.channels, tags)
+    media.write_sound(path, sound.blocks(), sound.samples, sound.rate, sound.channels, tags)
     return sound
 
 
@@ -118,18 +118,20 @@ def sound_of(result, own, k):
 
 def sounds_of(result, target, suffix, own, stems, keep_all):
     """-> the Sound of the video, {path: Sound} of the files beside it, --json's candidates."""
-    best = sound_of(result, own, result.best)
+    # each is measured when it is made
+    made = {k: sound_of(result, own, k) for k in (result.wavs if keep_all else [result.best])}
+    best = made[result.best]
     sounds = {f"{target}{suffix}": best}
     if stems:
         sounds = {
-            f"{target}{suffix}": foley(result, result.best),
+            f"{target}{suffix}": foley(result, result.best) if best.has_own else best,
             stem_file(target, "mix", suffix): best,
         }
     candidates = []
     if keep_all:
-        for k in result.wavs:
+        for k, sound in made.items():
             path = f"{target}.{k}{suffix}"
-            sounds[path] = sound_of(result, own, k)
+            sounds[path] = sound
             candidates.append({"wav": path, "score": result.scores[k]})
     return best, sounds, candidates
 
@@ -190,7 +192,7 @@ def write_outputs(result, target, args):
                 sign(args.signer, part, path, sound_tags(result, sound))
             if args.stems and own is not None:
                 part = stack.enter_context(atomic_write(stem_file(target, "own", suffix)))
-                form = result.settings.rate, own.channels
+                form = own.samples, result.settings.rate, own.channels
                 media.write_sound(part, own.blocks(), *form, OWN)
             if args.write_onsets:
                 write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)

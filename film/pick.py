@@ -167,6 +167,6 @@ def read(path) -> tuple[Sound, dict]:
         yield from soundfile.blocks(path, BLOCK, dtype="float32", always_2d=True)
 
     about = soundfile.info(path)
+    form = about.frames, about.samplerate, about.channels
     measured = loudness.measure(blocks(), about.samplerate)
-    decibels = float(gain[1]) if gain else 0.0
-    return Sound(blocks, about.samplerate, about.channels, decibels, measured), tags
+    return Sound(blocks, *form, float(gain[1]) if gain else 0.0, measured), tags

@@ -25,7 +25,7 @@ from common.audio import SAMPLE_RATE
 from common.onsets import Hit
 from common.profiling import Profile
 from common.resample import blocks_of, downsample
-from film import level, mix
+from film import level, loudness, mix
 from film.loudness import measure
 from film.outputs import write_outputs
 from sample import Settings
@@ -54,7 +54,7 @@ def result_of(wav, source, mark=True, **settings):
     """A Result as `sample.make_result` makes it of one candidate."""
     settings = Settings(**settings)
     wavs = {0: sample.add_watermark(wav) if mark else wav}
-    gains = level.apply(wavs, settings)
+    levels = level.apply(wavs, settings)
     return sample.Result(
         wav=wavs[0],
         wavs=wavs,
@@ -72,7 +72,7 @@ def result_of(wav, source, mark=True, **settings):
         marked=mark,
         hits=[Hit(time) for time in HITS],
         settings=settings,
-        gains=gains,
+        levels=levels,
     )
 
 
@@ -407,7 +407,7 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     # again, over its own; but not over somebody else's mix
     arguments = (clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--stems")
     assert run(capsys, *arguments)[0] == 0
-    media.write_sound(tmp_path / "clip.mix.wav", [np.zeros((10, 1), "f4")], 16000, 1)
+    media.write_sound(tmp_path / "clip.mix.wav", [np.zeros((10, 1), "f4")], 10, 16000, 1)
     status, _, err = run(capsys, *arguments)
     assert status == 1 and len(err) == 1 and "clip.mix.wav: was changed since" in err[0]
     (tmp_path / "manifest.jsonl").unlink()
@@ -417,6 +417,39 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     (tmp_path / "clip.mix.wav").write_text("notes")
     status, _, err = run(capsys, *arguments, "--overwrite")
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
+
+
+@pytest.mark.parametrize(
+    "settings, flags, count",
+    [
+        # once, when its level was set; stereo measures the same and 3 dB more
+        ({}, {}, 1),
+        ({"layout": "stereo"}, {}, 1),
+        ({"lufs": None}, {}, 1),
+        # a mix, or another rate, is another sound
+        ({"keep_audio": 0.0}, {}, 2),
+        ({"rate": 48000}, {}, 2),
+        # a file of each candidate, and the same in the video and the foley
+        ({"keep_audio": 0.0}, {"keep_all": True}, 2),
+        ({}, {"stems": True, "verbose": True}, 1),
+    ],
+)
+def test_each_sound_is_measured_once(clip, tmp_path, monkeypatch, settings, flags, count):
+    calls = []
+    real = measure
+
+    def watched(blocks, rate):
+        calls.append(rate)
+        return real(blocks, rate)
+
+    monkeypatch.setattr(loudness, "measure", watched)
+    result = result_of(bursts(), clip, **settings)
+    line = written(result, tmp_path, format="mkv", **flags)
+    assert len(calls) == count
+    # and rightly
+    sound = read(line["output"], result.settings.rate, level.LAYOUTS[result.settings.layout])
+    found = real(blocks_of(sound), result.settings.rate)
+    assert line["lufs"] == pytest.approx(found.loudness, abs=0.02)
 
 
 @pytest.mark.parametrize(
