@@ -100,34 +100,32 @@ def is_video(path):
     return suffix not in media.TEXT_SUFFIXES and media.kind_of(path) == "video"
 
 
-def match(pattern):
-    """The videos that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
+def expand(pattern):
+    """The files that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
 
-    Hidden files fit as in a shell, our own outputs never. Raises MediaError where nothing does.
+    Hidden files fit as in a shell. Raises MediaError for a second `**`.
     """
     parts = Path(pattern).parts
-    videos = []
-    if "**" in parts:
-        place = parts.index("**")
-        rest = Path(*parts[place + 1 :])
-        if "**" in rest.parts:
-            raise MediaError(f"{pattern}: has ** twice; give it once")
-        # media.walk, unlike glob, goes through each linked folder once
-        for folder in sorted(glob.glob(str(Path(*parts[:place])))):
-            for path in media.walk(folder):
-                inside = path.relative_to(folder)
-                # a file fits as it is, or lies in a folder that fits
-                fits = rest == Path() or any(
-                    part.match(str(rest)) for part in (inside, *inside.parents)
-                )
-                if fits and is_video(path):
-                    videos.append(path)
-    else:
+    if "**" not in parts:
         for path in map(Path, sorted(glob.glob(pattern))):
-            if path.is_dir():
-                videos += media.search(path)[0]
-            elif is_video(path):
-                videos.append(path)
+            yield from media.walk(path) if path.is_dir() else [path]
+        return
+    place = parts.index("**")
+    rest = Path(*parts[place + 1 :])
+    if "**" in rest.parts:
+        raise MediaError(f"{pattern}: has ** twice; give it once")
+    # media.walk, unlike glob, goes through each linked folder once
+    for folder in sorted(glob.glob(str(Path(*parts[:place])))):
+        for path in media.walk(folder):
+            inside = path.relative_to(folder)
+            # a file fits as it is, or lies in a folder that fits
+            if rest == Path() or any(part.match(str(rest)) for part in (inside, *inside.parents)):
+                yield path
+
+
+def match(pattern):
+    """The videos that fit a pattern, ours never. Raises MediaError where nothing does."""
+    videos = [path for path in expand(pattern) if is_video(path)]
     if not videos:
         raise MediaError(f"{pattern}: no such file, and as a pattern it fits no video; correct it")
     return videos
@@ -182,7 +180,7 @@ def find_sounds(inputs):
     """Files and folders of --verify: of a pattern all videos and sounds that fit it, ours too.
 
     A name or pattern that fits nothing stays as it is: reading it says so. A list that cannot be
-    read is its MediaError.
+    read, or a pattern that cannot be, is its MediaError.
     """
     found = []
     for given in inputs:
@@ -194,8 +192,10 @@ def find_sounds(inputs):
             continue
         fits = []
         if not os.path.lexists(given) and glob.has_magic(given):
-            paths = map(Path, sorted(glob.glob(given, recursive=True)))
-            fits = [path for path in paths if path.is_dir() or media.kind_of(path)]
+            try:
+                fits = [path for path in expand(given) if media.kind_of(path)]
+            except MediaError as error:
+                fits = [error]
         found += fits or [Path(given)]
     return found
 

@@ -446,6 +446,18 @@ def test_patterns_that_the_shell_left(tree, pattern, names):
         assert all(error is None for _, error in found)
 
 
+def test_verify_takes_the_same_patterns_and_our_own_outputs(tree):
+    def found(pattern):
+        return [path.name for path in jobs.find_sounds([f"{tree}/{pattern}"])]
+
+    assert found("**/er") == ["d.mp4", "x.foley.mp4"]
+    # the folder that leads back to the tree is gone through once, as when drawing
+    assert found("deep/**") == ["c.mp4", "d.mp4", "x.foley.mp4", "a.mp4", "b.mov"]
+    assert found("none*") == ["none*"]
+    (error,) = jobs.find_sounds([f"{tree}/**/**/c.mp4"])
+    assert "** twice" in str(error)
+
+
 def test_names_that_look_like_patterns_and_lists(tree, film, monkeypatch):
     monkeypatch.chdir(tree)
     for name in ("a [1].mp4", "@b.mp4"):
