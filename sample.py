@@ -149,7 +149,7 @@ class Settings:
             raise CheckpointError(
                 f"{models.name}: no alignment classifier among these weights; add "
                 "align.safetensors or double_guidance_classifier.ckpt, "
-                "or give cg 0 and one candidate"
+                "or give --cg 0 and --candidates 1"
             )
         # what these weights can be told
         config = models.ldm.config
@@ -755,7 +755,9 @@ def open_clip(source, models, settings, start, duration, progress, keep=None):
     with profile("decode"):
         whole = media.probe(source).duration
     if start >= whole:
-        raise MediaError(f"{source}: start {start:g} is past its end, {whole:.2f} s; start earlier")
+        raise MediaError(
+            f"{source}: --start {start:g} is past its end, {whole:.2f} s; start earlier"
+        )
     seconds = min(whole - start, duration or math.inf)
     if settings.as_official:
         from compat import official

@@ -212,4 +212,7 @@ def check_schedule(schedule, is_solver):
     elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
         raise ValueError("schedule: give two times or more, from 0 to 999")
     if schedule != "uniform" and not is_solver:
-        raise ValueError("schedule: ddim, plms, redo and as-official have their own; leave it out")
+        raise ValueError(
+            "schedule: --sampler ddim and plms, --redo and --as-official have their own; leave it "
+            "out"
+        )

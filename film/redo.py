@@ -84,7 +84,7 @@ def check_stretches(stretches, as_official: bool = False):
     if not stretches:
         return
     if as_official:
-        raise ValueError("redo: is nothing that the official demo does; leave as-official out")
+        raise ValueError("redo: is nothing that the official demo does; leave --as-official out")
     try:
         stretches = sorted((float(a), float(b)) for a, b in stretches)
     except (TypeError, ValueError):
@@ -335,7 +335,9 @@ class Redo:
     def open(cls, clip, settings):
         """Of a `sample.Clip`. Raises MediaError, and ValueError for what cannot be redone."""
         if clip.start or clip.duration is not None:
-            raise ValueError("redo: counts seconds of the whole picture; give no start or duration")
+            raise ValueError(
+                "redo: counts seconds of the whole picture; leave --start and --duration out"
+            )
         check_end(settings.redo, clip.seconds, clip.source)
         path = Path(settings.redo_of or find_sound(clip.source))
         with clip.profile("decode"):

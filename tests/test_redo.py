@@ -392,7 +392,7 @@ def test_the_sampler_fills_in_what_fits_to_what_is_known():
         (("--redo", ""), "--redo: "),
         (("--redo", "1-2", "--start", "1"), "leave --start and --duration out"),
         (("--redo", "1-2", "--duration", "1"), "leave --start and --duration out"),
-        (("--redo", "1-2", "--as-official"), "--redo: "),
+        (("--redo", "1-2", "--as-official"), "leave --as-official out"),
     ],
 )
 def test_nonsense_is_one_line_before_any_work(capsys, clip, weights, monkeypatch, flags, message):
@@ -426,7 +426,7 @@ def test_a_programs_nonsense_is_one_line_too(models, clip):
             Settings(redo=bad)
         assert "\n" not in str(caught.value)
     settings = Settings(redo=((1.0, 2.0),), steps=2, cg=0)
-    with pytest.raises(ValueError, match="give no start or duration"):
+    with pytest.raises(ValueError, match="leave --start and --duration out"):
         sample.generate(clip, models, settings=settings, start=0.5)
     bare = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=models.ldm.config.vae)).eval()
     del bare.vae.encoder

@@ -1,6 +1,7 @@
 """The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are
 tiny and random, but of the real classes."""
 
+import ast
 import itertools
 import json
 import math
@@ -322,7 +323,7 @@ def test_start_and_duration_cut_the_picture(models, clip):
         len(sample.generate(clip, models, settings=Settings(steps=1), start=1.5).wav)
         == SAMPLE_RATE // 2
     )
-    with pytest.raises(MediaError, match="start 5 is past its end"):
+    with pytest.raises(MediaError, match="--start 5 is past its end"):
         sample.generate(clip, models, start=5.0)
 
 
@@ -345,7 +346,7 @@ def test_guidance_scales_are_the_weights_own_unless_given(models, clip):
 
 def test_without_classifier_guidance_must_be_off(models, clip):
     without = sample.Models(models.cavp, models.ldm, None, name="tiny")
-    with pytest.raises(CheckpointError, match="give cg 0"):
+    with pytest.raises(CheckpointError, match="give --cg 0 and --candidates 1"):
         sample.generate(clip, without, settings=Settings(steps=1))
     assert sample.generate(clip, without, settings=Settings(steps=1, cg=0.0)).scores == [None]
 
@@ -754,7 +755,7 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
     shutil.copytree(weights, part)
     (part / "align.safetensors").unlink()
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path, "--steps", 1)
-    assert status == 1 and len(err) == 1 and "give cg 0" in err[0]
+    assert status == 1 and len(err) == 1 and "give --cg 0 and --candidates 1" in err[0]
     shutil.copy(weights / "cavp.safetensors", part / "ldm.safetensors")
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
     assert status == 1 and len(err) == 1 and str(part) in err[0]
@@ -791,6 +792,37 @@ def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
         and err[0].startswith("sample.py: ")
         and "--help" in err[0]
     )
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--as-official", "--redo", "1-2"], "--as-official"),
+        (["--sampler", "ddim", "--schedule", "karras"], "--sampler ddim and plms"),
+        (["--as-official", "--schedule", "karras"], "--as-official"),
+        (["--keep-audio", "nan"], "--keep-audio"),
+        (["--duck"], "--keep-audio"),
+        (["--keep-tracks", "--format", "wav"], "--keep-tracks"),
+    ],
+)
+def test_refusals_name_flags_as_typed(capsys, flags, named):
+    status, _, err = run(capsys, "clip.mp4", *flags)
+    assert status == 2 and named in err[0] and "_" not in err[0], err
+
+
+def test_no_refusal_names_a_flag_as_the_code_does():
+    """--as-official, not as_official: of every error that is raised."""
+    flags = {name for name in vars(sample.parse_arguments(["x"])[0]) if "_" in name}
+    assert {"as_official", "keep_audio", "write_onsets"} <= flags
+    for path in (ROOT / "sample.py", ROOT / "compat" / "official.py", *ROOT.glob("film/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            raised = isinstance(node, ast.Raise) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".fail", ".error"))
+            )
+            for text in ast.walk(node) if raised else ():
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    words = set(re.findall(r"\w+", text.value))
+                    assert not words & flags, f"{path.name}:{text.lineno}: {text.value}"
 
 
 def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
