@@ -28,7 +28,6 @@ another rate than it was made with.
 import functools
 import itertools
 import math
-import os
 import sys
 import time
 import warnings
@@ -38,9 +37,9 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-# Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from common import startup
 
+# isort: split
 import torch
 from torch import Tensor
 
@@ -77,6 +76,8 @@ from film.redo import Redo, check_stretches, plan_redo, repaint
 from film.windows import LATENT_HOP, Spectrogram, agreed, known_latents, plan_needs, take_batch
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
+
+startup.imported(__name__ == "__main__")
 
 OVERLAP = 16384  # samples that neighboring windows share at least
 

@@ -124,6 +124,7 @@ FAST = {
         "test_hits_stay_in_time_for_five_minutes",
         "test_help_and_dashed_names_from_a_shell",
         "test_ctrl_c_says_one_line_and_leaves_nothing",
+        "test_a_command_leaves_its_imports_out_of_the_search_for_garbage",
         "test_sound_is_exactly_as_long_as_the_picture",
         "test_every_sound_that_is_written_is_marked",
         "test_page_has_every_input_or_why_not",

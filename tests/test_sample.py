@@ -5,6 +5,7 @@ import ast
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -858,6 +859,28 @@ def held(*_):
 diffusion.SAMPLERS["dpm"] = held
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
 """
+
+
+def test_a_command_leaves_its_imports_out_of_the_search_for_garbage():
+    """A library does not: what its user's program has may become garbage."""
+    code = """
+import gc, os, runpy, sys
+import sample
+assert gc.isenabled() and gc.get_freeze_count() == 0
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+gc.disable()
+sys.argv = ["sample.py", "--help"]
+try:
+    runpy.run_path("sample.py", run_name="__main__")
+except SystemExit:
+    pass
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
