@@ -15,7 +15,7 @@ from common import media, xmp
 from common.files import sha256
 from film import outputs, pick
 
-ARGS = ("--steps", 1, "--candidates", 3, "--keep-all")
+ARGS = ("--steps", 1, "--cg", 0, "--candidates", 3, "--keep-all")
 
 
 @pytest.fixture(scope="module")
