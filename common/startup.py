@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Imports make many objects that stay. To look through them for garbage again and again took 0.6 of
 # the demo's 5.2 s (one thread of an AMD EPYC).
+WAS_ENABLED = gc.isenabled()
 gc.disable()
 
 
@@ -19,4 +20,5 @@ def imported(is_command: bool):
     """All is imported. is_command: nothing of it will ever be garbage; a library cannot know."""
     if is_command:
         gc.freeze()
-    gc.enable()
+    if WAS_ENABLED:
+        gc.enable()

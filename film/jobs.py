@@ -426,7 +426,7 @@ def plan_jobs(args):
         # where it is asked for, as it needs what writes outputs, and that these names
         from film import pick
 
-        return pick.pick_all(args)[rank::world]
+        return pick.pick_all(pick.plan_jobs(args)[rank::world], args)
     first = rank == 0
     jobs = []
     for given, target, error in plan_outputs(

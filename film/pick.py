@@ -41,25 +41,28 @@ def read_picks(path: Path | str) -> dict[str, str]:
     return picks
 
 
-def pick_all(args) -> list[Job]:
-    """A Job for each pick of the files that `args.inputs` names, done: its `line` is set."""
+def plan_jobs(args) -> list[tuple[Job, str | None]]:
+    """A Job for each pick of the files that `args.inputs` names, and the file that was picked."""
     jobs = []
-    manifests = {}
     for given in args.inputs:
         try:
-            picks = read_picks(given)
+            jobs += [(Job(Path(video)), name) for video, name in read_picks(given).items()]
         except UserError as error:
-            jobs.append(Job(given))
-            jobs[-1].fail(error)
-            continue
-        for video, name in picks.items():
-            job = Job(Path(video))
-            jobs.append(job)
+            jobs.append((Job(given), None))
+            jobs[-1][0].fail(error)
+    return jobs
+
+
+def pick_all(jobs, args) -> list[Job]:
+    """The Jobs of `plan_jobs`, done: their `line` is set."""
+    manifests = {}
+    for job, name in jobs:
+        if job.line is None:
             try:
                 pick(job, name, args, manifests)
             except UserError as error:
                 job.fail(error)
-    return jobs
+    return [job for job, _ in jobs]
 
 
 def pick(job, name: str, args, manifests: dict):

@@ -139,6 +139,21 @@ def test_every_format_is_picked(capsys, folder, weights, monkeypatch, tmp_path, 
         assert np.abs(heard - soundfile.read(sound)[0][: len(heard)]).max() < 1e-3
 
 
+def test_processes_share_the_picks_out(capsys, folder, tmp_path, monkeypatch):
+    picks = {str(folder / "clip.mp4"): others(folder)[0][0], str(folder / "b.mp4"): "b.foley.0.wav"}
+    (tmp_path / "picks.json").write_text(json.dumps(picks))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    before = (folder / "clip.foley.wav").read_bytes()
+    status, out, err = run(capsys, "--pick", tmp_path / "picks.json")
+    assert status == 1 and not out and len(err) == 1 and "b.mp4: no finished output" in err[0]
+    assert (folder / "clip.foley.wav").read_bytes() == before
+    monkeypatch.setenv("RANK", "0")
+    status, out, err = run(capsys, "--pick", tmp_path / "picks.json")
+    assert status == 0 and len(out) == 1 and not err
+    assert (folder / "clip.foley.wav").read_bytes() != before
+
+
 def test_stems_and_signatures_are_not_lost(capsys, picked, folder, weights, monkeypatch):
     name = others(folder)[0][0]
     # what is signed is signed again, or left alone
