@@ -28,7 +28,6 @@ another rate than it was made with.
 import functools
 import itertools
 import math
-import os
 import sys
 import time
 import warnings
@@ -37,9 +36,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-# Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from common import startup
 
+# isort: split
 import torch
 from torch import Tensor
 
@@ -72,7 +71,7 @@ from film.jobs import (
 from film.outputs import save, write_job
 from film.page import Page
 from film.progress import show_progress
-from film.provenance import WeightSums, make_tags
+from film.provenance import VERSION, WeightSums, make_tags
 from film.redo import Redo, check_stretches, plan_redo, repaint
 from film.windows import (
     LATENT_HOP,
@@ -87,7 +86,8 @@ from film.windows import (
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
-VERSION = "0.2"
+startup.imported(__name__ == "__main__")
+
 PAPER = {"steps": 25, "sampler": "dpm", "schedule": "uniform"}
 FEW = {"steps": 8, "sampler": "unipc", "schedule": "karras"}  # where guidance is distilled
 
@@ -144,7 +144,7 @@ class Settings:
             raise CheckpointError(
                 f"{models.name}: no alignment classifier among these weights; add "
                 "align.safetensors or double_guidance_classifier.ckpt, "
-                "or give cg 0 and one candidate"
+                "or give --cg 0 and --candidates 1"
             )
         # what these weights can be told
         config = models.ldm.config
@@ -507,8 +507,8 @@ class Result:
     sound_tags: dict[str, str] = field(default_factory=dict)  # of the sound alone
     hits: list[Hit] = ()  # told, found, or else heard, in seconds of the source
     settings: Settings = Settings()  # as resolved
-    # candidate -> dB by which it is louder than the model made it
-    gains: dict[int, float] = field(default_factory=dict)
+    # candidate -> its gain, dB over what the model made, and how loud it is
+    levels: dict[int, level.Applied] = field(default_factory=dict)
     redo: Redo | None = None  # where only stretches of a sound were made anew
 
     @property
@@ -534,7 +534,7 @@ class Result:
     @property
     def gain(self):
         """dB by which the sound is louder than the model made it."""
-        return self.gains.get(self.best, 0.0)
+        return level.of(self, self.best).gain
 
 
 def finish(clip, models, settings, mark):
@@ -576,7 +576,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
     with clip.profile("vocoder"):
         if mark:
             wavs = {k: add_watermark(wav, out=wav) for k, wav in wavs.items()}
-        gains = level.apply(wavs, settings)
+        levels = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
     if not models.ldm.config.columns or settings.onsets == "none":
@@ -597,7 +597,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
         tags=make_tags(models, settings, VERSION, mark),
         sound_tags=make_tags(models, settings, VERSION, mark, has_picture=False),
         settings=settings,
-        gains=gains,
+        levels=levels,
         marked=mark,
     )
 
@@ -729,7 +729,9 @@ def open_clip(source, models, settings, start, duration, progress, keep=None):
     with profile("decode"):
         whole = media.probe(source).duration
     if start >= whole:
-        raise MediaError(f"{source}: start {start:g} is past its end, {whole:.2f} s; start earlier")
+        raise MediaError(
+            f"{source}: --start {start:g} is past its end, {whole:.2f} s; start earlier"
+        )
     seconds = min(whole - start, duration or math.inf)
     if settings.as_official:
         from compat import official
@@ -801,7 +803,7 @@ def write_next(results, job, args, settings, models, keep, profile):
     result = next(results)[1]
     if isinstance(result, UserError):
         raise result
-    line = write_job(job, result, args, settings, models, VERSION)
+    line = write_job(job, result, args, settings, models)
     kept.forget(keep[job.given])
     # loading and waiting count once, for the first output
     result.profile.rows = profile.rows | result.profile.rows

@@ -29,6 +29,7 @@ from common.resample import blocks_of
 
 # files beside clips (labels, lists), which need not be opened to know that they are no videos
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
+LARGEST = 2**32 - 2**20  # bytes of sound in a wav, whose sizes have 32 bits: tags take some, too
 SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
 
 
@@ -214,28 +215,42 @@ class CarefulFile(io.FileIO):
         return len(data)
 
 
+def sound_format(suffix: str, samples: int, channels: int, subtype: str) -> str:
+    """What libsndfile calls the kind of file: FLAC, WAV, or beyond 4 GB RF64 (EBU Tech 3306)."""
+    if suffix.lower() == ".flac":
+        return "FLAC"
+    # PCM_16, PCM_U8, FLOAT
+    width = {"FLOAT": 4, "DOUBLE": 8, "PCM_U8": 1}.get(subtype) or int(subtype[4:]) // 8
+    return "RF64" if samples * channels * width > LARGEST else "WAV"
+
+
 def write_sound(
     out: Path | str,
     blocks: Iterable[np.ndarray],
+    samples: int,
     rate: int,
     channels: int,
     tags: dict[str, str] | None = None,
+    subtype: str | None = None,
 ):
     """Write blocks of sound (n, channels) as wav or flac, atomically. Raises FileError.
 
-    At 16 kHz in 16 bits, else in 24. `tags` by the names that both know: title, artist, comment,
-    copyright, software; and xmp.TAG.
+    samples: of all blocks together, a channel; subtype: how libsndfile calls the sample format,
+    None: 16 bits at 16 kHz, else 24. Integers are written as they are. `tags` by the names that
+    both know: title, artist, comment, copyright, software; and xmp.TAG.
     """
-    kind = "FLAC" if Path(out).suffix.lower() == ".flac" else "WAV"
-    bits = "PCM_16" if rate == SAMPLE_RATE else "PCM_24"
+    subtype = subtype or ("PCM_16" if rate == SAMPLE_RATE else "PCM_24")
+    kind = sound_format(Path(out).suffix, samples, channels, subtype)
     with atomic_write(out) as part, CarefulFile(part, "w+") as disk:
-        with soundfile.SoundFile(disk, "w", rate, channels, bits, format=kind) as file:
+        with soundfile.SoundFile(disk, "w", rate, channels, subtype, format=kind) as file:
             tags = dict(tags or {})
             packet = tags.pop(xmp.TAG, None)
             for name, value in tags.items():
                 setattr(file, name, value)
             for block in blocks:
-                file.write(np.clip(block, -1, 1))
+                # only a format of integers has a full scale
+                to_clip = subtype.startswith("PCM") and block.dtype.kind == "f"
+                file.write(np.clip(block, -1, 1) if to_clip else block)
         if packet:
             xmp.embed(disk, packet)
         if disk.refused:
@@ -244,4 +259,5 @@ def write_sound(
 
 def write_wav(out: Path | str, wav, tags: dict[str, str] | None = None):
     """Write mono sound (n,) at 16 kHz as 16-bit wav, atomically: see `write_sound`."""
-    write_sound(out, blocks_of(wav.detach().float().cpu().numpy()), SAMPLE_RATE, 1, tags)
+    blocks = blocks_of(wav.detach().float().cpu().numpy())
+    write_sound(out, blocks, len(wav), SAMPLE_RATE, 1, tags)

@@ -1,7 +1,8 @@
 """Sound a block at a time: neighboring samples beside every block, and other sample rates.
 
 in   blocks of sound, float32 (n, channels), of any lengths
-out  blocks of fixed length with the samples around them; the same sound at a multiple of its rate
+out  blocks of fixed length with the samples around them; the same sound at a multiple of its rate,
+     or a stretch of it at any rate
 
 Memory does not grow with the sound. NumPy alone, so that the child process can use it.
 """
@@ -103,6 +104,27 @@ def upsample(blocks: Iterable[np.ndarray], factor: int) -> Iterator[np.ndarray]:
         fine = stretches(piece, HALF) @ matrix  # (channels, stretches, STRETCH * factor)
         n = (len(piece) - 2 * HALF + 1) * factor
         yield fine.reshape(len(fine), -1)[:, :n].T
+
+
+def resample(wav, first: int, stop: int, up: int, down: int):
+    """Sound (n,) -> its samples `first` to `stop` at up / down times its rate, float64.
+
+    By the filter of `upsample`, as if that had made `up` samples of each and every down-th were
+    taken. Silent outside of the sound.
+    """
+    weights = interpolator(up, band=BAND * min(1.0, up / down)).T  # (up, 2 HALF)
+    # the samples that these depend on
+    low = first * down // up - HALF + 1
+    high = (stop - 1) * down // up + HALF + 1
+    part = np.asarray(wav[max(0, low) : max(0, high)], np.float64)
+    part = np.pad(part, (max(0, -low), high - max(0, low) - len(part)))
+    around = np.lib.stride_tricks.sliding_window_view(part, 2 * HALF)
+    out = []
+    for at in range(first, stop, BLOCK // 8):
+        instants = np.arange(at, min(at + BLOCK // 8, stop)) * down
+        before = instants // up - low - HALF + 1
+        out.append(np.einsum("ij,ij->i", around[before], weights[instants % up]))
+    return np.concatenate(out)
 
 
 @lru_cache

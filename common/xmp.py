@@ -21,6 +21,7 @@ MOST = 2**20  # bytes of a packet that is read
 XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
 CREDENTIALS_BOX = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")
 XMP_CHUNK = b"_PMX"
+UNKNOWN = 2**32 - 1  # what a chunk of RF64 has as its size if 32 bits do not hold it
 CREDENTIALS_CHUNK = b"C2PA"
 CREDENTIALS_TYPE = b"application/c2pa\0"
 FLAC_COMMENTS = 4  # the kind of block in flac
@@ -128,11 +129,16 @@ def iso_boxes(file, end) -> Iterator[Part]:
 
 
 def riff_chunks(file, end) -> Iterator[Part]:
-    """The chunks of a wav or avi, up to the first that cannot be."""
+    """The chunks of a wav, RF64 or avi, up to the first that cannot be."""
     at = 12
+    sound = 0  # bytes of an RF64's sound, which its first chunk says in 64 bits
     while at + 8 <= end:
         file.seek(at)
         name, size = struct.unpack("<4sI", file.read(8))
+        if name == b"ds64":
+            sound = int.from_bytes(file.read(16)[8:], "little")
+        elif name == b"data" and size == UNKNOWN:
+            size = sound
         if at + 8 + size > end:
             return
         yield Part(name, at + 8, size)
@@ -144,7 +150,7 @@ def parts_of(file) -> Iterator[Part]:
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(12)
-    if head[:4] == b"RIFF":
+    if head[:4] in (b"RIFF", b"RF64"):
         yield from riff_chunks(file, end)
     elif head[4:8] in ISO_BOXES:
         yield from iso_boxes(file, end)
@@ -185,13 +191,15 @@ def embed(file, packet: str):
     file.seek(0)
     head = file.read(12)
     end = file.seek(0, io.SEEK_END)
-    if head[:4] == b"RIFF":
+    if head[:4] in (b"RIFF", b"RF64"):
         # chunks begin at even offsets; the file's size is written at its beginning
         padding = b"\0" * (end % 2)
         chunk = XMP_CHUNK + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
         file.write(padding + chunk)
-        file.seek(4)
-        file.write(struct.pack("<I", end + len(padding) + len(chunk) - 8))
+        size = end + len(padding) + len(chunk) - 8
+        # of RF64 in 64 bits, in the chunk that follows
+        file.seek(4 if head[:4] == b"RIFF" else 20)
+        file.write(struct.pack("<I" if head[:4] == b"RIFF" else "<Q", size))
     elif head[4:8] in ISO_BOXES:
         file.write(struct.pack(">I4s", 24 + len(content), b"uuid") + XMP_BOX + content)
     elif head[:4] == b"fLaC":

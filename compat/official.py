@@ -37,22 +37,22 @@ def check(path, models, settings, seconds):
     align = models.align
     if align is None or align.config.unet.context_dim != config.feature_dim or config.unet.aligned:
         raise OfficialError(
-            "as_official is the demo of the published networks; give the weights `official`, "
+            "--as-official is the demo of the published networks; give --weights official, "
             "or a folder with them"
         )
     if settings.sampler == "plms":
         raise OfficialError(
-            "as_official: with PLMS the demo falls through to another sampler, unguided; "
-            "give dpm or ddim"
+            "--as-official: with PLMS the demo falls through to another sampler, unguided; "
+            "give --sampler dpm or ddim"
         )
     if settings.sampler == "ddim" and ddim_times(settings.steps)[-1] == 1000:
         raise OfficialError(
-            f"as_official: with DDIM the demo crashes at {settings.steps} steps; give others"
+            f"--as-official: with DDIM the demo crashes at --steps {settings.steps}; give others"
         )
     if seconds * config.fps < config.frames - 0.5:
         raise OfficialError(
             f"{path}: the official demo crashes under {config.frames / config.fps:g} s; "
-            "leave as_official out"
+            "leave --as-official out"
         )
 
 

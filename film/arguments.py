@@ -32,6 +32,12 @@ def make_parser(script: str, description: str):
         "exit status 3 where one is not",
     )
     p.add_argument(
+        "--pick",
+        action="store_true",
+        help="draw nothing, but give each video the candidate that was picked: INPUT is the "
+        "picks.json that the page of --keep-all --page saves; --out as when they were drawn",
+    )
+    p.add_argument(
         "--out", type=Path, metavar="DIR", help="write there; default: beside each input"
     )
     p.add_argument(
@@ -251,4 +257,7 @@ def check_schedule(schedule, is_solver):
     elif len(schedule) < 2 or not all(0 <= t <= 999 for t in schedule):
         raise ValueError("schedule: give two times or more, from 0 to 999")
     if schedule != "uniform" and not is_solver:
-        raise ValueError("schedule: ddim, plms, redo and as-official have their own; leave it out")
+        raise ValueError(
+            "schedule: --sampler ddim and plms, --redo and --as-official have their own; leave it "
+            "out"
+        )

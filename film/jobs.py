@@ -19,9 +19,11 @@ import torch
 from common import distributed, media
 from common.files import UserError, make_folder
 from common.media import MediaError
+from common.mux import CONTAINERS
 from common.onsets import read_hits
 from film import manifest
-from film.redo import base_name, described, said
+from film.provenance import VERSION
+from film.redo import SOUNDS, base_name, described, said
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Job:
     stamp: dict | None = None  # of the video, before it is read
     hits: list | None = None  # that --onsets gives to it
     record: dict | None = None  # the manifest's line of the outputs that are there
+    begun: bool = False  # whether they were being written when a run ended
     weights: manifest.Weights | None = None
 
     def fail(self, reason):
@@ -44,6 +47,19 @@ class Job:
 def onsets_file(target):
     """NAME.onsets.txt of the output NAME.foley."""
     return Path(f"{str(target).removesuffix('.foley')}.onsets.txt")
+
+
+def sound_suffix(args):
+    """Of the sounds that are written: .wav, or .flac."""
+    return ".flac" if args.format == "flac" else ".wav"
+
+
+def output_file(target, source, args):
+    """NAME.foley.mp4 or what else holds the picture; of the sound alone NAME.foley.wav or .flac."""
+    if args.format in ("wav", "flac"):
+        return Path(f"{target}.{args.format}")
+    suffix = f".{args.format}" if args.format else media.output_suffix(source)
+    return Path(f"{target}{suffix}")
 
 
 def stem_file(target, name, suffix=".wav"):
@@ -84,34 +100,32 @@ def is_video(path):
     return suffix not in media.TEXT_SUFFIXES and media.kind_of(path) == "video"
 
 
-def match(pattern):
-    """The videos that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
+def expand(pattern):
+    """The files that fit a pattern, and those in folders that fit it. `**`, once: at any depth.
 
-    Hidden files fit as in a shell, our own outputs never. Raises MediaError where nothing does.
+    Hidden files fit as in a shell. Raises MediaError for a second `**`.
     """
     parts = Path(pattern).parts
-    videos = []
-    if "**" in parts:
-        place = parts.index("**")
-        rest = Path(*parts[place + 1 :])
-        if "**" in rest.parts:
-            raise MediaError(f"{pattern}: has ** twice; give it once")
-        # media.walk, unlike glob, goes through each linked folder once
-        for folder in sorted(glob.glob(str(Path(*parts[:place])))):
-            for path in media.walk(folder):
-                inside = path.relative_to(folder)
-                # a file fits as it is, or lies in a folder that fits
-                fits = rest == Path() or any(
-                    part.match(str(rest)) for part in (inside, *inside.parents)
-                )
-                if fits and is_video(path):
-                    videos.append(path)
-    else:
+    if "**" not in parts:
         for path in map(Path, sorted(glob.glob(pattern))):
-            if path.is_dir():
-                videos += media.search(path)[0]
-            elif is_video(path):
-                videos.append(path)
+            yield from media.walk(path) if path.is_dir() else [path]
+        return
+    place = parts.index("**")
+    rest = Path(*parts[place + 1 :])
+    if "**" in rest.parts:
+        raise MediaError(f"{pattern}: has ** twice; give it once")
+    # media.walk, unlike glob, goes through each linked folder once
+    for folder in sorted(glob.glob(str(Path(*parts[:place])))):
+        for path in media.walk(folder):
+            inside = path.relative_to(folder)
+            # a file fits as it is, or lies in a folder that fits
+            if rest == Path() or any(part.match(str(rest)) for part in (inside, *inside.parents)):
+                yield path
+
+
+def match(pattern):
+    """The videos that fit a pattern, ours never. Raises MediaError where nothing does."""
+    videos = [path for path in expand(pattern) if is_video(path)]
     if not videos:
         raise MediaError(f"{pattern}: no such file, and as a pattern it fits no video; correct it")
     return videos
@@ -166,7 +180,7 @@ def find_sounds(inputs):
     """Files and folders of --verify: of a pattern all videos and sounds that fit it, ours too.
 
     A name or pattern that fits nothing stays as it is: reading it says so. A list that cannot be
-    read is its MediaError.
+    read, or a pattern that cannot be, is its MediaError.
     """
     found = []
     for given in inputs:
@@ -178,8 +192,10 @@ def find_sounds(inputs):
             continue
         fits = []
         if not os.path.lexists(given) and glob.has_magic(given):
-            paths = map(Path, sorted(glob.glob(given, recursive=True)))
-            fits = [path for path in paths if path.is_dir() or media.kind_of(path)]
+            try:
+                fits = [path for path in expand(given) if media.kind_of(path)]
+            except MediaError as error:
+                fits = [error]
         found += fits or [Path(given)]
     return found
 
@@ -278,44 +294,107 @@ def look_up(job, args):
     # hits are there to be edited; only another such file would take their place
     if not args.write_onsets:
         files.pop(onsets_file(job.target), None)
+    # sounds that were redone are kept for the user, who may not want them
+    before = f"{job.target.name}.before"
+    files = {path: entry for path, entry in files.items() if not path.name.startswith(before)}
     there = {path: entry for path, entry in files.items() if path.is_file()}
     for path, entry in there.items():
         if not manifest.is_same(path, entry):
-            job.fail(f"{path}: was changed since it was written; move it, or give --overwrite")
+            # redoing takes a sound as it is, whoever changed it
+            if not args.redo:
+                job.fail(f"{path}: was changed since it was written; move it, or give --overwrite")
             return
     # the cheapest first
-    finished = len(there) == len(files) and manifest.is_same(job.given, job.record["input"])
+    finished = len(there) == len(files) and is_input(job.given, job.record, there)
     # somebody's work, which a run of the whole folder would undo, is kept whatever its settings
-    redone = job.record["settings"].get("redo")
+    redone = not args.redo and job.record["settings"].get("redo")
     same = redone or (
-        manifest.same_settings(job.record, args, hits_file_of(job, args))
+        job.record.get("version") == VERSION
+        and manifest.same_settings(job.record, args, hits_file_of(job, args))
         and job.weights.made(job.record)
     )
     if finished and same:
-        paths = {name: str(folder / path) for name, path in job.record["paths"].items()}
-        job.line = {"input": str(job.given), **paths, "kept": True, **job.record["result"]}
+        job.line = kept_line(job.given, folder, job.record)
         if redone:
             job.line["redone"] = described(redone)
 
 
+def is_input(video, record, files):
+    """Whether outputs, whose unchanged files are given, were made of this video as it is."""
+    # an output that was redone in its place is what the next run is given
+    replaced = Path(video).resolve() in {path.resolve() for path in files}
+    return replaced or manifest.is_same(Path(video), record["input"])
+
+
+def kept_line(video, folder, record):
+    """--json's line of an output that is left as it is."""
+    paths = {name: str(folder / path) for name, path in record["paths"].items()}
+    line = {"input": str(video), **paths, "kept": True, **record["result"]}
+    if record.get("candidates"):
+        line["candidates"] = [
+            {"wav": str(folder / one["wav"]), "score": one["score"]} for one in record["candidates"]
+        ]
+    return line
+
+
+def refuse_foreign(job, args, made):
+    """Fails a job that would write over a file that is not ours, or that was edited since.
+
+    made: fingerprints of the files that the manifest's lines say we made, by name.
+    """
+    folder = job.target.parent
+    # what holds the picture is asked of FFmpeg, so only where there is something to lose
+    paths = []
+    if any(Path(f"{job.target}{suffix}").is_file() for suffix in (*CONTAINERS, *SOUNDS)):
+        with suppress(MediaError):  # drawing says what is wrong with the source
+            paths.append(output_file(job.target, job.given, args))
+    if args.redo:
+        # it keeps the sound that it replaces, and may replace the video that it is given
+        paths = [path for path in paths if path.resolve() != job.given.resolve()]
+        paths = [path for path in paths if path.suffix not in SOUNDS]
+    else:
+        paths.append(Path(f"{job.target}{sound_suffix(args)}"))
+        if args.keep_all:
+            paths += [Path(f"{job.target}.{k}{sound_suffix(args)}") for k in range(args.candidates)]
+        if args.plot:
+            paths.append(Path(f"{job.target}.png"))
+    for path in filter(Path.is_file, paths):
+        entries = made.get(manifest.relative(path, folder), ())
+        if any(manifest.is_same(path, entry) for entry in entries):
+            continue
+        reason = "was changed since it was written"
+        if not entries:
+            reason = f"is there already, and no line of {manifest.NAME} says that it is ours"
+        job.fail(f"{path}: {reason}; move it, or give --overwrite")
+        return
+
+
 def compare(jobs, args, verbose):
     """Compares what is to be made with the manifests of what is there."""
-    records = {}
+    folders = {}
     weights = manifest.Weights(args.weights)
     for job in jobs:
         # drawing it says what is wrong with what is no file
         if job.line is not None or not job.given.is_file():
             continue
         folder = job.target.parent
-        if folder not in records:
-            records[folder] = manifest.read(folder, verbose)
-            weights.learn(records[folder].values())
+        if folder not in folders:
+            folders[folder] = manifest.read(folder, verbose)
+            records = folders[folder][0].values()
+            weights.learn(record for record in records if "replacing" not in record)
+        records, made = folders[folder]
         job.weights = weights
         job.stamp = manifest.stamp(job.given)
-        job.record = records[folder].get(job.target.name)
-        # what is redone is what is there, whatever it was made with
-        if job.record and not (args.overwrite or args.redo):
+        record = records.get(job.target.name, {"replacing": False})
+        job.begun = record.get("replacing", False)
+        job.record = None if "replacing" in record else record
+        if args.overwrite:
+            continue
+        if job.record:
             look_up(job, args)
+        # what a run that was killed left there is ours, in whatever state
+        if job.line is None and not job.begun and manifest.can_write(folder):
+            refuse_foreign(job, args, made)
 
 
 def check_folders(jobs):
@@ -343,6 +422,11 @@ def plan_jobs(args):
     rank, world = join(args.device)
     if args.out:
         make_folder(args.out)
+    if args.pick:
+        # where it is asked for, as it needs what writes outputs, and that these names
+        from film import pick
+
+        return pick.pick_all(pick.plan_jobs(args)[rank::world], args)
     first = rank == 0
     jobs = []
     for given, target, error in plan_outputs(
@@ -379,8 +463,7 @@ def check_onsets(jobs, args, settings, models):
             except UserError as fault:
                 job.fail(fault)
         # films have mixes of such names already
-        suffix = ".flac" if args.format == "flac" else ".wav"
-        if args.stems and (foreign := foreign_stem(job.target, suffix)):
+        if args.stems and (foreign := foreign_stem(job.target, sound_suffix(args))):
             job.fail(f"{foreign}: is there already and not ours; move it, or leave --stems out")
         # only what we wrote and nobody edited
         path = onsets_file(job.target)
@@ -399,6 +482,8 @@ def describe(line):
         return f"{line['output']}  kept ({reason})"
     if line.get("kept"):
         return f"{line['output']}  kept (same settings; --overwrite draws it again)"
+    if "picked" in line:
+        return f"{line['output']}  has the sound of {line['picked']}"
     return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}{said(line)}"
 
 

@@ -5,6 +5,7 @@ out  the gain that makes it so, in dB, which stands in the tags of what is writt
 """
 
 import math
+from typing import NamedTuple
 
 from common import cli
 from common.audio import SAMPLE_RATE
@@ -18,6 +19,13 @@ AIM = CEILING - 0.1
 MOST_BOOST = 20.0  # dB: more would be the noise of a sound that is all but silent
 RATES = (SAMPLE_RATE, 3 * SAMPLE_RATE)
 LAYOUTS = {"mono": 1, "stereo": 2}  # and their channels
+
+
+class Applied(NamedTuple):
+    """What was done to a generated sound."""
+
+    gain: float = 0.0  # dB
+    level: loudness.Level | None = None  # how loud it then is, 16 kHz mono; None: nobody measured
 
 
 def add_arguments(g):
@@ -85,29 +93,38 @@ def down(decibels):
     return math.floor(100 * decibels) / 100
 
 
-def gain_to(wav, settings):
-    """The gain in dB that sets a sound (n,) to the loudness of the settings, in their layout.
+def apply_one(wav, settings) -> Applied:
+    """Sets a sound (n,), in place, to the loudness of the settings, in their layout.
 
     One constant gain: less where the true peak would be too high, and 0 for silence. As the
     official demo has it, the sound is left alone.
     """
     if settings.lufs is None or settings.as_official:
-        return 0.0
+        return Applied()
     level = loudness.measure(blocks_of(wav.numpy()), SAMPLE_RATE)
     if level.loudness == -math.inf:
-        return 0.0
-    # the same in two channels counts twice
-    now = level.loudness + 10 * math.log10(LAYOUTS[settings.layout])
-    return down(min(settings.lufs - now, MOST_BOOST, AIM - level.true_peak))
+        return Applied(0.0, level)
+    now = in_layout(level, settings)
+    gain = down(min(settings.lufs - now.loudness, MOST_BOOST, AIM - now.true_peak))
+    if gain:
+        wav *= 10 ** (gain / 20)
+    return Applied(gain, loudness.Level(*(value + gain for value in level)))
 
 
-def apply(wavs, settings):
-    """Sets sounds by candidate, in place, to the loudness of the settings; -> gains in dB."""
-    gains = {k: gain_to(wav, settings) for k, wav in wavs.items()}
-    for k, wav in wavs.items():
-        if gains[k]:
-            wav *= 10 ** (gains[k] / 20)
-    return gains
+def apply(wavs, settings) -> dict[int, Applied]:
+    """`apply_one` of sounds by candidate."""
+    return {k: apply_one(wav, settings) for k, wav in wavs.items()}
+
+
+def of(result, k) -> Applied:
+    """What was done to candidate k of a Result."""
+    return result.levels.get(k, Applied())
+
+
+def in_layout(level, settings):
+    """The Level of a mono sound in all channels of the settings' layout: each counts."""
+    more = 10 * math.log10(LAYOUTS[settings.layout])
+    return level._replace(loudness=level.loudness + more)
 
 
 def with_gain(tags, gain):

@@ -7,6 +7,7 @@ out  one line of JSON for each in the manifest.jsonl of their folder, and whethe
     {"target": "clip.foley", "paths": {"output": "clip.foley.mp4", "wav": "clip.foley.wav"},
      "result": {"seconds": 8.0, "windows": 1, "seed": 0, "score": -0.1},
      "files": {"clip.foley.mp4": {"size": ..., "mtime_ns": ..., "sha256": ...}, ...},
+     "candidates": [{"wav": "clip.foley.0.wav", "score": -0.1}, ...],
      "input": {"path": "clip.mp4", "size": ..., "mtime_ns": ..., "sha256": ...},
      "weights": {"name": "mini", "folder": ..., "files": {"ldm.safetensors": {...}, ...}},
      "settings": {"seed": 0, "cfg": 2.5, ...}, "left_open": ["cfg", "cg", "onsets"],
@@ -14,8 +15,10 @@ out  one line of JSON for each in the manifest.jsonl of their folder, and whethe
 
 Of several lines with one target the last holds. Paths are relative to the manifest where they lie
 below its folder. `settings` has every argument that changes what is written, hits of a file one by
-one; those in `left_open` were not given but chosen by the weights. A line with "replacing" says
-that the outputs were about to be replaced: after a crash nobody knows which of them are there.
+one; those in `left_open` were not given but chosen by the weights. `candidates` are the sounds that
+--keep-all wrote, with their scores; `picked` is the one among them that --pick took. A line with
+"replacing": true says that outputs are about to be written: after a crash nobody knows which are
+there; with false that writing them failed and none are.
 """
 
 import json
@@ -29,6 +32,7 @@ from pathlib import Path
 from common.files import FileError, UserError, sha256
 from common.onsets import read_hits
 from compat import hub
+from film.provenance import VERSION
 
 try:
     import fcntl
@@ -38,7 +42,7 @@ except ImportError:  # Windows
 NAME = "manifest.jsonl"
 # arguments that change nothing in the files of one output; all others count, new ones too
 IRRELEVANT = {
-    *("inputs", "out", "overwrite", "verify", "page", "signer"),
+    *("inputs", "out", "overwrite", "verify", "pick", "page", "signer"),
     *("weights",),  # their sums are compared instead
     *("device", "kernels", "batch", "verbose", "json", "profile"),
 }
@@ -131,7 +135,11 @@ def plain(value):
 
 def asked(args) -> dict:
     """The arguments that change what is written, as given."""
-    return {name: plain(value) for name, value in vars(args).items() if name not in IRRELEVANT}
+    given = {name: plain(value) for name, value in vars(args).items() if name not in IRRELEVANT}
+    # redoing has a sampler of its own, whatever is given
+    if given.get("redo"):
+        given |= {"sampler": "ddim", "schedule": "uniform"}
+    return given
 
 
 def is_off(value):
@@ -169,33 +177,36 @@ def known_hits(path, hits):
 # ---- the manifest --------------------------------------------------------------------------------
 
 
-def read(folder: Path, verbose: bool = True) -> dict:
-    """{target: its newest line} of a folder; {} without a manifest.
+def read(folder: Path, verbose: bool = True) -> tuple[dict, dict]:
+    """{target: its newest line} of a folder, and {file: [its fingerprint]} of all its lines.
 
-    Damaged lines are left out; verbose: and named on stderr.
+    Both are empty without a manifest. Damaged lines are left out; verbose: and named on stderr.
     """
     path = folder / NAME
+    records = {}
+    made = {}
     try:
         lines = path.read_text("utf-8", "replace").split("\n")
     except OSError:
-        return {}
-    records = {}
+        return records, made
     for number, text in enumerate(lines, 1):
         try:
             record = json.loads(text)
             check(record)
             records[record["target"]] = record
+            for name, entry in record.get("files", {}).items():
+                made.setdefault(name, []).append(entry)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             # a crash, or a process that is writing it now, leaves half of the last line
             if verbose and text and number < len(lines):
                 print(f"sample.py: {path}: line {number} is damaged, left out", file=sys.stderr)
-    return {target: r for target, r in records.items() if not r.get("replacing")}
+    return records, made
 
 
 def check(record):
     """Raises KeyError, TypeError, AttributeError or ValueError for what `add` did not write."""
     {record["target"]: None}  # what cannot be a key is no name
-    if record.get("replacing"):
+    if "replacing" in record:
         return
     files = [*record["files"].values(), *record["weights"]["files"].values(), record["input"]]
     for entry in files:
@@ -207,6 +218,10 @@ def check(record):
             raise TypeError(name)
     record["paths"]["output"]
     record["weights"]["folder"]
+    for candidate in record.get("candidates", ()):
+        if not isinstance(candidate["wav"], str):
+            raise TypeError("candidates")
+        candidate["score"]
 
 
 def append(folder: Path, record: dict):
@@ -245,7 +260,7 @@ def relative(path: Path | str, folder: Path) -> str:
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def add(job, line: dict, written: list, args, settings, models, version: str):
+def add(job, line: dict, written: list, args, settings, models):
     """Append the line of an output that has just been written.
 
     line: --json's of it; written: its files; settings: resolved. Raises FileError.
@@ -260,6 +275,10 @@ def add(job, line: dict, written: list, args, settings, models, version: str):
     source = {"path": relative(job.given, folder), **fingerprint(job.given, job.stamp)}
     job.weights.take(models.sums)
     weights = {"name": models.name, "folder": job.weights.folder, "files": job.weights.sums()}
+    candidates = [
+        {"wav": relative(one["wav"], folder), "score": one["score"]}
+        for one in line.get("candidates", ())
+    ]
     append(
         folder,
         {
@@ -267,12 +286,13 @@ def add(job, line: dict, written: list, args, settings, models, version: str):
             "paths": {k: relative(v, folder) for k, v in line.items() if v in paths},
             "result": {k: line[k] for k in RESULT if k in line},
             "files": {relative(path, folder): fingerprint(Path(path)) for path in paths},
+            "candidates": candidates,
             "input": source,
             "weights": weights,
             "settings": used,
             "left_open": [k for k in used if given.get(k) is None and used[k] is not None],
             "device": models.device,
             "dtype": str(next(models.ldm.parameters()).dtype).removeprefix("torch."),
-            "version": version,
+            "version": VERSION,
         },
     )

@@ -39,6 +39,7 @@ class Sound:
     """The sound of one file."""
 
     blocks: Callable[[], Iterable[np.ndarray]]  # (n, channels), from the beginning at every call
+    samples: int  # of a channel
     rate: int
     channels: int
     gain: float  # dB by which the generated sound in it is louder than the model made it
@@ -58,11 +59,20 @@ class Sound:
         )
 
 
-def finished(blocks, settings, gain):
-    """A Sound of these blocks, with a true peak of at most AIM; the official demo's as it is."""
+def finished(blocks, result, k, known=None):
+    """A Sound of these blocks, with a true peak of at most AIM; the official demo's as it is.
+
+    known: its Level, where it was measured already.
+    """
+    settings = result.settings
     rate = settings.rate
     sound = Sound(
-        blocks, rate, level.LAYOUTS[settings.layout], gain, loudness.measure(blocks(), rate)
+        blocks,
+        len(result.wav) * rate // SAMPLE_RATE,
+        rate,
+        level.LAYOUTS[settings.layout],
+        level.of(result, k).gain,
+        known or loudness.measure(blocks(), rate),
     )
     excess = sound.level.true_peak - level.AIM
     official_alone = settings.as_official and settings.keep_audio is None
@@ -78,10 +88,13 @@ def foley_blocks(wav, settings):
 
 def foley(result, k):
     """Candidate k alone, as a Sound."""
-    wav = result.wavs[k]
-    return finished(
-        lambda: foley_blocks(wav, result.settings), result.settings, result.gains.get(k, 0.0)
-    )
+    known = level.of(result, k).level
+    # at another rate filters and peaks are a little other
+    if known is not None and result.settings.rate == SAMPLE_RATE:
+        known = level.in_layout(known, result.settings)
+    else:
+        known = None
+    return finished(partial(foley_blocks, result.wavs[k], result.settings), result, k, known)
 
 
 # ---- the clip's own sound ----------------------------------------------------------------------
@@ -108,6 +121,7 @@ class Own:
 
     path: Path  # as it is
     marked: Path  # as it is mixed in: with the watermark, unless nothing has it
+    samples: int  # of a channel
     scale: np.float32  # that keeps it in [-1, 1]: decoded lossy sound may exceed it
     channels: int
 
@@ -129,7 +143,8 @@ def own_sound(result, folder):
         seconds = len(result.wav) / SAMPLE_RATE
         form = settings.rate, channels
         peak = media.spool_audio(result.source, path, result.start, seconds, *form)
-        own = Own(path, with_mark, np.float32(1 / max(1.0, peak)), channels)
+        samples = path.stat().st_size // (4 * channels)
+        own = Own(path, with_mark, samples, np.float32(1 / max(1.0, peak)), channels)
         # once, as every measurement and every file reads it again
         if settings.keep_audio is not None:
             mark = result.marked
@@ -215,8 +230,7 @@ def mix(result, own, k):
     """What is written of candidate k: with the clip's own sound if that was asked for."""
     if own is None or result.settings.keep_audio is None:
         return foley(result, k)
-    blocks = partial(mix_blocks, result, own, k)
-    mixed = finished(blocks, result.settings, result.gains.get(k, 0.0))
+    mixed = finished(partial(mix_blocks, result, own, k), result, k)
     return replace(mixed, has_own=True)
 
 
@@ -231,7 +245,7 @@ def redone(result, k):
         for at in range(0, len(sound.samples), BLOCK):
             yield (sound.samples[at : at + BLOCK] / sound.full_scale).astype(np.float32)
 
-    channels = sound.samples.shape[1]
+    form = len(sound.samples), sound.rate, sound.samples.shape[1]
     measured = loudness.measure(blocks(), sound.rate)
     has_own = result.redo.has_own or result.settings.keep_audio is not None
-    return Sound(blocks, sound.rate, channels, 0.0, measured, has_own, sound)
+    return Sound(blocks, *form, 0.0, measured, has_own, sound)

@@ -13,11 +13,11 @@ from pathlib import Path
 import data
 from common import audio, media, plots, xmp
 from common.audio import SAMPLE_RATE
-from common.files import FileError, atomic_write, scratch_file, written
+from common.files import FileError, UserError, atomic_write, scratch_file, written
 from common.media import MediaError
 from common.onsets import write_hits
 from film import manifest, redo
-from film.jobs import onsets_file, stem_file
+from film.jobs import onsets_file, output_file, sound_suffix, stem_file
 from film.level import CEILING, down, with_gain
 from film.mix import foley, mix, own_sound, redone, write_blocks
 from film.provenance import with_source_type
@@ -45,35 +45,35 @@ def plot(path, result, count=12):
 # ---- one file ----------------------------------------------------------------------------------
 
 
-def write_video(result, sound, path, keep_tracks=False):
-    """The picture with a Sound, which is made quieter until the encoded one keeps to CEILING.
+def write_video(
+    source, sound, path, tags, start=0.0, duration=None, keep_tracks=False, as_official=False
+):
+    """The picture of `source` with a Sound, made quieter until the encoded one keeps to CEILING.
 
-    -> the Sound that was written.
+    The official demo's sound is left alone. -> the Sound that was written.
     """
     suffix = Path(path).suffix.lower()
     form = sound.rate, sound.channels
     with scratch_file(Path(path).parent) as spool:
         while True:
             write_blocks(spool, sound.blocks())
-            # the official demo's sound is left alone
-            if suffix not in LOSSY or result.settings.as_official:
+            if suffix not in LOSSY or as_official:
                 break
             args = (spool, suffix, *form)
-            peak = media.in_child(result.source, "film.encoding", "encoded_peak", *args)
+            peak = media.in_child(source, "film.encoding", "encoded_peak", *args)
             if peak <= CEILING:
                 break
             sound = sound.louder(down(CEILING - 0.05 - peak))
-        media.write_video(
-            result.source,
-            spool,
-            path,
-            with_gain(result.tags, sound.gain),
-            result.start,
-            result.duration,
-            keep_tracks,
-            *form,
-        )
+        tags = with_gain(tags, sound.gain)
+        media.write_video(source, spool, path, tags, start, duration, keep_tracks, *form)
     return sound
+
+
+def write_film(result, sound, path, keep_tracks=False):
+    """`write_video` of a Result."""
+    cut = result.start, result.duration
+    official = result.settings.as_official
+    return write_video(result.source, sound, path, result.tags, *cut, keep_tracks, official)
 
 
 def sound_tags(result, sound):
@@ -84,12 +84,12 @@ def sound_tags(result, sound):
 def write(result, sound, path, keep_tracks=False):
     """A Sound as the path's suffix says: alone, or with the picture. -> the Sound as written."""
     if Path(path).suffix.lower() not in SOUNDS:
-        return write_video(result, sound, path, keep_tracks)
+        return write_film(result, sound, path, keep_tracks)
     tags = sound_tags(result, sound)
     if sound.exact is not None and sound.exact.fits(Path(path).suffix.lower()):
         sound.exact.write(path, tags)
         return sound
-    media.write_sound(path, sound.blocks(), sound.rate, sound.channels, tags)
+    media.write_sound(path, sound.blocks(), sound.samples, sound.rate, sound.channels, tags)
     return sound
 
 
@@ -118,20 +118,29 @@ def sound_of(result, own, k):
 
 def sounds_of(result, target, suffix, own, stems, keep_all):
     """-> the Sound of the video, {path: Sound} of the files beside it, --json's candidates."""
-    best = sound_of(result, own, result.best)
+    # each is measured when it is made
+    made = {k: sound_of(result, own, k) for k in (result.wavs if keep_all else [result.best])}
+    best = made[result.best]
     sounds = {f"{target}{suffix}": best}
     if stems:
         sounds = {
-            f"{target}{suffix}": foley(result, result.best),
+            f"{target}{suffix}": foley(result, result.best) if best.has_own else best,
             stem_file(target, "mix", suffix): best,
         }
     candidates = []
     if keep_all:
-        for k in result.wavs:
+        for k, sound in made.items():
             path = f"{target}.{k}{suffix}"
-            sounds[path] = sound_of(result, own, k)
+            sounds[path] = sound
             candidates.append({"wav": path, "score": result.scores[k]})
     return best, sounds, candidates
+
+
+def level_of(sound):
+    """What --json says of how loud a sound is."""
+    lufs = sound.level.loudness
+    lufs = round(lufs, 2) if math.isfinite(lufs) else None
+    return {"gain": round(sound.gain, 2), "lufs": lufs}
 
 
 def explain(result, args):
@@ -163,10 +172,8 @@ def sign(signer, part, target, tags, source=None):
 
 def write_outputs(result, target, args):
     """All files of one input, or none. `target`: the output without its suffix. -> --json's line"""
-    suffix = ".flac" if args.format == "flac" else ".wav"
-    alone = args.format in ("wav", "flac")
-    video = f".{args.format}" if args.format else media.output_suffix(result.source)
-    output = f"{target}{suffix if alone else video}"
+    suffix = sound_suffix(args)
+    output = str(output_file(target, result.source, args))
     # all under temporary names first, so that a full disk leaves none of them
     with ExitStack() as stack:
         with result.profile("writing"):
@@ -174,9 +181,9 @@ def write_outputs(result, target, args):
             best, sounds, candidates = sounds_of(
                 result, target, suffix, own, args.stems, args.keep_all
             )
-            if not alone:
+            if output not in sounds:
                 part = stack.enter_context(atomic_write(output))
-                best = write_video(result, best, part, args.keep_tracks)
+                best = write_film(result, best, part, args.keep_tracks)
                 sign(args.signer, part, output, result.tags, result.source)
             before = redo.keep_before(result, target, output, suffix, stack)
             for path, sound in sounds.items():
@@ -185,7 +192,7 @@ def write_outputs(result, target, args):
                 sign(args.signer, part, path, sound_tags(result, sound))
             if args.stems and own is not None:
                 part = stack.enter_context(atomic_write(stem_file(target, "own", suffix)))
-                form = result.settings.rate, own.channels
+                form = own.samples, result.settings.rate, own.channels
                 media.write_sound(part, own.blocks(), *form, OWN)
             if args.write_onsets:
                 write_hits(stack.enter_context(atomic_write(onsets_file(target))), result.hits)
@@ -201,8 +208,7 @@ def write_outputs(result, target, args):
         "windows": len(result.starts),
         "seed": args.seed,
         "score": result.scores[result.best],
-        "gain": round(best.gain, 2),
-        "lufs": round(best.level.loudness, 2) if math.isfinite(best.level.loudness) else None,
+        **level_of(best),
     }
     if args.write_onsets:
         line["onsets"] = str(onsets_file(target))
@@ -213,19 +219,25 @@ def write_outputs(result, target, args):
     return line
 
 
-def write_job(job, result, args, settings, models, version):
+def write_job(job, result, args, settings, models):
     """`write_outputs`, and their line in the manifest; settings: resolved. -> --json's line"""
-    # from here on the line of the files that are there may be wrong; a crash must not leave it so
-    if job.record is not None:
-        manifest.append(job.target.parent, {"target": job.target.name, "replacing": True})
-    with written() as paths:
-        line = write_outputs(result, job.target, args)
     # of what is no plain file nothing can be said
     if job.weights is None:
-        return line
+        return write_outputs(result, job.target, args)
+    folder = job.target.parent
+    # from here on the files that are there may be others than a line says; a crash must not leave
+    # it so
+    manifest.append(folder, {"target": job.target.name, "replacing": True})
+    try:
+        with written() as paths:
+            line = write_outputs(result, job.target, args)
+    except UserError:
+        with suppress(FileError):
+            manifest.append(folder, job.record or {"target": job.target.name, "replacing": False})
+        raise
     try:
         with result.profile("writing"):
-            manifest.add(job, line, paths, args, settings, models, version)
+            manifest.add(job, line, paths, args, settings, models)
     except FileError as error:
         print(f"sample.py: {error}; {line['output']} will be drawn again", file=sys.stderr)
     return line

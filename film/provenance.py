@@ -14,6 +14,7 @@ from threading import Thread
 from common import watermark, xmp
 from common.files import sha256
 
+VERSION = "0.2"  # of this program
 # https://cv.iptc.org/newscodes/digitalsourcetype/: the names of its terms begin with http
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 COMPOSITE = "compositeWithTrainedAlgorithmicMedia"  # a real picture or sound is in it

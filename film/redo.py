@@ -13,7 +13,6 @@ the cross-fade the level then does not dip (docs/directing.md).
 
 import argparse
 import glob
-import io
 import math
 import os
 import re
@@ -29,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import audio, media, watermark, xmp
+from common import audio, media, watermark
 from common.audio import HOP, SAMPLE_RATE, WINDOW
-from common.files import atomic_write, write_bytes
+from common.files import atomic_write
 from common.media import MediaError
+from common.resample import blocks_of, resample
 from diffusion import ALPHAS_CUMPROD, ddim_step, descending_pairs
 from film import loudness
 from film.level import AIM
@@ -84,7 +84,7 @@ def check_stretches(stretches, as_official: bool = False):
     if not stretches:
         return
     if as_official:
-        raise ValueError("redo: is nothing that the official demo does; leave as-official out")
+        raise ValueError("redo: is nothing that the official demo does; leave --as-official out")
     try:
         stretches = sorted((float(a), float(b)) for a, b in stretches)
     except (TypeError, ValueError):
@@ -218,17 +218,21 @@ class Sound:
         # the samples of this rate between a and b
         first = math.ceil(a * self.rate / SAMPLE_RATE)
         stop = min(len(self.samples), math.ceil(b * self.rate / SAMPLE_RATE))
-        new = resampled(wav, first, stop, self.rate)
+        divisor = math.gcd(self.rate, SAMPLE_RATE)
+        ratio = self.rate // divisor, SAMPLE_RATE // divisor
+        new = wav[first:stop].double().numpy()
+        if self.rate != SAMPLE_RATE:
+            new = resample(wav.numpy(), first, stop, *ratio)
         # in samples at 16 kHz
         times = (torch.arange(first, stop, dtype=torch.float64) + 0.5) * SAMPLE_RATE / self.rate
         end = math.inf if stop == len(self.samples) else b
         share = share_of_new(times, a, end).numpy()[:, None]
         # cross-faded, it is no louder than any sound that we make
-        faded = (share * new.numpy()[:, None]).astype(np.float32)
+        faded = (share * new[:, None]).astype(np.float32)
         peak = loudness.measure([faded], self.rate).true_peak
         new = new * 10 ** (min(0.0, AIM - peak) / 20)
         old = self.samples[first:stop].astype(np.float64)
-        mixed = old + share * (new.numpy()[:, None] * self.full_scale - old)
+        mixed = old + share * (new[:, None] * self.full_scale - old)
         if self.samples.dtype.kind == "i":
             limits = np.iinfo(self.samples.dtype)
             mixed = mixed.round().clip(limits.min, limits.max)
@@ -242,20 +246,8 @@ class Sound:
 
     def write(self, path, tags=None):
         """As wav or flac, atomically. Raises FileError."""
-        kind = "FLAC" if Path(path).suffix.lower() == ".flac" else "WAV"
-        memory = io.BytesIO()
-        channels = self.samples.shape[1]
-        with soundfile.SoundFile(
-            memory, "w", self.rate, channels, self.subtype, format=kind
-        ) as file:
-            tags = dict(tags or {})
-            packet = tags.pop(xmp.TAG, None)
-            for name, value in tags.items():
-                setattr(file, name, value)
-            file.write(self.samples)
-        if packet:
-            xmp.embed(memory, packet)
-        write_bytes(path, memory.getvalue())
+        form = len(self.samples), self.rate, self.samples.shape[1]
+        media.write_sound(path, blocks_of(self.samples), *form, tags, self.subtype)
 
 
 def share_of_new(times, a: int, b: float):
@@ -267,28 +259,6 @@ def share_of_new(times, a: int, b: float):
     rise = torch.ones_like(times) if a == 0 else (times - a) / FADE
     fall = (b - times) / FADE
     return 0.5 - 0.5 * (math.pi * torch.minimum(rise, fall).clamp(0, 1)).cos()
-
-
-def resampled(wav, first: int, stop: int, rate: int):
-    """16 kHz sound (n,) -> its samples `first` to `stop` at another rate, float64.
-
-    A windowed sinc, 32 zeros long on either side.
-    """
-    if rate == SAMPLE_RATE:
-        return wav[first:stop].double()
-    reach = 32
-    cutoff = min(1.0, 0.95 * rate / SAMPLE_RATE)
-    padded = F.pad(wav.double(), (reach - 1, reach + 1 + SAMPLE_RATE // rate))
-    pieces = []
-    # a second at a time, since every sample is a sum of 64
-    for at in range(first, stop, rate):
-        times = torch.arange(at, min(at + rate, stop), dtype=torch.float64) * SAMPLE_RATE / rate
-        before = times.floor().long()
-        index = before[:, None] + torch.arange(2 * reach)  # in `padded`: the first tap of each
-        x = times[:, None] - (index - reach + 1)
-        taps = cutoff * torch.sinc(cutoff * x) * (0.5 + 0.5 * (math.pi * x / (reach + 1)).cos())
-        pieces.append((taps * padded[index.clamp(max=len(padded) - 1)]).sum(1))
-    return torch.cat(pieces)
 
 
 def base_name(video):
@@ -365,7 +335,9 @@ class Redo:
     def open(cls, clip, settings):
         """Of a `sample.Clip`. Raises MediaError, and ValueError for what cannot be redone."""
         if clip.start or clip.duration is not None:
-            raise ValueError("redo: counts seconds of the whole picture; give no start or duration")
+            raise ValueError(
+                "redo: counts seconds of the whole picture; leave --start and --duration out"
+            )
         check_end(settings.redo, clip.seconds, clip.source)
         path = Path(settings.redo_of or find_sound(clip.source))
         with clip.profile("decode"):

@@ -216,7 +216,7 @@ class Spectrogram:
             group = [j for j in wanted if j >= k and j not in self.mels][: self.batch]
             mels = self.decode(torch.stack([self.latents[j] for j in group])).float().cpu()
             if not mels.isfinite().all():
-                raise UserError(f"{self.name}: the sampler diverged; give smaller cfg or cg")
+                raise UserError(f"{self.name}: the sampler diverged; give smaller --cfg or --cg")
             self.mels.update(zip(group, mels, strict=True))
             # the oldest go
             for old in list(self.mels)[: max(0, len(self.mels) - max(KEPT, self.batch))]:

@@ -1,15 +1,15 @@
-"""The same state before every test and fixture, whatever ran before; and which tests are fast."""
+"""The same state before every test and fixture, whatever ran before; which tests are fast; and tiny
+models for all."""
 
-import os
 import random
 
 import numpy as np
 import pytest
 
 # Of several processes on few cores, those that wait must sleep, not spin: two ranks beside other
-# busy processes took 15 minutes instead of one. Read when torch is loaded, which therefore comes
-# later, and by the processes that tests start.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# busy processes took 15 minutes instead of one. Torch, which therefore comes later, and the
+# processes that tests start read what this sets.
+from common import startup
 
 # `python -m pytest -m fast` runs the tests of these files in under a minute, but for those named,
 # which take a second or more each. `tests/test_layers.py` checks the names.
@@ -35,6 +35,7 @@ FAST = {
         "test_bfloat16_stages",
         "test_time_embedding",
         "test_unet",
+        "test_cavp_temperature",
         "test_cavp_video",
         "test_cavp_audio",
         "test_autoencoder_encode",
@@ -48,7 +49,13 @@ FAST = {
     ),
     # sound
     "test_audio": ("test_griffin_lim_in_chunks_is_the_textbook_one",),
-    "test_foley": ("test_interrupt_leaves_complete_clips_only",),
+    "test_foley": (
+        "test_clips_are_those_of_the_shipped_set",
+        "test_clips_are_those_of_the_shipped_set_bit_for_bit",
+        "test_files_do_not_depend_on_the_workers",
+        "test_real_rates_are_those_of_films_of_impacts",
+        "test_interrupt_leaves_complete_clips_only",
+    ),
     "test_judge": ("test_it_learns_and_loads",),
     "test_watermark": (
         "test_it_is_as_long_and_seldom_louder_or_softer_by_more_than_a_decibel",
@@ -74,6 +81,7 @@ FAST = {
     "test_redo": (
         "test_an_output_is_redone_and_the_rest_stays",
         "test_without_an_output_it_is_the_clips_own_sound",
+        "test_a_stem_is_not_redone_in_place_of_the_mix",
         "test_the_joints_of_the_shipped_model_are_no_clicks",
     ),
     "test_directing": ("test_the_shipped_model_plays_what_it_is_told",),
@@ -83,12 +91,14 @@ FAST = {
         "test_a_dead_decoder_ends_one_input_with_one_line",
     ),
     "test_checkpoints": (
+        "test_official_files_load_strictly",
         "test_loading_needs_the_networks_own_memory",
         "test_autoencoder_loads_out_of_an_ldm_file",
         "test_mini_presets_load_what_they_save",
         "test_convert",
     ),
     "test_hub": (),
+    "test_pick": ("test_stems_are_those_of_the_pick",),
     "test_page": (
         "test_a_page_of_somebody_else_is_not_overwritten",
         "test_other_sounds_are_another_clip",
@@ -122,6 +132,7 @@ FAST = {
         "test_hits_stay_in_time_for_five_minutes",
         "test_help_and_dashed_names_from_a_shell",
         "test_ctrl_c_says_one_line_and_leaves_nothing",
+        "test_a_command_leaves_its_imports_out_of_the_search_for_garbage",
         "test_sound_is_exactly_as_long_as_the_picture",
         "test_every_sound_that_is_written_is_marked",
         "test_page_has_every_input_or_why_not",
@@ -141,6 +152,11 @@ FAST = {
 }
 
 
+def pytest_collection_finish():
+    """Modules and tests are no garbage."""
+    startup.imported(True)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.originalname or item.name
@@ -155,6 +171,22 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def models():
+    """Tiny random networks, of the real classes."""
+    import tiny
+
+    return tiny.models()
+
+
+@pytest.fixture(scope="session")
+def weights(models, tmp_path_factory):
+    """The folder of their checkpoints."""
+    import tiny
+
+    return tiny.save(models, tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.hookimpl(tryfirst=True)

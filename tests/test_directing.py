@@ -10,60 +10,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from clips import make_video
-from main_job import run, shuffled
+from main_job import run
 
 import data
 import evaluate
 import ldm
 import sample
-from align import Alignment, AlignmentConfig
-from cavp import CAVP, CAVPConfig
 from common import audio, controls
 from common.audio import COLUMN
 from common.checkpoints import CheckpointError, save_model
 from common.media import MediaError
 from common.onsets import Hit, read_hits
 from common.profiling import Profile
-from ldm import LDM, LDMConfig, UNetConfig
+from ldm import LDM, LDMConfig
 from metrics.judge import Judge
 from sample import Settings
-from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 MATERIALS = ("wood", "metal")
-UNET = UNetConfig(
-    width=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(2,),
-    heads=2,
-    context_dim=8,
-    groups=4,
-    aligned=2,
-)
-TIME = {"fps": 15.625, "frames": 128, "positions": 128, "feature_dim": 16}
-TOWERS = {"fps": 15.625, "size": 16, "video_width": 4, "video_blocks": (1, 1, 1, 1)}
 
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    cavp = CAVP(CAVPConfig(**TOWERS, temporal=(True,) * 5, audio_widths=(4,) * 6, embed_dim=16))
-    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    ldm = LDM(LDMConfig(**TIME, columns=4, materials=MATERIALS, unet=UNET, vae=vae))
-    align = Alignment(AlignmentConfig(**TIME, unet=UNET))
-    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
+    return tiny.models(columns=4, materials=MATERIALS)
 
 
 @pytest.fixture(scope="module")
 def weights(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    for name in ("cavp", "ldm", "align"):
-        model = getattr(models, name)
-        save_model(folder / f"{name}.safetensors", model, asdict(model.config))
-    return folder
+    return tiny.save(models, tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +55,10 @@ def args(weights, tmp_path):
 
 def conditions(models, clip, settings, start=0.0, seconds=2.0):
     """-> the clip, with what stage 2 is told of it after the features (f, 2 * 4 + 1 + 2)."""
-    features = torch.zeros(128, 16)
+    features = torch.zeros(128, tiny.TIME["feature_dim"])
     told = sample.Clip(clip, start, None, seconds, Profile(), [0], features)
     sample.set_conditions(told, models, settings.resolve(models))
-    return told, told.conditions[:, 16:]
+    return told, told.conditions[:, tiny.TIME["feature_dim"] :]
 
 
 def test_hits_are_told_where_they_are_and_with_their_materials(models, clip):
@@ -244,7 +221,7 @@ def test_stage_2_says_where_its_labels_would_do_nothing(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "--new-controls: is for the network of --init" in capsys.readouterr().err
     # a network that cannot be told, as weights of version 0.1
-    plain = LDM(LDMConfig(**TIME, unet=UNET, vae=VAEConfig(channels=1, width=8, groups=4)))
+    plain = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE))
     save_model(tmp_path / "old.safetensors", plain, asdict(plain.config))
     command = ["--data", str(tmp_path), "--init", str(tmp_path / "old.safetensors")]
     command += ["--labels", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu"]
@@ -276,7 +253,7 @@ def test_labels_are_those_that_lie_beside_a_clip(tmp_path):
 
 
 def test_weights_that_cannot_be_told_say_so(models, clip):
-    plain = LDM(LDMConfig(**TIME, unet=UNET, vae=models.ldm.config.vae)).eval()
+    plain = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=models.ldm.config.vae)).eval()
     untold = sample.Models(models.cavp, plain, None, name="published")
     for told in ({"onsets": "both"}, {"onsets": (Hit(1.0),)}, {"material": ("wood",)}):
         with pytest.raises(CheckpointError, match="published: these weights cannot be told"):
@@ -325,6 +302,7 @@ def test_evaluation_tells_what_is_annotated(weights, tmp_path, monkeypatch):
         "generate_sound",
         lambda video, models, settings: asked.append(settings) or (torch.zeros(32000), 0.1),
     )
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)  # intervals are not what this is about
     command = ["--data", str(tmp_path), "--weights", str(weights), "--judges", str(tmp_path)]
     evaluate.main([*command, "--out", str(tmp_path / "out"), "--ablate", "onsets"])
     # of a material that the weights do not know it is left open
@@ -341,7 +319,7 @@ def test_evaluation_refuses_what_it_would_ignore_or_cannot_tell(tmp_path, weight
     assert stopped.value.code == 2
     assert "--ablate onsets: has a row for each finder" in capsys.readouterr().err
     # before any clip is read: the folder has none
-    plain = LDM(LDMConfig(**TIME, unet=UNET, vae=LDM.load(weights / "ldm.safetensors").config.vae))
+    plain = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=tiny.VAE))
     for name in ("cavp", "align"):
         shutil.copy(weights / f"{name}.safetensors", tmp_path)
     save_model(tmp_path / "ldm.safetensors", plain, asdict(plain.config))

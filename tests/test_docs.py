@@ -64,6 +64,13 @@ def test_readme_is_short():
     assert not wide, wide
 
 
+@pytest.mark.parametrize("name", ["directing", "faq", "files"])
+def test_pages_fit_a_screen(name):
+    """But for tables, whose rows are one line each."""
+    lines = (ROOT / "docs" / f"{name}.md").read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
 def test_readme_has_the_two_commands_that_ci_reads():
     lines = [
         line.strip()

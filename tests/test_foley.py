@@ -93,7 +93,7 @@ def test_clips_are_those_of_the_shipped_set(golden):
         foley.make_world(rng, np.arange(128) / 15.625, 8.192)
         assert rng.integers(2**32) == int(random, 16)
         onsets = clip.labels["onsets"]
-        changes = np.abs(np.diff(clip.frames.astype(int), axis=0))
+        changes = np.abs(np.diff(clip.frames.astype(np.int16), axis=0))
         wav = clip.wav.astype(float)
         measured = [
             sum(onset["time"] for onset in onsets),

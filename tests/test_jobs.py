@@ -8,28 +8,23 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from bounds import PATIENCE
 from clips import make_video
-from main_job import run, shuffled
+from main_job import run
 
 import sample
-from align import Alignment, AlignmentConfig
-from cavp import CAVP, CAVPConfig
 from common import files, media
-from common.checkpoints import save_model
 from common.media import MediaError
 from common.onsets import Hit
 from common.profiling import Profile
-from film import jobs, manifest
+from film import jobs, manifest, outputs
 from film.provenance import WeightSums
-from ldm import LDM, LDMConfig, UNetConfig
-from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 KEPT = "kept (same settings; --overwrite draws it again)"
@@ -108,7 +103,9 @@ def draw(capsys, drawn, folder, weights):
 
 
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    """Without those that say that outputs are about to be written."""
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return [line for line in lines if "replacing" not in line]
 
 
 # ---- kept ----------------------------------------------------------------------------------------
@@ -238,6 +235,47 @@ def test_edited_hits_are_played_and_kept(draw, folder):
     assert draw("--onsets", hits)[3] == ["a.mp4"] and draw()[3] == ["a.mp4"]
 
 
+def test_what_is_not_ours_is_not_replaced_in_silence(draw, folder):
+    """A sound, a video or a candidate of that name that no line of the manifest says we made."""
+    foreign = {
+        "a.foley.wav": (),
+        "a.foley.mp4": (),
+        "a.foley.mov": ("--format", "mov"),
+        "a.foley.flac": ("--format", "flac"),
+        "a.foley.1.wav": ("--candidates", 2, "--keep-all"),
+        "a.foley.png": ("--plot",),
+    }
+    for name, flags in foreign.items():
+        path = folder / name
+        path.write_text("mine")
+        status, out, err, names = draw(*flags)
+        assert status == 1 and not out and not names and path.read_text() == "mine"
+        assert err == [
+            f"sample.py: {path}: is there already, and no line of manifest.jsonl says that it is "
+            "ours; move it, or give --overwrite"
+        ]
+        path.unlink()
+    # what is not in the way is left alone
+    (folder / "a.foley.mov").write_text("mine")
+    assert draw()[::3] == (0, ["a.mp4"])
+    assert draw("--format", "mov")[0] == 1
+    assert draw("--format", "mov", "--overwrite")[::3] == (0, ["a.mp4"])
+    # ours by an earlier line is ours
+    assert draw()[::3] == (0, ["a.mp4"]) and draw("--format", "mov")[::3] == (0, ["a.mp4"])
+    # without the manifest nobody knows
+    (folder / "manifest.jsonl").unlink()
+    assert draw()[0] == 1 and draw("--overwrite")[::3] == (0, ["a.mp4"])
+
+
+def test_outputs_of_another_version_are_drawn_again(draw, folder, monkeypatch):
+    draw()
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "VERSION", "9.9")
+        patch.setattr(manifest, "VERSION", "9.9")
+        assert draw()[::3] == (0, ["a.mp4"]) and draw()[3] == []
+    assert draw()[3] == ["a.mp4"] and lines_of(folder)[-1]["version"] == sample.VERSION
+
+
 # ---- the manifest's file -------------------------------------------------------------------------
 
 
@@ -252,12 +290,13 @@ def test_a_damaged_manifest_costs_its_lines_alone(draw, folder, film):
     assert status == 0 and not err and names == ["b.mp4"]
     assert draw()[3] == []
     # that line is now in the middle
-    assert draw()[2] == [f"sample.py: {path}: line 2 is damaged, left out"]
-    first = whole.splitlines()[0]
+    assert draw()[2] == [f"sample.py: {path}: line 4 is damaged, left out"]
+    begun, first, *_ = whole.splitlines()
+    begun = begun.replace(b"a.foley", b"b.foley")
     for nonsense in (b"[]", b'{"target": []}', b'{"target": "a.foley"}', b"\xff\0", b"[" * 10**5):
-        path.write_bytes(first + b"\n" + nonsense + b"\n")
+        path.write_bytes(b"\n".join((first, begun, nonsense, b"")))
         status, out, err, names = draw()
-        assert status == 0 and len(err) == 1 and "line 2 is damaged" in err[0], nonsense
+        assert status == 0 and len(err) == 1 and "line 3 is damaged" in err[0], nonsense
         assert names == ["b.mp4"]
 
 
@@ -279,15 +318,40 @@ def test_a_kill_between_an_output_and_its_line(draw, folder, monkeypatch):
         assert draw(*flags)[::3] == (0, ["a.mp4"]) and draw(*flags)[3] == []
 
 
-def test_a_disk_that_is_full_for_the_line_is_said(draw, folder, monkeypatch):
+def test_a_failed_write_is_as_if_nothing_had_been_tried(draw, folder, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise files.FileError("a disk is full; free some space")
+
+    wav = folder / "a.foley.wav"
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_outputs", full)
+        assert draw()[0] == 1 and not wav.exists()
+    # what somebody puts there since is theirs
+    wav.write_text("mine")
+    assert draw()[0] == 1 and wav.read_text() == "mine"
+    assert draw("--overwrite")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_outputs", full)
+        assert draw("--seed", 1)[0] == 1
+    # and what is finished is still known to be
+    assert draw()[::3] == (0, [])
+
+
+def test_a_disk_that_is_full_for_the_line_is_said(draw, folder, monkeypatch):
+    synced = []
+
+    # the line that an output is about to be written still has room
+    def full(*_):
+        synced.append(1)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "os", SimpleNamespace(**{**vars(os), "fsync": full}))
         status, out, err, _ = draw()
     assert status == 0 and len(out) == 1 and len(err) == 1
     assert "manifest.jsonl: cannot be written" in err[0] and "drawn again" in err[0]
+    assert draw()[0] == 0  # not in the way of itself
 
 
 def test_an_input_or_weights_that_change_meanwhile_are_not_taken_for_the_new(tmp_path):
@@ -389,6 +453,18 @@ def test_patterns_that_the_shell_left(tree, pattern, names):
         assert all(error is None for _, error in found)
 
 
+def test_verify_takes_the_same_patterns_and_our_own_outputs(tree):
+    def found(pattern):
+        return [path.name for path in jobs.find_sounds([f"{tree}/{pattern}"])]
+
+    assert found("**/er") == ["d.mp4", "x.foley.mp4"]
+    # the folder that leads back to the tree is gone through once, as when drawing
+    assert found("deep/**") == ["c.mp4", "d.mp4", "x.foley.mp4", "a.mp4", "b.mov"]
+    assert found("none*") == ["none*"]
+    (error,) = jobs.find_sounds([f"{tree}/**/**/c.mp4"])
+    assert "** twice" in str(error)
+
+
 def test_names_that_look_like_patterns_and_lists(tree, film, monkeypatch):
     monkeypatch.chdir(tree)
     for name in ("a [1].mp4", "@b.mp4"):
@@ -467,23 +543,7 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_weights(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    unet = UNetConfig(
-        width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=8, groups=4
-    )
-    time = {"fps": 15.625, "frames": 128, "positions": 128, "feature_dim": 16}
-    towers = {"video_width": 4, "video_blocks": (1, 1, 1, 1), "audio_widths": (4,) * 6}
-    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    networks = {
-        "cavp": CAVP(CAVPConfig(fps=15.625, size=16, embed_dim=16, **towers)),
-        "ldm": LDM(LDMConfig(**time, unet=unet, vae=vae)),
-        "align": Alignment(AlignmentConfig(**time, unet=unet)),
-    }
-    for k, (name, network) in enumerate(networks.items()):
-        config = asdict(network.config)
-        save_model(folder / f"{name}.safetensors", shuffled(network, k), config)
-    return folder
+    return tiny.save(tiny.models(), tmp_path_factory.mktemp("weights") / "tiny")
 
 
 def test_torchrun_makes_the_same_sounds_with_one_line_a_file(tiny_weights, folder, film):

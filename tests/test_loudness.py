@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from common.resample import blocks_of, downsample, interpolator, upsample, with_context
+from common.resample import (
+    blocks_of,
+    downsample,
+    interpolator,
+    resample,
+    upsample,
+    with_context,
+)
 from film.loudness import PEAK_HALF, k_weighting, measure, weighting_response
 
 RATE = 48000
@@ -183,6 +190,23 @@ def test_tones_keep_time_and_level_at_three_times_the_rate(hz):
     assert np.abs(fine[:, 0] - sine(hz, 1.3, -6, 48000, 30))[middle].max() < 1e-3
     assert np.array_equal(fine[:, 0], -fine[:, 1])
     assert np.abs(downsample(fine, 3)[:, 0] - low)[middle].max() < 1e-3
+
+
+@pytest.mark.parametrize("up, down", [(3, 1), (441, 160), (1, 2)])
+def test_a_stretch_at_any_rate_is_that_of_the_whole_sound(up, down):
+    rate = 16000 * up // down
+    low = sine(1000, 1, -6, 16000)
+    first, stop = rate // 4, rate // 2
+    part = resample(low, first, stop, up, down)
+    assert np.abs(part - sine(1000, 1, -6, rate)[first:stop]).max() < 1e-3
+    if down == 1:
+        fine = np.concatenate(list(upsample(blocks_of(low), up)))[:, 0]
+        assert np.abs(resample(low, 0, len(fine), up, down) - fine).max() < 1e-6
+    # also where the sound ends, and behind it
+    assert np.abs(resample(low, rate - 10, rate + 300, up, down)[-5:]).max() < 1e-3
+    # what the lower rate does not hold is gone
+    if up < down:
+        assert np.abs(resample(sine(5000, 1, 0, 16000), first, stop, up, down)).max() < 1e-4
 
 
 def test_nothing_is_mirrored():

@@ -9,10 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 from clips import TICK, clicks, grey, make, one_line, onsets, packets, seen, shown, steady
 
-from common import media
+from common import media, xmp
 from common.files import FileError
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,58 @@ def test_wav_round_trip(tmp_path):
     assert media.read_tags(tmp_path / "a.wav")["comment"] == "made here"
 
 
+def test_a_wav_beyond_four_gigabytes_is_rf64(tmp_path, monkeypatch):
+    hours = 4 * 3600 * 48000
+    assert media.sound_format(".wav", hours, 2, "PCM_24") == "WAV"
+    assert media.sound_format(".wav", 2 * hours, 2, "PCM_24") == "RF64"
+    assert media.sound_format(".flac", 2 * hours, 2, "PCM_24") == "FLAC"
+    assert media.sound_format(".wav", 2**29, 1, "DOUBLE") == "RF64"
+    # the same in small: its sound, its tags, its size
+    monkeypatch.setattr(media, "LARGEST", 10000)
+    wav = torch.from_numpy(clicks(1, [0.3]))
+    path = tmp_path / "a.wav"
+    packet = xmp.make_packet({"tool": "a test"})
+    media.write_wav(path, wav, {"comment": "made here", xmp.TAG: packet})
+    content = path.read_bytes()
+    assert content[:4] == b"RF64" and content[12:16] == b"ds64"
+    assert int.from_bytes(content[20:28], "little") == len(content) - 8
+    assert soundfile.info(path).format == "RF64"
+    assert np.abs(soundfile.read(path)[0] - wav.numpy()).max() < 1e-4
+    assert (media.read_audio(path) - wav).abs().max() < 1e-4
+    assert media.read_tags(path)["comment"] == "made here" and xmp.read(path) == packet
+
+
+def test_a_packet_is_found_behind_four_gigabytes_of_sound(tmp_path):
+    """In a file with a hole, which takes no disk."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(100), 16000, "PCM_16", format="RF64")
+    head = path.read_bytes()
+    at = head.index(b"data")
+    size = 2**32 + 2**20
+    with open(path, "r+b") as file:
+        file.write(head[:28] + size.to_bytes(8, "little") + head[36 : at + 8])
+        file.truncate(at + 8 + size)
+    with open(path, "r+b") as file:
+        xmp.embed(file, "<x:xmpmeta/>")
+        file.seek(20)
+        assert int.from_bytes(file.read(8), "little") == path.stat().st_size - 8
+    assert xmp.read(path) == "<x:xmpmeta/>"
+    assert path.stat().st_blocks * 512 < 2**20
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_samples_of_a_file_are_written_as_they_are(tmp_path, subtype):
+    kind = np.float32 if subtype == "FLOAT" else np.int32
+    samples = (np.random.default_rng(0).uniform(-1, 1, (1000, 2)) * 2**31).astype(kind)
+    # beyond full scale, too
+    samples = samples / 2**30 if subtype == "FLOAT" else samples & ~0xFFFF
+    samples = samples.astype(kind)
+    path = tmp_path / "a.wav"
+    media.write_sound(path, [samples[:300], samples[300:]], 1000, 44100, 2, None, subtype)
+    assert soundfile.info(path).subtype == subtype
+    assert np.array_equal(soundfile.read(path, dtype=kind, always_2d=True)[0], samples)
+
+
 # ---- bad files ----------------------------------------------------------------------------------
 
 
@@ -346,7 +399,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     make(tmp_path / "a.mp4", steady(25, 2), draw=noise)
     code = """
 import resource, sys, torch
-from common import media
+from common import media, xmp
 from common.files import UserError
 from common.files import FileError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

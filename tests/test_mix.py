@@ -8,7 +8,6 @@ import json
 import math
 import re
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -17,24 +16,19 @@ import pytest
 import soundfile
 import torch
 from clips import make, make_video, steady
-from main_job import run, shuffled
+from main_job import run
 
 import evaluate
 import sample
-from align import Alignment, AlignmentConfig
-from cavp import CAVP, CAVPConfig
 from common import audio, ffmpeg, media, watermark
 from common.audio import SAMPLE_RATE
-from common.checkpoints import save_model
 from common.onsets import Hit
 from common.profiling import Profile
 from common.resample import blocks_of, downsample
-from film import level, mix
+from film import level, loudness, mix
 from film.loudness import measure
 from film.outputs import write_outputs
-from ldm import LDM, LDMConfig, UNetConfig
 from sample import Settings
-from vae import VAEConfig
 
 SECONDS = 4
 HITS = (1.0, 2.5)
@@ -60,7 +54,7 @@ def result_of(wav, source, mark=True, **settings):
     """A Result as `sample.make_result` makes it of one candidate."""
     settings = Settings(**settings)
     wavs = {0: sample.add_watermark(wav) if mark else wav}
-    gains = level.apply(wavs, settings)
+    levels = level.apply(wavs, settings)
     return sample.Result(
         wav=wavs[0],
         wavs=wavs,
@@ -78,7 +72,7 @@ def result_of(wav, source, mark=True, **settings):
         marked=mark,
         hits=[Hit(time) for time in HITS],
         settings=settings,
-        gains=gains,
+        levels=levels,
     )
 
 
@@ -394,29 +388,6 @@ def test_the_curve_follows_the_sound_where_nobody_named_a_hit():
 # ---- the command line --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNetConfig(
-        width=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, context_dim=8, groups=4,
-        aligned=2,
-    )  # fmt: skip
-    time = {"fps": 15.625, "frames": 128, "positions": 128, "feature_dim": 16}
-    towers = {"fps": 15.625, "size": 16, "video_width": 4, "video_blocks": (1, 1, 1, 1)}
-    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    models = {
-        "cavp": CAVP(
-            CAVPConfig(**towers, temporal=(True,) * 5, audio_widths=(4,) * 6, embed_dim=16)
-        ),
-        "ldm": LDM(LDMConfig(**time, unet=unet, vae=vae)),
-        "align": Alignment(AlignmentConfig(**time, unet=unet)),
-    }
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    for seed, (name, model) in enumerate(models.items()):
-        save_model(folder / f"{name}.safetensors", shuffled(model, seed), asdict(model.config))
-    return folder
-
-
 def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     flags = "--lufs -20 --keep-audio -3 --duck --stems --rate 48000 --layout stereo --format mkv"
     status, lines, err = run(
@@ -436,16 +407,49 @@ def test_all_flags_at_once(capsys, clip, weights, tmp_path):
     # again, over its own; but not over somebody else's mix
     arguments = (clip, "--out", tmp_path, "--weights", weights, "--steps", 1, "--stems")
     assert run(capsys, *arguments)[0] == 0
-    media.write_sound(tmp_path / "clip.mix.wav", [np.zeros((10, 1), "f4")], 16000, 1)
+    media.write_sound(tmp_path / "clip.mix.wav", [np.zeros((10, 1), "f4")], 10, 16000, 1)
     status, _, err = run(capsys, *arguments)
     assert status == 1 and len(err) == 1 and "clip.mix.wav: was changed since" in err[0]
     (tmp_path / "manifest.jsonl").unlink()
-    status, _, err = run(capsys, *arguments)
+    status, _, err = run(capsys, *arguments, "--overwrite")
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
     # nor over what is no sound at all
     (tmp_path / "clip.mix.wav").write_text("notes")
-    status, _, err = run(capsys, *arguments)
+    status, _, err = run(capsys, *arguments, "--overwrite")
     assert status == 1 and len(err) == 1 and "clip.mix.wav: is there already" in err[0]
+
+
+@pytest.mark.parametrize(
+    "settings, flags, count",
+    [
+        # once, when its level was set; stereo measures the same and 3 dB more
+        ({}, {}, 1),
+        ({"layout": "stereo"}, {}, 1),
+        ({"lufs": None}, {}, 1),
+        # a mix, or another rate, is another sound
+        ({"keep_audio": 0.0}, {}, 2),
+        ({"rate": 48000}, {}, 2),
+        # a file of each candidate, and the same in the video and the foley
+        ({"keep_audio": 0.0}, {"keep_all": True}, 2),
+        ({}, {"stems": True, "verbose": True}, 1),
+    ],
+)
+def test_each_sound_is_measured_once(clip, tmp_path, monkeypatch, settings, flags, count):
+    calls = []
+    real = measure
+
+    def watched(blocks, rate):
+        calls.append(rate)
+        return real(blocks, rate)
+
+    monkeypatch.setattr(loudness, "measure", watched)
+    result = result_of(bursts(), clip, **settings)
+    line = written(result, tmp_path, format="mkv", **flags)
+    assert len(calls) == count
+    # and rightly
+    sound = read(line["output"], result.settings.rate, level.LAYOUTS[result.settings.layout])
+    found = real(blocks_of(sound), result.settings.rate)
+    assert line["lufs"] == pytest.approx(found.loudness, abs=0.02)
 
 
 @pytest.mark.parametrize(

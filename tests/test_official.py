@@ -628,12 +628,12 @@ def refused(capsys, clip, weights, out, *flags):
 
 def test_what_the_demo_cannot_do_is_refused_in_one_line(capsys, film, weights, tmp_path):
     out = tmp_path / "out"
-    short = f"{film}: the official demo crashes under 8 s; leave as_official out"
+    short = f"{film}: the official demo crashes under 8 s; leave --as-official out"
     assert short in refused(capsys, film, weights, out, "--duration", 7.8)
     assert short in refused(capsys, film, weights, out, "--start", 9)
-    assert "give dpm or ddim" in refused(capsys, film, weights, out, "--sampler", "plms")
+    assert "give --sampler dpm or ddim" in refused(capsys, film, weights, out, "--sampler", "plms")
     assert "give others" in refused(capsys, film, weights, out, "--sampler", "ddim", "--steps", 27)
-    assert "the weights `official`" in refused(capsys, film, "mini", out)
+    assert "give --weights official" in refused(capsys, film, "mini", out)
     plms, ddim = (
         ["--sampler", "plms", "--duration", 8],
         ["--sampler", "ddim", "--steps", 27, "--duration", 8],

@@ -4,63 +4,30 @@ Networks are tiny and random, but of the real classes; the last test has the shi
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import tiny
 import torch
 from clips import make_video
-from main_job import run, shuffled
+from main_job import run
 
 import sample
-from align import Alignment, AlignmentConfig
-from cavp import CAVP, CAVPConfig
 from common import audio, media, watermark
 from common.audio import SAMPLE_RATE, WINDOW
-from common.checkpoints import save_model
 from common.files import UserError
 from diffusion import SAMPLERS, fill_in, log_alpha, sigma
 from film import redo
 from film.redo import FADE, Sound
-from ldm import LDM, LDMConfig, UNetConfig
+from ldm import LDM, LDMConfig
 from sample import Settings
-from vae import LATENT_SCALE, VAEConfig
+from vae import LATENT_SCALE
 
 ROOT = Path(sample.__file__).parent
-UNET = UNetConfig(
-    width=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(2,),
-    heads=2,
-    context_dim=8,
-    groups=4,
-    aligned=2,
-)
-TIME = {"fps": 15.625, "frames": 128, "positions": 128, "feature_dim": 16}
-TOWERS = {"fps": 15.625, "size": 16, "video_width": 4, "video_blocks": (1, 1, 1, 1)}
-
-
-@pytest.fixture(scope="module")
-def models():
-    torch.manual_seed(0)
-    cavp = CAVP(CAVPConfig(**TOWERS, temporal=(True,) * 5, audio_widths=(4,) * 6, embed_dim=16))
-    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    ldm = LDM(LDMConfig(**TIME, unet=UNET, vae=vae))
-    align = Alignment(AlignmentConfig(**TIME, unet=UNET))
-    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
-
-
-@pytest.fixture(scope="module")
-def weights(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    for name in ("cavp", "ldm", "align"):
-        model = getattr(models, name)
-        save_model(folder / f"{name}.safetensors", model, asdict(model.config))
-    return folder
 
 
 def bursts(seconds, rate=SAMPLE_RATE):
@@ -125,6 +92,15 @@ def test_an_output_is_redone_and_the_rest_stays(capsys, clip, weights, tmp_path)
         assert comment.startswith(watermark.CLAIM) and ", seed 0," in comment
         assert comment.endswith(", 1-1.8 s redone with seed 3")
     assert run(capsys, "--verify", folder / "clip.foley.wav")[0] == 0
+    # the same again is kept; another seed is not, nor are other seconds
+    redone = (clip, *args, "--redo", "1-1.8", "--seed", 3)
+    status, out, err = run(capsys, *redone, "--json")
+    assert status == 0 and not err and json.loads(out[0])["kept"]
+    assert run(capsys, *redone)[1][0].endswith("kept (same settings; --overwrite draws it again)")
+    assert (samples_of(folder / "clip.foley.wav") == after).all()
+    assert not (folder / "clip.foley.before.2.wav").exists()
+    # nobody needs the sound before
+    (folder / "clip.foley.before.wav").unlink()
     # a later run leaves this work alone, whatever its settings
     status, out, err = run(capsys, clip, *args, "--seed", 5)
     assert status == 0 and not err and "kept (1-1.8 s of it were redone" in out[0]
@@ -142,6 +118,7 @@ def test_an_output_is_redone_and_the_rest_stays(capsys, clip, weights, tmp_path)
     names = ["clip.foley.before.wav", "clip.foley.mp4", "clip.foley.wav", "manifest.jsonl"]
     assert sorted(path.name for path in again.iterdir()) == names
     assert (again / "clip.foley.wav").read_bytes() == (folder / "clip.foley.wav").read_bytes()
+    assert "kept" in run(capsys, video, *args, "--redo", "1-1.8", "--seed", 3)[1][0]
     # what was kept is never overwritten
     assert run(capsys, video, *args, "--redo", "0-0.5,2.5-3", "--seed", 4)[0] == 0
     assert (again / "clip.foley.before.wav").read_bytes() == old
@@ -344,18 +321,6 @@ def test_latents_outside_are_those_of_the_sound(models, clip, tmp_path, monkeypa
     assert not same[(middles > 0.9) & (middles < 1.5)].any() and not same[middles > 3.0].any()
 
 
-@pytest.mark.parametrize("rate", [48000, 44100, 16000, 8000])
-def test_resampling_keeps_place_and_level(rate):
-    t = torch.arange(SAMPLE_RATE) / SAMPLE_RATE
-    tone = 0.5 * (2 * math.pi * 1000 * t).sin()
-    first, stop = rate // 4, rate // 2
-    times = torch.arange(first, stop, dtype=torch.float64) / rate
-    expected = 0.5 * (2 * math.pi * 1000 * times).sin()
-    assert (redo.resampled(tone, first, stop, rate) - expected).abs().max() < 1e-3
-    # also where the sound ends
-    assert len(redo.resampled(tone, rate - 10, rate, rate)) == 10
-
-
 @pytest.mark.parametrize("kind", ["int16", "int32", "float32"])
 def test_samples_are_replaced_within_the_fades_alone(kind):
     scale = 1 if kind == "float32" else np.iinfo(kind).max
@@ -427,7 +392,7 @@ def test_the_sampler_fills_in_what_fits_to_what_is_known():
         (("--redo", ""), "--redo: "),
         (("--redo", "1-2", "--start", "1"), "leave --start and --duration out"),
         (("--redo", "1-2", "--duration", "1"), "leave --start and --duration out"),
-        (("--redo", "1-2", "--as-official"), "--redo: "),
+        (("--redo", "1-2", "--as-official"), "leave --as-official out"),
     ],
 )
 def test_nonsense_is_one_line_before_any_work(capsys, clip, weights, monkeypatch, flags, message):
@@ -461,9 +426,9 @@ def test_a_programs_nonsense_is_one_line_too(models, clip):
             Settings(redo=bad)
         assert "\n" not in str(caught.value)
     settings = Settings(redo=((1.0, 2.0),), steps=2, cg=0)
-    with pytest.raises(ValueError, match="give no start or duration"):
+    with pytest.raises(ValueError, match="leave --start and --duration out"):
         sample.generate(clip, models, settings=settings, start=0.5)
-    bare = LDM(LDMConfig(**TIME, unet=UNET, vae=models.ldm.config.vae)).eval()
+    bare = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=models.ldm.config.vae)).eval()
     del bare.vae.encoder
     with pytest.raises(ValueError, match=r"load_models\(encoder=True\)"):
         sample.generate(clip, replace(models, ldm=bare), settings=settings)

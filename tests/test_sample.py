@@ -1,9 +1,11 @@
 """The main job: windows that cover and never slip, seeds, lengths, files, bad input. Networks are
 tiny and random, but of the real classes."""
 
+import ast
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -16,14 +18,14 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import tiny
 import torch
 from bounds import PATIENCE
 from clips import make_video
-from main_job import run, shuffled
+from main_job import run
 
 import sample
-from align import Alignment, AlignmentConfig
-from cavp import CAVP, CAVPConfig
+from align import AlignmentConfig
 from common import audio, media, watermark
 from common.audio import HOP, SAMPLE_RATE, WINDOW
 from common.checkpoints import CheckpointError, save_model
@@ -34,54 +36,11 @@ from common.profiling import Profile
 from compat import hub
 from diffusion import log_alpha, sigma
 from film import outputs, windows
-from ldm import LDM, LDMConfig, UNetConfig
+from ldm import LDM, LDMConfig
 from sample import Settings
-from vae import VAEConfig
 
 ROOT = Path(sample.__file__).parent
 FPS = 15.625
-UNET = UNetConfig(
-    width=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(2,),
-    heads=2,
-    context_dim=8,
-    groups=4,
-    aligned=2,
-)
-TIME = {"fps": FPS, "frames": 128, "positions": 128, "feature_dim": 16}
-
-
-@pytest.fixture(scope="session")
-def models():
-    torch.manual_seed(0)
-    cavp = CAVP(
-        CAVPConfig(
-            fps=FPS,
-            size=16,
-            video_width=4,
-            video_blocks=(1, 1, 1, 1),
-            temporal=(True,) * 5,
-            audio_widths=(4,) * 6,
-            embed_dim=16,
-        )
-    )
-    vae = VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)
-    ldm, align = (
-        LDM(LDMConfig(**TIME, unet=UNET, vae=vae)),
-        Alignment(AlignmentConfig(**TIME, unet=UNET)),
-    )
-    return sample.Models(shuffled(cavp, 1), shuffled(ldm, 2), shuffled(align, 3), name="tiny")
-
-
-@pytest.fixture(scope="session")
-def weights(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    for name in ("cavp", "ldm", "align"):
-        model = getattr(models, name)
-        save_model(folder / f"{name}.safetensors", model, asdict(model.config))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -365,7 +324,7 @@ def test_start_and_duration_cut_the_picture(models, clip):
         len(sample.generate(clip, models, settings=Settings(steps=1), start=1.5).wav)
         == SAMPLE_RATE // 2
     )
-    with pytest.raises(MediaError, match="start 5 is past its end"):
+    with pytest.raises(MediaError, match="--start 5 is past its end"):
         sample.generate(clip, models, start=5.0)
 
 
@@ -388,7 +347,7 @@ def test_guidance_scales_are_the_weights_own_unless_given(models, clip):
 
 def test_without_classifier_guidance_must_be_off(models, clip):
     without = sample.Models(models.cavp, models.ldm, None, name="tiny")
-    with pytest.raises(CheckpointError, match="give cg 0"):
+    with pytest.raises(CheckpointError, match="give --cg 0 and --candidates 1"):
         sample.generate(clip, without, settings=Settings(steps=1))
     assert sample.generate(clip, without, settings=Settings(steps=1, cg=0.0)).scores == [None]
 
@@ -732,7 +691,7 @@ def test_a_failed_write_leaves_nothing(capsys, clip, weights, tmp_path, monkeypa
         status == 1
         and len(err) == 1
         and "No space left" in err[0]
-        and not list((tmp_path / "out").iterdir())
+        and [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.jsonl"]
     )
 
 
@@ -757,14 +716,14 @@ def test_official_weights_come_from_the_cache(monkeypatch, capsys, clip, weights
 def test_wide_networks_are_in_bfloat16_where_the_cpu_computes_in_it(
     monkeypatch, weights, tmp_path, width, native, dtype
 ):
-    wide = replace(UNET, width=width)
+    wide = replace(tiny.UNET, width=width)
     for name in ("cavp", "align"):
         shutil.copy(weights / f"{name}.safetensors", tmp_path)
     model = LDM(
         LDMConfig(
-            **TIME,
+            **tiny.TIME,
             unet=wide,
-            vae=VAEConfig(channels=1, width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4),
+            vae=tiny.VAE,
         )
     )
     save_model(tmp_path / "ldm.safetensors", model, asdict(model.config))
@@ -797,7 +756,7 @@ def test_weights_that_lack_a_file(capsys, clip, weights, tmp_path):
     shutil.copytree(weights, part)
     (part / "align.safetensors").unlink()
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path, "--steps", 1)
-    assert status == 1 and len(err) == 1 and "give cg 0" in err[0]
+    assert status == 1 and len(err) == 1 and "give --cg 0 and --candidates 1" in err[0]
     shutil.copy(weights / "cavp.safetensors", part / "ldm.safetensors")
     status, _, err = run(capsys, clip, "--weights", part, "--out", tmp_path)
     assert status == 1 and len(err) == 1 and str(part) in err[0]
@@ -836,6 +795,37 @@ def test_wrong_usage_is_one_line_and_status_2(capsys, flags):
     )
 
 
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--as-official", "--redo", "1-2"], "--as-official"),
+        (["--sampler", "ddim", "--schedule", "karras"], "--sampler ddim and plms"),
+        (["--as-official", "--schedule", "karras"], "--as-official"),
+        (["--keep-audio", "nan"], "--keep-audio"),
+        (["--duck"], "--keep-audio"),
+        (["--keep-tracks", "--format", "wav"], "--keep-tracks"),
+    ],
+)
+def test_refusals_name_flags_as_typed(capsys, flags, named):
+    status, _, err = run(capsys, "clip.mp4", *flags)
+    assert status == 2 and named in err[0] and "_" not in err[0], err
+
+
+def test_no_refusal_names_a_flag_as_the_code_does():
+    """--as-official, not as_official: of every error that is raised."""
+    flags = {name for name in vars(sample.parse_arguments(["x"])[0]) if "_" in name}
+    assert {"as_official", "keep_audio", "write_onsets"} <= flags
+    for path in (ROOT / "sample.py", ROOT / "compat" / "official.py", *ROOT.glob("film/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            raised = isinstance(node, ast.Raise) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".fail", ".error"))
+            )
+            for text in ast.walk(node) if raised else ():
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    words = set(re.findall(r"\w+", text.value))
+                    assert not words & flags, f"{path.name}:{text.lineno}: {text.value}"
+
+
 def test_help_and_dashed_names_from_a_shell(clip, weights, tmp_path):
     shutil.copy(clip, tmp_path / "-clip.mp4")
     command = [
@@ -869,6 +859,28 @@ def held(*_):
 diffusion.SAMPLERS["dpm"] = held
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
 """
+
+
+def test_a_command_leaves_its_imports_out_of_the_search_for_garbage():
+    """A library does not: what its user's program has may become garbage."""
+    code = """
+import gc, os, runpy, sys
+import sample
+assert gc.isenabled() and gc.get_freeze_count() == 0
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+gc.disable()
+sys.argv = ["sample.py", "--help"]
+try:
+    runpy.run_path("sample.py", run_name="__main__")
+except SystemExit:
+    pass
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):

@@ -1,20 +1,23 @@
-"""All four trainings at a size where a step takes a fraction of a second: the scripts' own code,
-narrow networks, clips of random numbers.
+"""All four networks at a size where a step takes a fraction of a second.
 
-install()                           in this process from now on
+install()                           the scripts' own trainings of these, with clips of random
+                                    numbers, in this process from now on
 install(monkeypatch.setattr)        for one test
+models(), save(models, folder)      random weights for the main job, and their checkpoints
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from main_job import shuffled
 
 import align
 import cavp
 import data
 import ldm
+import sample
 import vae
 from common import audio, checkpoints, rights, training
 
@@ -164,3 +167,23 @@ def autoencoder(folder):
     path = Path(folder) / "first_stage.safetensors"
     checkpoints.save_model(path, vae.AutoencoderKL(VAE), vars(VAE))
     return path
+
+
+def models(**told):
+    """The networks of the main job with random weights; `told`: of LDMConfig, what it is told."""
+    torch.manual_seed(0)
+    networks = (
+        cavp.CAVP(TOWERS),
+        ldm.LDM(ldm.LDMConfig(**TIME, **told, unet=UNET, vae=VAE)),
+        align.Alignment(align.AlignmentConfig(**TIME, unet=UNET)),
+    )
+    mixed = [shuffled(network, seed) for seed, network in enumerate(networks, 1)]
+    return sample.Models(*mixed, name="tiny")
+
+
+def save(models, folder):
+    """The checkpoints of `models` in `folder`. -> the folder"""
+    for name in ("cavp", "ldm", "align"):
+        network = getattr(models, name)
+        checkpoints.save_model(folder / f"{name}.safetensors", network, asdict(network.config))
+    return folder
