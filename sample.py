@@ -51,20 +51,19 @@ from common.checkpoints import Checkpoint, CheckpointError
 from common.files import UserError
 from common.machine import computes_bfloat16, find_device, keep_freed_memory
 from common.media import MediaError
-from common.onsets import Hit, opened_hits, read_hits
+from common.onsets import Hit, opened_hits
 from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
 from film.arguments import check_settings, make_parser
 from film.credentials import Signer
-from film.hits import found_hits
+from film.hits import hits_to_play
 from film.jobs import (
     cannot_start,
     check_onsets,
     exit_status,
     find_sounds,
-    labels_of,
     plan_jobs,
     report,
 )
@@ -324,13 +323,11 @@ def set_conditions(clip, models, settings):
     # by the features alone, as the published weights
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
-    if settings.onsets in controls.FINDERS:
-        clip.hits = found_hits(clip, models.ldm, settings.onsets, settings.material)
-    else:
-        hits = settings.onsets
-        if not isinstance(hits, tuple):
-            hits = read_hits(labels_of(clip.source, hits), models.ldm.materials)
-        clip.hits = controls.hits_within(hits, clip.start, clip.seconds, clip.source)
+    clip.hits = hits_to_play(clip, models.ldm, settings)
+    # towards materials that a person names eps is led, towards those that are seen it is not
+    clip.names_materials = bool(settings.material) or any(
+        hit.material and not hit.is_guess for hit in clip.hits
+    )
     # as tracks in time with the features
     tracks = controls.make_tracks(
         clip.hits,
@@ -361,6 +358,7 @@ class Clip:
     features: Tensor = None  # (f, d)
     conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
+    names_materials: bool = False  # whether a person does
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
     redo: Redo | None = None  # the existing sound, where only stretches of it are drawn
@@ -390,19 +388,16 @@ class Clip:
         return len(self.latents) == len(self.starts) * settings.candidates
 
 
-def guided(models, conditions, settings, times):
-    """eps(x, t) under both guidances, for conditions (b, f, d) and all times of a sampler."""
+def guided(models, conditions, opened, settings, times):
+    """eps(x, t) under both guidances, for conditions (b, f, d) and all times of a sampler.
+
+    opened: the conditions with materials left open where eps is to be led to them, or None."""
     ldm = models.ldm
     context = ldm.conditioner(conditions)
-    opened = ldm.without_materials(conditions)
-    # towards what a person names; what the network itself has found needs none
-    is_found = settings.onsets in controls.FINDERS and not settings.material
-    emphasis = 0.0 if is_found else controls.EMPHASIS
     # one call a step, of a network that is told how strongly it is guided
     if settings.guidance == "distilled":
-        scales = torch.tensor([[settings.cfg, settings.cg, emphasis]])
+        scales = torch.tensor([[settings.cfg, settings.cg, controls.EMPHASIS]])
         scales = scales.repeat(len(conditions), 1).to(conditions.device)
-        # towards materials only where some are named
         scales[:, 2] *= 0 if opened is None else (opened != conditions).flatten(1).any(1)
         context = ldm.guided_context(conditions, scales)
         return fast.guided(ldm.unet, context, None, 1, times=times)
@@ -417,7 +412,7 @@ def guided(models, conditions, settings, times):
         times=times,
         sigma=sigma,
         open_context=None if opened is None else ldm.conditioner(opened),
-        emphasis=emphasis,
+        emphasis=controls.EMPHASIS,
     )
 
 
@@ -440,6 +435,12 @@ def denoise(windows, models, settings, callback=None):
         conditions.append(clip.conditions[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
     conditions = torch.stack(conditions)  # (b, f, d + controls)
+    # where a person names materials, the same with these left open
+    opened = ldm.without_materials(conditions)
+    names = torch.tensor([clip.names_materials for clip, _, _ in windows])
+    if opened is not None:
+        names = names[:, None, None].to(conditions.device)
+        opened = torch.where(names, opened, conditions) if names.any() else None
 
     # what is known of some of these windows, and is not to be drawn
     known = [known_latents(*window) for window in windows]
@@ -453,7 +454,7 @@ def denoise(windows, models, settings, callback=None):
     with share([clip.profile for clip, _, _ in windows], "sampling"):
         schedule = {} if settings.schedule == "uniform" else {"schedule": settings.schedule}
         times = TIMES[settings.sampler](settings.steps, **schedule)
-        eps = guided(models, conditions, settings, times)
+        eps = guided(models, conditions, opened, settings, times)
         if any_known:
             eps = fill_in(eps, known_z, is_known)
         sampler = repaint if settings.redo else SAMPLERS[settings.sampler]

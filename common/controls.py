@@ -223,7 +223,7 @@ def read_head(head: Head, features):
 
 
 def name_materials(hits, logits, names, seconds: float):
-    """The hits with the material that a head hears in each, or None where it is not SURE.
+    """The hits, each without a material with the one that a head sees, where it is SURE of it.
 
     logits (f, materials): of features that last `seconds`. A hit's are the mean around it.
     """
@@ -235,7 +235,9 @@ def name_materials(hits, logits, names, seconds: float):
         frame = min(int(hit.time / seconds), len(shares) - 1)
         share = shares[max(0, frame - 1) : frame + 2].mean(0)
         best = int(share.argmax())
-        named.append(hit._replace(material=names[best] if share[best] > SURE else None))
+        if hit.material is None and share[best] > SURE:
+            hit = hit._replace(material=names[best], is_guess=True)
+        named.append(hit)
     return named
 
 

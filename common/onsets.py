@@ -9,7 +9,8 @@ out  [Hit], ascending in time, and label tracks that Audacity imports
 
 A CSV's first line may name its columns, in any order and without those that it lacks; otherwise
 they are in this one. Cells may be empty. A label's text holds a material, a strength, both in
-either order, or nothing; where it ends does not count. Label tracks may have decimal commas, as
+either order, or nothing; where it ends does not count. A material with a question mark behind it
+is what the model saw, and says nothing. Label tracks may have decimal commas, as
 Audacity writes them in some countries.
 """
 
@@ -32,6 +33,10 @@ class Hit(NamedTuple):
     time: float
     strength: float | None = None
     material: str | None = None
+    is_guess: bool = False  # the material is what the model sees, not what a person says
+
+
+COLUMNS = ("time", "strength", "material")  # of a CSV file
 
 
 # ---- fields: a ValueError says what is wrong with a line, and the remedy -------------------------
@@ -61,6 +66,9 @@ def hit_of(fields, materials):
             )
         strength = float(text)
     material = (fields.get("material") or "").lower() or None
+    # the model's own guess, as `write_hits` writes it
+    if material and material.endswith("?"):
+        material = None
     if material and material not in materials:
         known = ", ".join(materials)
         raise ValueError(f"the material {material!r:.40} is not known; give one of {known}")
@@ -160,7 +168,7 @@ def read_hits(path: Path | str, materials: Collection[str]) -> list[Hit]:
     lines = read_lines(path)
     # a label has two times with a tab between; a line of CSV has none
     is_labels = bool(lines) and "\t" in lines[0][1]
-    columns = Hit._fields
+    columns = COLUMNS
     hits = []
     for place, (number, line) in enumerate(lines):
         try:
@@ -198,11 +206,13 @@ def opened_hits(given, finders: Collection[str], materials: Collection[str]):
 def write_hits(path: Path | str, hits: Iterable[Hit]):
     """Write a label track, which `read_hits` and Audacity read; times in whole microseconds.
 
-    Atomic. Raises FileError.
+    What the model guesses has a question mark behind it, and reads as nothing said. Atomic. Raises
+    FileError.
     """
     # a hit is a label that ends where it starts
     lines = []
-    for time, strength, material in hits:
-        words = [str(word) for word in (material, strength) if word is not None]
-        lines.append(f"{time:.6f}\t{time:.6f}\t{' '.join(words)}\n")
+    for hit in hits:
+        material = f"{hit.material}?" if hit.is_guess else hit.material
+        words = [str(word) for word in (material, hit.strength) if word is not None]
+        lines.append(f"{hit.time:.6f}\t{hit.time:.6f}\t{' '.join(words)}\n")
     write_bytes(path, "".join(lines).encode())

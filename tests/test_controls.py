@@ -183,9 +183,11 @@ def test_hits_are_named_where_the_head_is_sure():
     logits[4:7, 1] = 3
     logits[10:13, 2] = 0.3  # too little to be sure
     logits[19, 0] = 9
-    hits = [Hit(0.5), Hit(1.1), Hit(1.99), Hit(2.5)]
+    hits = [Hit(0.5), Hit(0.55, None, "glass"), Hit(1.1), Hit(1.99), Hit(2.5)]
     named = controls.name_materials(hits, logits, ("wood", "metal", "glass"), 0.1)
-    assert [hit.material for hit in named] == ["metal", None, "wood", "wood"]
+    # what a person has said stays
+    assert [hit.material for hit in named] == ["metal", "glass", None, "wood", "wood"]
+    assert [hit.is_guess for hit in named] == [True, False, False, True, True]
     assert [hit.time for hit in named] == [hit.time for hit in hits]
 
 

@@ -23,7 +23,7 @@ from common import audio, controls
 from common.audio import COLUMN
 from common.checkpoints import CheckpointError, save_model
 from common.media import MediaError
-from common.onsets import Hit, read_hits
+from common.onsets import Hit, read_hits, write_hits
 from common.profiling import Profile
 from ldm import LDM, LDMConfig
 from metrics.judge import Judge
@@ -348,3 +348,67 @@ def test_the_shipped_model_plays_what_it_is_told():
     for material, other in (("metal", "wood"), ("wood", "metal")):
         share, by_chance = (heard[told].count(material) / len(times) for told in (material, other))
         assert share >= by_chance + 0.25, heard
+
+
+# ---- materials that the network sees -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """Networks with a head that sees metal, whatever is shown."""
+    models = tiny.models(columns=4, materials=MATERIALS, names_materials=True)
+    last = models.ldm.material_head.layers[-1]
+    last.bias.data = torch.tensor([-20.0, 20.0])
+    return models
+
+
+def test_a_hit_without_a_material_is_given_what_is_seen(seeing, clip):
+    told, tokens = conditions(seeing, clip, Settings(onsets=(Hit(0.5, None, "wood"), Hit(1.5))))
+    assert told.hits == [Hit(0.5, None, "wood"), Hit(1.5, None, "metal", True)]
+    middle = round(1.0 * 15.625)
+    assert (tokens[:middle, 9:] == torch.tensor([1.0, 0.0])).all()
+    assert (tokens[middle:, 9:] == torch.tensor([0.0, 1.0])).all()
+    # a person's word for the whole clip comes before what is seen
+    told, tokens = conditions(seeing, clip, Settings(onsets=(Hit(1.5),), material=("wood",)))
+    assert told.hits == [Hit(1.5)]
+    assert (tokens[:, 9:] == torch.tensor([1.0, 0.0])).all()
+    # and nobody's hits are nobody's materials
+    told, tokens = conditions(seeing, clip, Settings(onsets="none"))
+    assert not told.hits and not tokens.any()
+
+
+def test_only_what_a_person_names_is_emphasized(seeing, clip, monkeypatch, tmp_path):
+    seen = []
+
+    def guided(models, conditions, opened, settings, times):
+        seen.append(None if opened is None else (opened != conditions).flatten(1).any(1).tolist())
+        return lambda x, t: torch.zeros_like(x)
+
+    monkeypatch.setattr(sample, "guided", guided)
+    videos = [shutil.copy(clip, tmp_path / f"{name}.mp4") for name in "ab"]
+
+    def draw(**changes):
+        settings = Settings(steps=1, cg=0.0, batch=2, **changes)
+        list(sample.generate_many(videos, seeing, settings=settings))
+        return seen.pop()
+
+    assert draw(onsets=(Hit(0.5),)) is None
+    assert draw(onsets=(Hit(0.5, None, "wood"),)) == [True, True]
+    assert draw(onsets=(Hit(0.5),), material=("wood",)) == [True, True]
+    # one clip of a batch
+    write_hits(tmp_path / "a.onsets.txt", [Hit(0.5)])
+    write_hits(tmp_path / "b.onsets.txt", [Hit(0.5, None, "wood")])
+    assert draw(onsets=tmp_path) == [False, True]
+
+
+def test_guesses_are_written_as_such_and_read_as_nothing_said(seeing, clip, tmp_path):
+    track = tmp_path / "clip.onsets.txt"
+    write_hits(track, [Hit(0.5, None, "metal", True), Hit(1.0, 0.5, "wood")])
+    assert [line.split("\t")[2] for line in track.read_text().splitlines()] == [
+        "metal?",
+        "wood 0.5",
+    ]
+    assert read_hits(track, MATERIALS) == [Hit(0.5), Hit(1.0, 0.5, "wood")]
+    # given back with a material, all that nobody has named is that
+    told, tokens = conditions(seeing, clip, Settings(onsets=track, material=("wood",)))
+    assert (tokens[:, 9:] == torch.tensor([1.0, 0.0])).all()

@@ -13,7 +13,6 @@ import distill
 import ldm
 from align import Alignment, AlignmentConfig
 from common import checkpoints, controls
-from common.onsets import Hit
 from diffusion import dpm_solver, guided_eps, time_grid
 from kernels import fast
 from sample import Models, Settings, guided
@@ -300,7 +299,7 @@ def test_a_distilled_step_is_one_call(models, latents, monkeypatch):
     )
     monkeypatch.setattr(models.align.model, "forward", None)
     times = time_grid(settings.steps)[:-1]
-    eps = guided(models, latents[3], settings, times)
+    eps = guided(models, latents[3], None, settings, times)
     dpm_solver(eps, latents[0], settings.steps)
     assert calls == [3] * settings.steps
 
@@ -310,8 +309,8 @@ def test_scales_reach_a_distilled_network(models, latents):
     t = torch.full((3,), 999.0)
 
     def eps(conditions, **changes):
-        settings = Settings(material=("A",), **changes).resolve(models)
-        return guided(models, conditions, settings, [999.0])(x, t)
+        settings = Settings(**changes).resolve(models)
+        return guided(models, conditions, opened, settings, [999.0])(x, t)
 
     usual = eps(conditions)
     assert not torch.allclose(usual, eps(conditions, cfg=1.0), atol=1e-4)
@@ -321,11 +320,11 @@ def test_scales_reach_a_distilled_network(models, latents):
 
 
 def test_double_guidance_stays_selectable(models, latents):
-    settings = Settings(guidance="double", material=("A",)).resolve(models)
+    settings = Settings(guidance="double").resolve(models)
     assert settings.steps == 25
     x, _, features, conditions, opened = latents
     t = torch.full((3,), 999.0)
-    ours = guided(models, conditions, settings, [999.0])(x, t)
+    ours = guided(models, conditions, opened, settings, [999.0])(x, t)
     student = models.ldm
     wanted = guided_eps(
         student.unet,
@@ -339,25 +338,6 @@ def test_double_guidance_stays_selectable(models, latents):
         controls.EMPHASIS,
     )(x, t)
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_found_materials_are_not_emphasized_as_named_ones(models, latents):
-    x, _, _, conditions, opened = latents
-    t = torch.full((3,), 999.0)
-
-    def scales(**changes):
-        """What the network is told of a clip that names a material, and of one that does not."""
-        settings = Settings(**changes).resolve(models)
-        told = []
-        scales = models.ldm.conditioner.scales
-        handle = scales.register_forward_pre_hook(lambda _, given: told.append(given[0].clone()))
-        guided(models, conditions, settings, [999.0])(x, t)
-        handle.remove()
-        return told[0][:, 2].tolist()
-
-    assert scales() == [0, 0, 0]
-    assert scales(material=("A",)) == [controls.EMPHASIS] * 2 + [0]
-    assert scales(onsets=(Hit(1.0, None, "A"),)) == [controls.EMPHASIS] * 2 + [0]
 
 
 def test_what_was_not_distilled_is_refused(models, teacher, align):

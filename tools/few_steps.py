@@ -55,7 +55,7 @@ class Study:
         parts = []
         conditions = self.conditions[clips].split(self.batch)
         for c, x in zip(conditions, self.noise[clips].split(self.batch), strict=True):
-            eps = guided(self.models, c, self.settings, times)
+            eps = guided(self.models, c, None, self.settings, times)
             parts.append(SAMPLERS[sampler](eps, x, steps, **schedule))
         return torch.cat(parts)
 
