@@ -3,7 +3,8 @@
 in   stretches in seconds of the picture; the sound of an earlier output, or the clip's own; the
      spectrograms that are drawn of windows around the stretches
 out  the same sound, sample for sample, at its own rate and in its own channels, but for the
-     stretches: new sound, marked, that takes over within FADE samples inside of their ends
+     stretches: new sound, marked, that takes over within FADE_IN samples inside of their beginnings
+     and gives way within FADE_OUT inside of their ends
 
 Latents outside of a stretch are those of the sound (`known_latents`), and the sampler fills in the
 others (`diffusion.fill_in`, `repaint`). Griffin-Lim mixes the known samples in before every
@@ -40,7 +41,10 @@ from film.provenance import COMPOSITE
 from vae import LATENT_SCALE
 
 SHORTEST = 0.1  # seconds of a stretch: less than a latent column is nothing to draw
-FADE = 256  # samples (16 ms) inside a stretch's ends over which the new sound takes over
+# samples inside of a stretch over which the new sound takes over (64 ms) and gives way (200 ms):
+# what rings at its end is not cut off; of a short stretch a third
+FADE_IN = 1024
+FADE_OUT = 3200
 CONTEXT = 16384  # samples that a window shows of the sound on either side of a stretch
 AROUND = 16  # mel columns of known sound on either side, for the phases
 SOUNDS = (".wav", ".flac")  # outputs without a picture
@@ -213,7 +217,7 @@ class Sound:
     def replaced(self, wav, a: int, b: int):
         """The same with 16 kHz sound (n,) in all channels, from its sample a to b.
 
-        It takes over within FADE of these, but for where the sound begins or ends there.
+        It takes over inside of these (`share_of_new`), but for where the sound begins or ends there.
         """
         # the samples of this rate between a and b
         first = math.ceil(a * self.rate / SAMPLE_RATE)
@@ -253,11 +257,12 @@ class Sound:
 def share_of_new(times, a: int, b: float):
     """At times (n,) in samples, the share (n,) of a sound that is new from a to b, 0 to 1.
 
-    It rises and falls within FADE inside of these. a = 0, b = inf: at the ends of the old sound,
-    where nothing is to be faded.
+    It rises within FADE_IN and falls within FADE_OUT inside of these. a = 0, b = inf: at the ends
+    of the old sound, where nothing is to be faded.
     """
-    rise = torch.ones_like(times) if a == 0 else (times - a) / FADE
-    fall = (b - times) / FADE
+    third = (b - a) / 3
+    rise = torch.ones_like(times) if a == 0 else (times - a) / min(FADE_IN, third)
+    fall = (b - times) / min(FADE_OUT, third)
     return 0.5 - 0.5 * (math.pi * torch.minimum(rise, fall).clamp(0, 1)).cos()
 
 

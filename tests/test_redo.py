@@ -22,7 +22,7 @@ from common.audio import SAMPLE_RATE, WINDOW
 from common.files import UserError
 from diffusion import SAMPLERS, fill_in, log_alpha, sigma
 from film import redo
-from film.redo import FADE, Sound
+from film.redo import FADE_IN, FADE_OUT, Sound
 from ldm import LDM, LDMConfig
 from sample import Settings
 from vae import LATENT_SCALE
@@ -82,7 +82,7 @@ def test_an_output_is_redone_and_the_rest_stays(capsys, clip, weights, tmp_path)
     before = samples_of(folder / "clip.foley.before.wav")
     after = samples_of(folder / "clip.foley.wav")
     first, last = changed(before, after)
-    assert 1.0 <= first < 1.0 + FADE / SAMPLE_RATE and 1.8 - FADE / SAMPLE_RATE < last < 1.8
+    assert 1.0 <= first < 1.0 + FADE_IN / SAMPLE_RATE and 1.8 - FADE_OUT / SAMPLE_RATE < last < 1.8
     # new sound, and not a little of it
     inside = slice(SAMPLE_RATE, round(1.8 * SAMPLE_RATE))
     assert np.corrcoef(before[inside, 0], after[inside, 0])[0, 1] < 0.5
@@ -258,7 +258,7 @@ def test_a_gain_of_the_sound_is_undone_and_given_again(models, clip, tmp_path):
         result = sample.generate(clip, models, settings=settings)
         assert result.redo.gain == gain
         assert np.allclose(result.redo.wav[: 3 * SAMPLE_RATE].numpy(), bursts(3), atol=1e-4)
-        levels[gain] = result.wav[SAMPLE_RATE + FADE : 2 * SAMPLE_RATE - FADE].square().mean()
+        levels[gain] = result.wav[SAMPLE_RATE + FADE_IN : 2 * SAMPLE_RATE - FADE_OUT].square().mean()
         assert ("gain" in result.tags["comment"]) == bool(gain)
     assert 10 * math.log10(levels[0.0] / levels[-12.0]) == pytest.approx(12, abs=1)
 
@@ -269,7 +269,7 @@ def test_the_clips_own_sound_is_mixed_into_the_stretch(models, clip, tmp_path):
     new = sample.generate(clip, models, settings=settings, mark=False).wav
     mixed = sample.generate(clip, models, settings=replace(settings, keep_audio=-6), mark=False).wav
     own = media.read_audio(clip, 0, 3) * 10 ** (-6 / 20)
-    inner = slice(SAMPLE_RATE + FADE, 2 * SAMPLE_RATE - FADE)
+    inner = slice(SAMPLE_RATE + FADE_IN, 2 * SAMPLE_RATE - FADE_OUT)
     loudest = (new + own)[inner].abs().max()
     assert loudest > 1 or torch.allclose(mixed[inner], (new + own)[inner], atol=1e-4)
     assert not mixed[:SAMPLE_RATE].any() and not mixed[2 * SAMPLE_RATE :].any()
@@ -326,12 +326,15 @@ def test_samples_are_replaced_within_the_fades_alone(kind):
     scale = 1 if kind == "float32" else np.iinfo(kind).max
     old = (np.random.default_rng(0).uniform(-1, 1, (SAMPLE_RATE, 2)) * scale).astype(kind)
     new = torch.full((SAMPLE_RATE,), 2.0)  # too loud: at full scale
-    result = Sound(old).replaced(new, 4000, 8000).samples
+    result = Sound(old).replaced(new, 4000, 14000).samples
     assert result.dtype == old.dtype
-    assert (result[:4000] == old[:4000]).all() and (result[8000:] == old[8000:]).all()
+    assert (result[:4000] == old[:4000]).all() and (result[14000:] == old[14000:]).all()
     # no louder than all that we make
-    inner = result[4000 + FADE : 8000 - FADE].astype(float) / scale
+    inner = result[4000 + FADE_IN : 14000 - FADE_OUT].astype(float) / scale
     assert np.ptp(inner) < 1e-4 and -1.3 < 20 * math.log10(inner.mean()) < -1.09
+    # of a short stretch a third is new alone
+    short = Sound(old).replaced(new, 4000, 4900).samples[4300:4600].astype(float) / scale
+    assert np.ptp(short) < 1e-4
     # a stretch at the sound's ends needs no fade there
     assert np.ptp(Sound(old).replaced(new, 0, SAMPLE_RATE).samples / scale) < 1e-4
 
@@ -342,7 +345,7 @@ def test_new_sound_fits_to_the_phases_around_it():
     tone = 0.3 * (2 * math.pi * 440 * t).sin()
     a, b = 15000, 17000
     holed = tone.clone()
-    holed[a + FADE : b - FADE] = 0
+    holed[a + 670 : b - 670] = 0  # all but the fades of so short a stretch
     filled = redo.fill(holed, audio.mel(tone), a, b)
     assert torch.equal(filled[:a], tone[:a]) and torch.equal(filled[b:], tone[b:])
     similar = torch.corrcoef(torch.stack([filled[a:b], tone[a:b]]))[0, 1]
