@@ -1,7 +1,7 @@
 """A small network from mel to the spectrum's magnitudes and how its phases go on.
 
 in   training: a folder of clips or a prepared set; use: mel (b, 128, s) in [0, 1]
-out  magnitudes (b, 479, s), and for each of these bins the cosine and sine of how much its phase
+out  magnitudes (b, 478, s), and for each of these bins the cosine and sine of how much its phase
      turns until the next column and the next bin; OUT/last.safetensors
 
     python vocoder.py --data clips/                     0.2 s a step on one CPU core
@@ -31,8 +31,8 @@ from common import audio, distributed, training
 from common.checkpoints import load_network, one_line
 
 # bins within the filterbank's 125 to 7600 Hz; of others a mel says nothing
-FIRST = 8
-BINS = 479
+FIRST = 9
+BINS = 478
 # magnitudes below are silence: a mel of 0 in every band
 FLOOR = 1e-3
 CROP = 128  # mel columns of a training sample
@@ -86,7 +86,9 @@ class Vocoder(nn.Module):
         self.config = config
         self.stem = nn.Conv1d(audio.N_MELS, config.width, 3, padding=1)
         self.norm_in = nn.LayerNorm(config.width)
-        blocks = (Block(config.width, config.hidden, 1 / config.blocks) for _ in range(config.blocks))
+        blocks = (
+            Block(config.width, config.hidden, 1 / config.blocks) for _ in range(config.blocks)
+        )
         self.blocks = nn.Sequential(*blocks)
         self.norm_out = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, 5 * BINS)
@@ -97,13 +99,13 @@ class Vocoder(nn.Module):
     __repr__ = one_line
 
     def forward(self, mel):
-        """Mel (b, 128, s) -> log magnitudes (b, s, 479) in a mel's units; turns (b, s, 479, 2).
+        """Mel (b, 128, s) -> log magnitudes (b, s, 478) in a mel's units; turns (b, s, 478, 2).
 
         The turns are complex numbers (cos, sin) of at most about length 1, to the next column and
         to the next bin; see `turns`.
         """
         x = self.norm_in(self.stem(4 * mel - 2).transpose(1, 2))
-        out = self.head(self.norm_out(self.blocks(x))).float()  # (b, s, 5 * 479)
+        out = self.head(self.norm_out(self.blocks(x))).float()  # (b, s, 5 * 478)
         log_magnitude = out[..., :BINS] + interpolate(mel)
         next_column, next_bin = out[..., BINS:].unflatten(2, (2, BINS, 2)).unbind(2)
         return log_magnitude, next_column, next_bin
@@ -120,10 +122,13 @@ def compress(magnitude):
 
 
 def interpolate(mel):
-    """Mel (b, 128, s) -> log magnitudes (b, s, 479): each bin's from the bands it lies in."""
+    """Mel (b, 128, s) -> log magnitudes (b, s, 478): each bin's from the bands it lies in."""
     basis = audio.mel_basis().to(mel.device)
+    weight = basis[:, FIRST : FIRST + BINS]
     bands = 10 ** (5 * mel.float().transpose(1, 2) - 4) / basis.sum(1)  # (b, s, 128)
-    return compress(bands @ basis[:, FIRST : FIRST + BINS] / basis.sum(0)[FIRST : FIRST + BINS])
+    # eight bits would not do
+    with torch.autocast(mel.device.type, enabled=False):
+        return compress(bands @ weight / weight.sum(0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ def interpolate(mel):
 
 
 def turns(spectrum):
-    """Spectrum (b, s, 479) complex -> unit numbers (b, s - 1, 479) and (b, s, 478).
+    """Spectrum (b, s, 478) complex -> unit numbers (b, s - 1, 478) and (b, s, 477).
 
     How the phase turns to the next column, less what the bin's own frequency turns in that time,
     and how it turns to the next bin, less the half turn that a hit in the middle of a column has:
@@ -156,7 +161,7 @@ def turn_loss(predicted, target, first, second):
 
 
 def losses(model, mel, spectrum):
-    """mel (b, 128, s), spectrum (b, s, 479) complex -> the four terms.
+    """mel (b, 128, s), spectrum (b, s, 478) complex -> the four terms.
 
     L1 of the log magnitude, in a mel's units; L1 of the magnitude's root, for what is loud, of
     every sample alike; and the error of both turns.
@@ -186,35 +191,45 @@ def total(terms):
 
 
 # --------------------------------------------------------------------------------------------------
-# samples
+# samples; `rng` is a generator of the device that they are made on
+
+
+def uniform(rng, low, high, *shape):
+    return low + (high - low) * torch.rand(shape, generator=rng, device=rng.device)
+
+
+def decibels(rng, low, high, b):
+    """Factors (b, 1) of these levels in dB."""
+    return 10 ** (uniform(rng, low, high, b, 1) / 20)
+
+
+def some(rng, b):
+    """1 for about half of the samples, 0 for the others: (b, 1)."""
+    return (uniform(rng, 0, 1, b, 1) < 0.5).float()
 
 
 def tones(rng, b, n):
-    """Sums of eight gliding, decaying tones (b, n): modes that no clip of the set has."""
+    """Sums of eight decaying tones (b, n), a third of which glide: modes that no clip has."""
     shape = (b, 8, 1)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(shape, generator=rng)
-
-    time = torch.arange(n) / audio.SAMPLE_RATE
-    start = uniform(-0.5, n / audio.SAMPLE_RATE)
-    frequency = 60 * 120 ** uniform(0, 1)  # Hz, to 7200
-    glide = uniform(-0.2, 0.2) * (uniform(0, 1) < 0.3)  # octaves a second, about
-    decay = 10 ** uniform(-2, 0.5)  # seconds
-    level = 10 ** uniform(-2, -0.5)
+    time = torch.arange(n, device=rng.device) / audio.SAMPLE_RATE
+    start = uniform(rng, -0.5, n / audio.SAMPLE_RATE, *shape)
+    frequency = 60 * 120 ** uniform(rng, 0, 1, *shape)  # Hz, to 7200
+    glides = uniform(rng, 0, 1, *shape) < 0.3
+    glide = uniform(rng, -0.2, 0.2, *shape) * glides  # of the frequency, in a second
+    decay = 10 ** uniform(rng, -2, 0.5, *shape)  # seconds
+    level = 10 ** uniform(rng, -2, -0.5, *shape)
     since = time - start  # (b, 8, n)
     envelope = torch.exp(-since.clamp_min(0) / decay) * (since > 0)
-    phase = 2 * math.pi * (frequency * since * (1 + glide * since / 2) + uniform(0, 1))
-    return (level * envelope * phase.sin()).sum(1)
+    cycles = frequency * since * (1 + glide * since / 2) + uniform(rng, 0, 1, *shape)
+    return (level * envelope * (2 * math.pi * cycles).sin()).sum(1)
 
 
 def noises(rng, b, n):
     """Noise (b, n) of random color, between white and brown, and level, -100 to -30 dB."""
-    spectrum = torch.fft.rfft(torch.randn(b, n, generator=rng))
-    color = torch.rand(b, 1, generator=rng)
-    noise = torch.fft.irfft(spectrum * torch.linspace(0.002, 1, n // 2 + 1) ** -color, n)
-    level = 10 ** (-5 + 3.5 * torch.rand(b, 1, generator=rng))
-    return noise / noise.square().mean(1, keepdim=True).sqrt() * level
+    spectrum = torch.fft.rfft(torch.randn(b, n, generator=rng, device=rng.device))
+    frequency = torch.linspace(0.002, 1, n // 2 + 1, device=rng.device)
+    noise = torch.fft.irfft(spectrum * frequency ** -uniform(rng, 0, 1, b, 1), n)
+    return noise / noise.square().mean(1, keepdim=True).sqrt() * decibels(rng, -100, -30, b)
 
 
 def vary(wav, rng):
@@ -225,31 +240,26 @@ def vary(wav, rng):
     """
     b = len(wav)
     n = CROP * audio.HOP
-
-    def some():  # for half of the samples
-        return (torch.rand(b, 1, generator=rng) < 0.5).float()
-
-    def level(low, high):  # dB
-        return 10 ** ((low + (high - low) * torch.rand(b, 1, generator=rng)) / 20)
-
-    speed = FASTEST ** (2 * torch.rand((), generator=rng).item() - 1)
+    speed = FASTEST ** uniform(rng, -1, 1).item()
     wav = F.interpolate(wav[:, None, : round(n * speed)], n, mode="linear")[:, 0]
-    device = wav.device
-    wav = wav + (some() * level(-30, 0)).to(device) * wav.roll(1, 0)
-    wav = wav + (some() * tones(rng, b, n)).to(device)
-    wav = wav + (some() * noises(rng, b, n)).to(device)
-    return wav * level(-20, 6).to(device)
+    wav = wav + some(rng, b) * decibels(rng, -30, 0, b) * wav.roll(1, 0)
+    wav = wav + some(rng, b) * tones(rng, b, n)
+    wav = wav + some(rng, b) * noises(rng, b, n)
+    return wav * decibels(rng, -20, 6, b)
 
 
 def blemish(mel, rng):
-    """Mel (b, 128, s) -> with noise of up to 0.03: mels that a network generates are not exact."""
-    strength = 0.03 * torch.rand(len(mel), 1, 1, generator=rng)
-    noise = torch.randn(mel.shape, generator=rng) * strength
-    return (mel + noise.to(mel.device)).clamp(0, 1)
+    """Mel (b, 128, s) -> some blurred, all with noise of up to 0.03, like generated ones."""
+    b = len(mel)
+    blur = (some(rng, b) * uniform(rng, 0, 1, b, 1))[:, :, None]
+    mel = mel.lerp(F.avg_pool2d(mel, 3, 1, 1, count_include_pad=False), blur)
+    strength = uniform(rng, 0, 0.03, b, 1, 1)
+    noise = torch.randn(mel.shape, generator=rng, device=rng.device)
+    return (mel + noise * strength).clamp(0, 1)
 
 
 def spectrum_of(wav):
-    """Sound (b, n) -> spectrum (b, n/256, 479)."""
+    """Sound (b, n) -> spectrum (b, n/256, 478)."""
     return audio.stft(wav)[:, FIRST : FIRST + BINS].transpose(1, 2)
 
 
@@ -302,7 +312,8 @@ def train(args):
     for step in run:
         for batch, rows in run.parts(network):
             # of this micro-batch: the same whatever process has it
-            rng = torch.Generator().manual_seed(training.seed_of(args.seed, step, rows.start))
+            rng = torch.Generator(device)
+            rng.manual_seed(training.seed_of(args.seed, step, rows.start))
             wav = vary(batch["wav"].to(device, non_blocking=True), rng)
             mel = blemish(audio.mel(wav), rng)  # (b, 128, CROP)
             with training.autocast(args):

@@ -1,0 +1,206 @@
+"""Ways from a mel to sound, measured against the sound that the mel was taken of.
+
+in   folders of videos or sounds
+out  a table in Markdown for each, with 95 % intervals (bootstrap over the clips)
+
+    python foley.py held-out --clips 48 --seed 1
+    python -m tools.vocoders held-out                       the tables of docs/acceleration.md
+    python -m tools.vocoders held-out --through weights/mini/ldm.safetensors
+                                                            mels as an autoencoder returns them
+
+Columns, every one of them better where it is smaller, but for F1:
+
+lsd            log-spectral distance, dB: of the STFT's bins in the filterbank's range, the root of
+               the mean square over bins, the mean over columns
+short_lsd      the same of a transform of 16 ms instead of 64
+convergence    spectral convergence: the norm of the magnitudes' difference over the reference's
+mel            mean absolute difference of the mels, dB
+decay          of ringing modes, how far the decay in dB a second is from the reference's, %
+rough          of these modes, rms deviation in dB from a steady decay: beats that were not there
+rise           of hits, how far the time from 10 to 90 % of the peak is from the reference's, ms
+pre_echo       by how many dB the 20 ms before a hit are louder than the reference's
+f1             of onsets detected in the result and in the reference, within 50 ms
+seconds        of processor time a minute of sound
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import audio, media
+from common.files import UserError
+from vae import AutoencoderKL
+
+LONGEST = 16 * 62  # mel columns of a clip, 16 s
+IN_RANGE = slice(9, 487)  # bins in which the filterbank is not zero
+FLOOR = 1.6e-3  # magnitude that a mel of 0 stands for
+RESAMPLES = 1000
+ENVELOPE_HOP = 8  # samples, half a millisecond
+BEFORE_HIT = slice(-48, -8)  # in these hops: 24 to 4 ms before a hit begins
+
+
+# ---- measures ----------------------------------------------------------------------------------
+
+
+def decibels(magnitude):
+    return 20 * magnitude.clamp_min(FLOOR).log10()
+
+
+def log_spectral_distance(wav, reference):
+    """Of two sounds (n,), in dB."""
+    spectra = [decibels(audio.stft(x[None])[0, IN_RANGE].abs()) for x in (wav, reference)]
+    return (spectra[0] - spectra[1]).square().mean(0).sqrt().mean().item()
+
+
+def short_log_spectral_distance(wav, reference):
+    """The same of a transform of 256 samples, which hears where within a column something lies."""
+    window = torch.hann_window(256)
+    spectra = []
+    for x in (wav, reference):
+        # a quarter of the samples add up to a quarter of the magnitude
+        magnitude = 4 * torch.stft(x, 256, 64, window=window, return_complex=True).abs()
+        spectra.append(decibels(magnitude[3:122]))  # 187 to 7562 Hz
+    return (spectra[0] - spectra[1]).square().mean(0).sqrt().mean().item()
+
+
+def spectral_convergence(wav, reference):
+    ours, theirs = (audio.stft(x[None])[0, IN_RANGE].abs() for x in (wav, reference))
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-9)).item()
+
+
+def mel_distance(wav, reference):
+    """In dB: a mel of 0.01 is one."""
+    return 100 * (audio.mel(wav) - audio.mel(reference)).abs().mean().item()
+
+
+def mode_levels(spectrum, mode):
+    """Levels (columns,) in dB of a mode (bin, columns): its bin's power and its two neighbors'."""
+    k, columns = mode
+    power = spectrum[k - 1 : k + 2, columns].abs().square().sum(0)
+    return decibels(power.sqrt()).numpy()
+
+
+def fit_decay(levels):
+    """Levels (n,) in dB -> dB a second, and the rms deviation from that line in dB."""
+    seconds = np.arange(len(levels)) * audio.COLUMN
+    slope, offset = np.polyfit(seconds, levels, 1)
+    return slope, float(np.sqrt(np.mean((levels - slope * seconds - offset) ** 2)))
+
+
+def ringing_modes(reference):
+    """Sound (n,) -> [(bin, columns)] that ring after its hits.
+
+    A mode is a bin 10 dB above the median around it, whose level falls by a steady 8 to 1000 dB a
+    second over at least 8 columns, from 3 columns after a hit to the next one at most.
+    """
+    spectrum = audio.stft(reference[None])[0]  # (513, s)
+    level = decibels(spectrum.abs())
+    hits = [round(t / audio.COLUMN) for t in audio.detect_onsets(audio.mel(reference).numpy())]
+    modes = []
+    for hit, following in zip(hits, [*hits[1:], spectrum.shape[1]], strict=True):
+        first = hit + 3
+        last = min(following - 3, first + 60)
+        if last - first < 8:
+            continue
+        now = level[:, first : first + 3].mean(1)  # (513,)
+        around = F.pad(now, (12, 12)).unfold(0, 25, 1)
+        peaks = (now == around[:, 9:16].amax(1)) & (now > around.median(1).values + 10)
+        for k in peaks.nonzero().flatten().tolist():
+            if not IN_RANGE.start < k < IN_RANGE.stop - 1:
+                continue
+            levels = mode_levels(spectrum, (k, slice(first, last)))
+            # until it is 40 dB down or in the noise
+            too_low = np.flatnonzero(
+                levels < max(levels[0] - 40, decibels(torch.tensor(FLOOR)) + 20)
+            )
+            length = int(too_low[0]) if len(too_low) else len(levels)
+            if length < 8:
+                continue
+            slope, deviation = fit_decay(levels[:length])
+            if -1000 < slope < -8 and deviation < 1:
+                modes.append((k, slice(first, first + length)))
+    return modes
+
+
+def decays(wav, reference):
+    """-> mean error of the modes' decay in %, at most 100 each, and their roughness in dB."""
+    modes = ringing_modes(reference)
+    spectra = [audio.stft(x[None])[0] for x in (wav, reference)]
+    errors = []
+    roughness = []
+    for mode in modes:
+        ours, theirs = (fit_decay(mode_levels(spectrum, mode)) for spectrum in spectra)
+        errors.append(min(100.0, 100 * abs(ours[0] / theirs[0] - 1)))
+        roughness.append(ours[1])
+    if not modes:
+        return math.nan, math.nan
+    return float(np.mean(errors)), float(np.mean(roughness))
+
+
+def envelope(wav):
+    """Sound (n,) -> rms (h,) over 2 ms, every half millisecond; value k is around sample 8 k."""
+    padded = F.pad(wav, (16, 16))
+    return padded.unfold(0, 32, ENVELOPE_HOP).square().mean(1).sqrt().numpy()
+
+
+def rise(levels, first, last):
+    """Of an envelope's rise to its peak within hops [first, last): where it begins, how long it is,
+    in hops, and the peak."""
+    peak = first + int(levels[first:last].argmax())
+    below = np.flatnonzero(levels[:peak] < 0.1 * levels[peak])
+    begin = int(below[-1]) if len(below) else 0
+    high = begin + int(np.flatnonzero(levels[begin : peak + 1] >= 0.9 * levels[peak])[0])
+    return begin, high - begin, levels[peak]
+
+
+def attacks(wav, reference):
+    """-> mean error of the hits' rise times in ms, and what is before them too loud, in dB.
+
+    Of hits that begin clearly: from below a tenth of their peak, 24 ms long, within 30 ms.
+    """
+    ours, theirs = envelope(wav), envelope(reference)
+    errors = []
+    echoes = []
+    for onset in audio.detect_onsets(audio.mel(reference).numpy()):
+        middle = round(onset * audio.SAMPLE_RATE / ENVELOPE_HOP)
+        first = max(0, middle - 48)
+        last = min(middle + 112, len(theirs))
+        begin, length, peak = rise(theirs, first, last)
+        before = slice(begin + BEFORE_HIT.start, begin + BEFORE_HIT.stop)
+        if before.start < 0 or length > 60 or theirs[before].max() > 0.1 * peak:
+            continue
+        errors.append(abs(rise(ours, first, last)[1] - length) / 2)
+        quiet = 1e-3 * peak
+        levels = [20 * np.log10(np.sqrt(np.mean(x[before] ** 2)) + quiet) for x in (ours, theirs)]
+        echoes.append(max(0.0, levels[0] - levels[1]))
+    if not errors:
+        return math.nan, math.nan
+    return float(np.mean(errors)), float(np.mean(echoes))
+
+
+def onset_counts(wav, reference):
+    """-> matches within 50 ms, onsets of the one, of the other."""
+    ours, theirs = (audio.detect_onsets(audio.mel(x).numpy()) for x in (wav, reference))
+    return len(audio.match(ours, theirs, 0.05)), len(ours), len(theirs)
+
+
+def measure(wav, reference):
+    """Two sounds (n,) -> {column: number}, NaN where the clip has nothing to measure."""
+    decay, rough = decays(wav, reference)
+    rise_error, pre_echo = attacks(wav, reference)
+    return {
+        "lsd": log_spectral_distance(wav, reference),
+        "short_lsd": short_log_spectral_distance(wav, reference),
+        "convergence": spectral_convergence(wav, reference),
+        "mel": mel_distance(wav, reference),
+        "decay": decay,
+        "rough": rough,
+        "rise": rise_error,
+        "pre_echo": pre_echo,
+        "f1": onset_counts(wav, reference),
+    }
