@@ -26,6 +26,7 @@ seconds        of processor time a minute of sound
 import argparse
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def ringing_modes(reference):
     level = decibels(spectrum.abs())
     hits = [round(t / audio.COLUMN) for t in audio.detect_onsets(audio.mel(reference).numpy())]
     modes = []
-    for hit, following in zip(hits, [*hits[1:], spectrum.shape[1]], strict=True):
+    for hit, following in pairwise([*hits, spectrum.shape[1]]):
         first = hit + 3
         last = min(following - 3, first + 60)
         if last - first < 8:
@@ -115,9 +116,8 @@ def ringing_modes(reference):
                 continue
             levels = mode_levels(spectrum, (k, slice(first, last)))
             # until it is 40 dB down or in the noise
-            too_low = np.flatnonzero(
-                levels < max(levels[0] - 40, decibels(torch.tensor(FLOOR)) + 20)
-            )
+            lowest = max(levels[0] - 40, 20 * math.log10(FLOOR) + 20)
+            too_low = np.flatnonzero(levels < lowest)
             length = int(too_low[0]) if len(too_low) else len(levels)
             if length < 8:
                 continue
@@ -204,3 +204,79 @@ def measure(wav, reference):
         "pre_echo": pre_echo,
         "f1": onset_counts(wav, reference),
     }
+
+
+# ---- candidates: mel (1, 128, s) -> sound (s*256,) -------------------------------------------------
+
+
+def signal(spectrum):
+    """Spectrum (1, 513, s) -> sound (1, s*256)."""
+    window = torch.hann_window(audio.N_FFT)
+    length = spectrum.shape[-1] * audio.HOP
+    return torch.istft(spectrum, audio.N_FFT, audio.HOP, window=window, length=length)
+
+
+def consistent(spectrum):
+    """The spectrum of the sound nearest to this one."""
+    return audio.stft(signal(spectrum))
+
+
+def random_phases(magnitude, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.polar(magnitude, 2 * math.pi * torch.rand(magnitude.shape, generator=rng))
+
+
+def griffin_lim(mel, iterations=32):
+    """What is shipped without a network: Perraudin, Balazs and Sondergaard 2013."""
+    return audio.griffin_lim(audio.mel_to_magnitude(mel), iterations)[0]
+
+
+def accelerated(mel, iterations=32, alpha=0.09, beta=1.1, gamma=1.25):
+    """Nenov, Nguyen, Balazs and Bot 2023 (arXiv 2306.12504), with their parameters."""
+    magnitude = audio.mel_to_magnitude(mel)
+    spectrum = random_phases(magnitude)
+    base = previous = consistent(spectrum)
+    for _ in range(iterations):
+        projected = consistent(magnitude * spectrum.sgn())
+        new = torch.lerp(base, projected, gamma)
+        spectrum = new + alpha * (new - previous)
+        base = new + beta * (new - previous)
+        previous = new
+    return signal(magnitude * spectrum.sgn())[0]
+
+
+def admm(mel, iterations=32):
+    """Masuyama, Yatabe and Oikawa 2019: phases by the alternating direction method."""
+    magnitude = audio.mel_to_magnitude(mel)
+    spectrum = random_phases(magnitude)
+    dual = torch.zeros_like(spectrum)
+    for _ in range(iterations):
+        fitting = magnitude * (spectrum - dual).sgn()
+        spectrum = consistent(fitting + dual)
+        dual = dual + fitting - spectrum
+    return signal(magnitude * (spectrum - dual).sgn())[0]
+
+
+def towards_mel(magnitude, target):
+    """One multiplicative step, as in `audio.mel_to_magnitude`: (1, 513, s) and (1, 128, s)."""
+    basis = audio.mel_basis()
+    ratio = target / (basis @ magnitude).clamp_min(1e-12)
+    return magnitude * (basis.T @ ratio) / basis.sum(0).clamp_min(1e-9)[:, None]
+
+
+def joint(mel, iterations=32, momentum=0.99):
+    """Magnitudes and phases together, after Masuyama, Ueno and Ono 2023.
+
+    Magnitudes are no longer given: each iteration takes those of the consistent spectrum, and one
+    step towards the mel. Theirs is an ADMM with a quadratic distance.
+    """
+    magnitude = audio.mel_to_magnitude(mel)
+    target = torch.where(mel > 0, 10 ** (5 * mel - 4), 0.0)
+    spectrum = random_phases(magnitude)
+    previous = torch.zeros_like(spectrum)
+    for _ in range(iterations):
+        now = consistent(spectrum)
+        ahead = now + momentum * (now - previous)
+        previous = now
+        spectrum = towards_mel(now.abs(), target) * ahead.sgn()
+    return signal(spectrum)[0]
