@@ -249,11 +249,11 @@ def vary(wav, rng):
 
 
 def blemish(mel, rng):
-    """Mel (b, 128, s) -> some blurred, all with noise of up to 0.03, like generated ones."""
+    """Mel (b, 128, s) -> some blurred, some with noise of up to 2 dB, as generated ones are."""
     b = len(mel)
-    blur = (some(rng, b) * uniform(rng, 0, 1, b, 1))[:, :, None]
+    blur = (some(rng, b) * some(rng, b) * uniform(rng, 0, 1, b, 1))[:, :, None]
     mel = mel.lerp(F.avg_pool2d(mel, 3, 1, 1, count_include_pad=False), blur)
-    strength = uniform(rng, 0, 0.03, b, 1, 1)
+    strength = (some(rng, b) * uniform(rng, 0, 0.02, b, 1))[:, :, None]
     noise = torch.randn(mel.shape, generator=rng, device=rng.device)
     return (mel + noise * strength).clamp(0, 1)
 
