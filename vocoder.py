@@ -22,6 +22,7 @@ import functools
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,6 +36,11 @@ FIRST = 9
 BINS = 478
 # magnitudes below are silence: a mel of 0 in every band
 FLOOR = 1e-3
+# a column's phases near a bin are found from REACH bins on either side, of which those as far as NEAR
+# count half; the share of a magnitude below which what was before does not count
+REACH = 16
+NEAR = 3.0
+UNKNOWN = 1e-3
 CROP = 128  # mel columns of a training sample
 FASTEST = 1.5  # how much faster or slower training plays a sound
 
@@ -129,6 +135,45 @@ def interpolate(mel):
     # eight bits would not do
     with torch.autocast(mel.device.type, enabled=False):
         return compress(bands @ weight / weight.sum(0))
+
+
+# --------------------------------------------------------------------------------------------------
+# from turns to phases
+
+
+def integrate(magnitude, next_column, next_bin, seed: int = 0):
+    """Magnitudes (s, k) and turns (s, k, 2), tensors -> unit numbers (s, k) complex.
+
+    Column after column. Within one, the turns from bin to bin, added up, say all phases but for
+    what they have in common; that, near every bin, is what the turns from the column before say
+    there, weighted with the magnitude that both columns have. Where there was nothing before, as
+    at a hit, it is drawn from `seed`. On the CPU: 512 short columns are no work for a GPU.
+    """
+    magnitude = magnitude.cpu().numpy()
+    next_column = torch.view_as_complex(next_column.cpu().contiguous()).numpy()
+    next_bin = torch.view_as_complex(next_bin.cpu().contiguous()).sgn()
+    s, k = magnitude.shape
+
+    # phases within each column
+    within = np.ones((s, k), np.complex64)
+    within[:, 1:] = torch.cumprod(-next_bin[:, :-1], 1).numpy()
+    within /= np.abs(within) + 1e-20
+
+    # what each column says of the next, against that
+    quarters = np.array([1, 1j, -1, -1j], np.complex64)[np.arange(FIRST, FIRST + k) % 4]
+    common = np.minimum(magnitude[1:], magnitude[:-1])
+    onward = common * quarters * next_column[:-1] * within[1:].conj()
+    rng = np.random.default_rng(seed)
+    unknown = np.exp(2j * np.pi * rng.random((s, 1))).astype(np.complex64)
+    weak = UNKNOWN * magnitude * unknown
+    near = (1 / (1 + (np.arange(-REACH, REACH + 1) / NEAR) ** 2)).astype(np.float32)
+
+    phases = np.empty((s, k), np.complex64)
+    phases[0] = within[0] * unknown[0]
+    for t in range(1, s):
+        offset = np.convolve(phases[t - 1] * onward[t - 1], near, "same") + weak[t]
+        phases[t] = within[t] * offset / (np.abs(offset) + 1e-30)
+    return torch.from_numpy(phases)
 
 
 # --------------------------------------------------------------------------------------------------

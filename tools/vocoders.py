@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 from common import audio, media
 from common.files import UserError
+import vocoder
 from vae import AutoencoderKL
 
 LONGEST = 16 * 62  # mel columns of a clip, 16 s
@@ -280,3 +281,54 @@ def joint(mel, iterations=32, momentum=0.99):
         previous = now
         spectrum = towards_mel(now.abs(), target) * ahead.sgn()
     return signal(spectrum)[0]
+
+
+def gradients(magnitude):
+    """Magnitudes (s, k) -> turns (s, k, 2), by the derivatives of their logarithm.
+
+    As for a Gaussian window of the Hann window's width (Prusa, Balazs and Sondergaard 2017, whose
+    integration over a heap is `vocoder.integrate` here, column by column).
+    """
+    log = magnitude.clamp_min(FLOOR).log()
+    width = 0.25645 * audio.N_FFT**2  # the Gaussian's gamma, in samples squared
+    padded = F.pad(log[None], (1, 1, 1, 1), mode="replicate")[0]
+    by_bin = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    by_column = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    # between a column or bin and the next, the mean of both
+    column_turn = audio.HOP * audio.N_FFT / width * (by_bin + by_bin.roll(-1, 0)) / 2
+    bin_turn = -width / (audio.HOP * audio.N_FFT) * (by_column + by_column.roll(-1, 1)) / 2
+    return tuple(torch.stack([x.cos(), x.sin()], -1) for x in (column_turn, bin_turn))
+
+
+def from_phases(magnitude, phases, iterations):
+    """Fast Griffin-Lim from phases (1, k, s) of the bins in range."""
+    below = vocoder.FIRST
+    unit = F.pad(phases, (0, 0, below, magnitude.shape[1] - below - phases.shape[1]))
+    spectrum = magnitude * unit
+    previous = torch.zeros_like(spectrum)
+    for _ in range(iterations):
+        now = consistent(spectrum)
+        spectrum = magnitude * (now + 0.99 * (now - previous)).sgn()
+        previous = now
+    return signal(spectrum)[0]
+
+
+def phase_gradient(mel, iterations=0):
+    magnitude = audio.mel_to_magnitude(mel)
+    inner = magnitude[0, IN_RANGE].T
+    phases = vocoder.integrate(inner, *gradients(inner))
+    return from_phases(magnitude, phases.T[None], iterations)
+
+
+@torch.no_grad()
+def network(mel, model, iterations=20):
+    """Turns of a trained network, the filterbank's inverse, a few iterations of Griffin-Lim."""
+    magnitude = audio.mel_to_magnitude(mel)
+    _, next_column, next_bin = model(mel)
+    phases = vocoder.integrate(magnitude[0, IN_RANGE].T, next_column[0], next_bin[0])
+    return from_phases(magnitude, phases.T[None], iterations)
+
+
+def true_phases(mel, reference):
+    """What no vocoder knows: the reference's phases, with the magnitudes that its mel leaves."""
+    return signal(audio.mel_to_magnitude(mel) * audio.stft(reference[None]).sgn())[0]
