@@ -30,6 +30,12 @@ COLUMN = HOP / SAMPLE_RATE  # seconds a mel column
 SPAN = 4096  # mel columns vocoded at once: 65 s, which bounds memory
 CHUNK = 256  # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
 
+# phases that Griffin-Lim starts from
+DELAY = 0.25645 * N_FFT / HOP  # turn from bin to bin for a rise by a factor of e a column
+REACH = 32  # a bin's phase is found from so many bins on either side in the column before
+NEAR = 6.0  # of which those as far as this count half
+UNKNOWN = 0.01  # share of a magnitude below which what was before does not count
+
 # onset detector, set on recorded sounds of the procedural set (seed 9)
 LAG = 2  # columns over which a bin has to rise
 QUIET = 0.3  # of a mel; below, nothing counts: room tone, coding residue
@@ -175,17 +181,75 @@ def reflect_ends(padded, samples):
     padded[:, last + 1 :] = padded[:, last - beyond : last].flip(1)
 
 
+def random_phases(magnitude, seed):
+    """Magnitudes (b, s, 513) -> for each of their `chunks`, unit numbers (1, n, 513).
+
+    Every item has the same, drawn on the CPU.
+    """
+    _, s, bins = magnitude.shape
+    rng = torch.Generator().manual_seed(seed)
+    angle = (torch.rand((bins, s), generator=rng) * (2 * math.pi)).T
+    for columns in chunks(s, magnitude.device):
+        yield torch.polar(torch.ones_like(angle[columns]), angle[columns])[None]
+
+
+def likely_phases(magnitude, seed):
+    """Magnitudes (b, s, 513) -> for each of their `chunks`, unit numbers (b, n, 513).
+
+    Phases that the magnitudes themselves tell of. Where a magnitude rises, the sound lies late in
+    its column's window, where it falls, early; that delay is how the phase changes from bin to bin
+    (phase gradients, Prusa, Balazs and Sondergaard 2017, whose Gaussian of a Hann window's width
+    this takes). Added up over the bins, it gives a column's phases but for what they have in
+    common. Near every bin, that is what the column before says there, whose bins go on at their own
+    frequencies, weighted with the magnitude that both columns have. After silence it is drawn from
+    `seed`, the same for every item.
+
+    On the CPU, for any device: one short column after the other is no work for a GPU.
+    """
+    b, s, bins = magnitude.shape
+    # a column is a quarter of the transform later: bin k turns by k quarters
+    quarters = np.array([1, 1j, -1, -1j], np.complex64)[np.arange(bins) % 4]
+    weights = (1 / (1 + (np.arange(-REACH, REACH + 1) / NEAR) ** 2)).astype(np.float32)
+    angle = 2 * np.pi * np.random.default_rng(seed).random((s, 1))
+    unknown = UNKNOWN * np.exp(1j * angle).astype(np.complex64)
+    phase = np.zeros((b, bins), np.complex64)  # of the column before
+
+    for columns in chunks(s, magnitude.device):
+        # these columns, with one more on either side, at the ends the same again
+        wanted = torch.arange(columns.start - 1, columns.stop + 1).clamp(0, s - 1)
+        around = magnitude[:, wanted.to(magnitude.device)].float().cpu()
+        log = around.clamp_min(1e-3).log()
+        rise = (log[:, 2:] - log[:, :-2]) / 2
+        # a half turn from bin to bin is the middle of the window
+        turn = math.pi - DELAY * (rise[..., 1:] + rise[..., :-1]) / 2
+        angle = F.pad(turn.cumsum(2), (1, 0))  # (b, n, 513)
+        within = torch.polar(torch.ones_like(angle), angle).numpy()
+        common = torch.minimum(around[:, :-2], around[:, 1:-1]).numpy()
+        onward = common * quarters * within.conj()
+        weak = around[:, 1:-1].numpy() * unknown[columns]
+
+        phases = np.empty_like(within)
+        for item in range(b):
+            for t in range(within.shape[1]):
+                offset = np.convolve(phase[item] * onward[item, t], weights, "same")
+                offset += weak[item, t]
+                phase[item] = within[item, t] * offset / (np.abs(offset) + 1e-30)
+                phases[item, t] = phase[item]
+        yield torch.from_numpy(phases)
+
+
 @torch.no_grad()
-def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None):
+def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None, phases=random_phases):
     """Magnitudes (b, 513, s) -> sound (b, s*256) with consistent phases.
 
     known: a sound (b, s*256), and its share (s*256,), 0 to 1, in what each iteration starts from:
     then phases fit to it where it is mixed in with these shares.
+    phases: `random_phases` or `likely_phases`, what the first iteration starts from.
 
-    Fast Griffin-Lim with momentum 0.99. Every item starts from the same random phases, drawn on the
-    CPU from `seed`, so its sound depends neither on the batch it sits in nor on the device, but for
-    the rounding of the FFT. That rounding grows tenfold every ten iterations or so: float32 ends
-    within 1e-3 of float64, in any implementation, and equally consistent.
+    Fast Griffin-Lim with momentum 0.99. The sound of an item depends neither on the batch it sits
+    in nor on the device, but for the rounding of the FFT. That rounding grows tenfold every ten
+    iterations or so: float32 ends within 1e-3 of float64, in any implementation, and equally
+    consistent.
 
     An iteration is `stft(torch.istft(spectrum))` and a new phase. Here both transforms pass over
     the columns once, chunk by chunk, so that no full spectrum is stored; that takes an eighth of
@@ -204,13 +268,9 @@ def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None):
         envelope[k : k + s] += part
     envelope.clamp_min_(1e-11)  # 0 at the very first sample
 
-    # random phases
-    rng = torch.Generator().manual_seed(seed)
-    angle = (torch.rand((bins, s), generator=rng) * (2 * math.pi)).T
     wav = magnitude.new_zeros(b, *envelope.shape)
-    for columns in chunks(s, device):
-        phase = torch.polar(torch.ones_like(angle[columns]), angle[columns]).to(device)
-        overlap_add(wav, magnitude[:, columns] * phase, window, columns.start)
+    for columns, phase in zip(chunks(s, device), phases(magnitude, seed), strict=True):
+        overlap_add(wav, magnitude[:, columns] * phase.to(device), window, columns.start)
 
     # the last iteration's consistent spectrum
     previous = torch.zeros_like(magnitude, dtype=magnitude.dtype.to_complex())
