@@ -36,11 +36,6 @@ FIRST = 9
 BINS = 478
 # magnitudes below are silence: a mel of 0 in every band
 FLOOR = 1e-3
-# a column's phases near a bin are found from REACH bins on either side, of which those as far as NEAR
-# count half; the share of a magnitude below which what was before does not count
-REACH = 16
-NEAR = 3.0
-UNKNOWN = 1e-3
 CROP = 128  # mel columns of a training sample
 FASTEST = 1.5  # how much faster or slower training plays a sound
 
@@ -98,9 +93,11 @@ class Vocoder(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm_out = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, 5 * BINS)
-        # at first the interpolated mel and no idea of the phases
+        # at first the interpolated mel, the bins' own frequencies and the delays that it tells of
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.bias[BINS::2] = 0.5
 
     __repr__ = one_line
 
@@ -112,9 +109,10 @@ class Vocoder(nn.Module):
         """
         x = self.norm_in(self.stem(4 * mel - 2).transpose(1, 2))
         out = self.head(self.norm_out(self.blocks(x))).float()  # (b, s, 5 * 478)
-        log_magnitude = out[..., :BINS] + interpolate(mel)
+        interpolated = interpolate(mel)
+        log_magnitude = out[..., :BINS] + interpolated
         next_column, next_bin = out[..., BINS:].unflatten(2, (2, BINS, 2)).unbind(2)
-        return log_magnitude, next_column, next_bin
+        return log_magnitude, next_column, turned(next_bin, delays(interpolated))
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -135,6 +133,24 @@ def interpolate(mel):
     # eight bits would not do
     with torch.autocast(mel.device.type, enabled=False):
         return compress(bands @ weight / weight.sum(0))
+
+
+def delays(log_magnitude):
+    """Log magnitudes (b, s, 478) in a mel's units -> angles (b, s, 478) to the next bin.
+
+    By the phase gradient, as in `audio.likely_phases`.
+    """
+    rise = F.pad(log_magnitude, (0, 0, 1, 1), mode="replicate")
+    rise = 5 * math.log(10) * (rise[:, 2:] - rise[:, :-2]) / 2
+    rise = F.pad(rise, (0, 1), mode="replicate")
+    return -audio.DELAY * (rise[..., 1:] + rise[..., :-1]) / 2
+
+
+def turned(turn, angle):
+    """Numbers (..., 2), cos and sin, turned by angles (...)."""
+    cos, sin = angle.cos(), angle.sin()
+    x, y = turn.unbind(-1)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,8 +181,10 @@ def integrate(magnitude, next_column, next_bin, seed: int = 0):
     onward = common * quarters * next_column[:-1] * within[1:].conj()
     rng = np.random.default_rng(seed)
     unknown = np.exp(2j * np.pi * rng.random((s, 1))).astype(np.complex64)
-    weak = UNKNOWN * magnitude * unknown
-    near = (1 / (1 + (np.arange(-REACH, REACH + 1) / NEAR) ** 2)).astype(np.float32)
+    weak = audio.UNKNOWN * magnitude * unknown
+    near = (1 / (1 + (np.arange(-audio.REACH, audio.REACH + 1) / audio.NEAR) ** 2)).astype(
+        np.float32
+    )
 
     phases = np.empty((s, k), np.complex64)
     phases[0] = within[0] * unknown[0]

@@ -42,6 +42,7 @@ LONGEST = 16 * 62  # mel columns of a clip, 16 s
 IN_RANGE = slice(9, 487)  # bins in which the filterbank is not zero
 FLOOR = 1.6e-3  # magnitude that a mel of 0 stands for
 RESAMPLES = 1000
+LEAST = 6  # columns of a mode, 96 ms
 ENVELOPE_HOP = 8  # samples, half a millisecond
 BEFORE_HIT = slice(-48, -8)  # in these hops: 24 to 4 ms before a hit begins
 
@@ -97,8 +98,8 @@ def fit_decay(levels):
 def ringing_modes(reference):
     """Sound (n,) -> [(bin, columns)] that ring after its hits.
 
-    A mode is a bin 10 dB above the median around it, whose level falls by a steady 8 to 1000 dB a
-    second over at least 8 columns, from 3 columns after a hit to the next one at most.
+    A mode is a bin 8 dB above the median around it, whose level falls by a steady 8 to 1000 dB a
+    second over at least LEAST columns, from 3 columns after a hit to the next one at most.
     """
     spectrum = audio.stft(reference[None])[0]  # (513, s)
     level = decibels(spectrum.abs())
@@ -107,11 +108,11 @@ def ringing_modes(reference):
     for hit, following in pairwise([*hits, spectrum.shape[1]]):
         first = hit + 3
         last = min(following - 3, first + 60)
-        if last - first < 8:
+        if last - first < LEAST:
             continue
         now = level[:, first : first + 3].mean(1)  # (513,)
         around = F.pad(now, (12, 12)).unfold(0, 25, 1)
-        peaks = (now == around[:, 9:16].amax(1)) & (now > around.median(1).values + 10)
+        peaks = (now == around[:, 9:16].amax(1)) & (now > around.median(1).values + 8)
         for k in peaks.nonzero().flatten().tolist():
             if not IN_RANGE.start < k < IN_RANGE.stop - 1:
                 continue
@@ -120,10 +121,10 @@ def ringing_modes(reference):
             lowest = max(levels[0] - 40, 20 * math.log10(FLOOR) + 20)
             too_low = np.flatnonzero(levels < lowest)
             length = int(too_low[0]) if len(too_low) else len(levels)
-            if length < 8:
+            if length < LEAST:
                 continue
             slope, deviation = fit_decay(levels[:length])
-            if -1000 < slope < -8 and deviation < 1:
+            if -1000 < slope < -8 and deviation < 1.5:
                 modes.append((k, slice(first, first + length)))
     return modes
 
@@ -283,23 +284,6 @@ def joint(mel, iterations=32, momentum=0.99):
     return signal(spectrum)[0]
 
 
-def gradients(magnitude):
-    """Magnitudes (s, k) -> turns (s, k, 2), by the derivatives of their logarithm.
-
-    As for a Gaussian window of the Hann window's width (Prusa, Balazs and Sondergaard 2017, whose
-    integration over a heap is `vocoder.integrate` here, column by column).
-    """
-    log = magnitude.clamp_min(FLOOR).log()
-    width = 0.25645 * audio.N_FFT**2  # the Gaussian's gamma, in samples squared
-    padded = F.pad(log[None], (1, 1, 1, 1), mode="replicate")[0]
-    by_bin = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
-    by_column = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
-    # between a column or bin and the next, the mean of both
-    column_turn = audio.HOP * audio.N_FFT / width * (by_bin + by_bin.roll(-1, 0)) / 2
-    bin_turn = -width / (audio.HOP * audio.N_FFT) * (by_column + by_column.roll(-1, 1)) / 2
-    return tuple(torch.stack([x.cos(), x.sin()], -1) for x in (column_turn, bin_turn))
-
-
 def from_phases(magnitude, phases, iterations):
     """Fast Griffin-Lim from phases (1, k, s) of the bins in range."""
     below = vocoder.FIRST
@@ -314,10 +298,9 @@ def from_phases(magnitude, phases, iterations):
 
 
 def phase_gradient(mel, iterations=0):
+    """Phase gradients (Prusa, Balazs and Sondergaard 2017), and Griffin-Lim from there."""
     magnitude = audio.mel_to_magnitude(mel)
-    inner = magnitude[0, IN_RANGE].T
-    phases = vocoder.integrate(inner, *gradients(inner))
-    return from_phases(magnitude, phases.T[None], iterations)
+    return audio.griffin_lim(magnitude, iterations, phases=audio.likely_phases)[0]
 
 
 @torch.no_grad()
