@@ -1,7 +1,8 @@
 """Ways from a mel to sound, measured against the sound that the mel was taken of.
 
-in   folders of videos or sounds
-out  a table in Markdown for each, with 95 % intervals (bootstrap over the clips)
+in   videos or sounds, or folders of them
+out  two tables in Markdown: each way's means with 95 % intervals (bootstrap over the clips), and
+     how far they are from the first way's, clip by clip
 
     python foley.py held-out --clips 48 --seed 1
     python -m tools.vocoders held-out                       the tables of docs/acceleration.md
@@ -23,7 +24,6 @@ f1             of onsets detected in the result and in the reference, within 50 
 seconds        of processor time a minute of sound
 """
 
-import argparse
 import math
 import time
 from itertools import pairwise
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import audio, media
+from common import audio, cli, media
 from common.files import UserError
 import vocoder
 from vae import AutoencoderKL
@@ -43,6 +43,7 @@ IN_RANGE = slice(9, 487)  # bins in which the filterbank is not zero
 FLOOR = 1.6e-3  # magnitude that a mel of 0 stands for
 RESAMPLES = 1000
 LEAST = 6  # columns of a mode, 96 ms
+DIGITS = {"convergence": 3, "f1": 3, "decay": 1, "rise": 1, "pre_echo": 1}
 ENVELOPE_HOP = 8  # samples, half a millisecond
 BEFORE_HIT = slice(-48, -8)  # in these hops: 24 to 4 ms before a hit begins
 
@@ -229,7 +230,7 @@ def random_phases(magnitude, seed=0):
 
 
 def griffin_lim(mel, iterations=32):
-    """What is shipped without a network: Perraudin, Balazs and Sondergaard 2013."""
+    """From random phases: Perraudin, Balazs and Sondergaard 2013."""
     return audio.griffin_lim(audio.mel_to_magnitude(mel), iterations)[0]
 
 
@@ -297,7 +298,7 @@ def from_phases(magnitude, phases, iterations):
     return signal(spectrum)[0]
 
 
-def phase_gradient(mel, iterations=0):
+def phase_gradients(mel, iterations=0):
     """Phase gradients (Prusa, Balazs and Sondergaard 2017), and Griffin-Lim from there."""
     magnitude = audio.mel_to_magnitude(mel)
     return audio.griffin_lim(magnitude, iterations, phases=audio.likely_phases)[0]
@@ -315,3 +316,139 @@ def network(mel, model, iterations=20):
 def true_phases(mel, reference):
     """What no vocoder knows: the reference's phases, with the magnitudes that its mel leaves."""
     return signal(audio.mel_to_magnitude(mel) * audio.stft(reference[None]).sgn())[0]
+
+
+WAYS = {
+    "Griffin-Lim, 32": griffin_lim,
+    "shipped: phase gradients, 24": lambda mel: audio.vocode(mel)[0],
+    "Griffin-Lim, 64": lambda mel: griffin_lim(mel, 64),
+    "accelerated, 32": accelerated,
+    "ADMM, 32": admm,
+    "joint, 32": joint,
+    "phase gradients alone": phase_gradients,
+}
+
+
+# ---- the tables --------------------------------------------------------------------------------
+
+
+def windows(mel):
+    """Mel (128, s) in pieces of a model window, 512 columns; the last is filled up with silence."""
+    padded = F.pad(mel, (0, -mel.shape[1] % 512))
+    return padded.unflatten(1, (-1, 512)).transpose(0, 1)  # (n, 128, 512)
+
+
+@torch.no_grad()
+def through(autoencoder, mel):
+    """Mel (128, s) -> what the autoencoder makes of it, window by window."""
+    mean, _ = autoencoder.encode(windows(mel)[:, None])
+    decoded = autoencoder.decode(mean)[:, 0].clamp(0, 1)  # (n, 128, 512)
+    return decoded.transpose(0, 1).flatten(1)[:, : mel.shape[1]]
+
+
+def measure_clip(reference, ways, autoencoder=None):
+    """Sound (n,) -> {way: {column: number}}."""
+    mel = audio.mel(reference)
+    if autoencoder is not None:
+        mel = through(autoencoder, mel)
+    rows = {}
+    for name, way in ways.items():
+        start = time.process_time()
+        wav = way(mel[None])
+        seconds = time.process_time() - start
+        minutes = len(reference) / audio.SAMPLE_RATE / 60
+        rows[name] = measure(wav, reference) | {"seconds": seconds / minutes}
+    rows["the true phases"] = measure(true_phases(mel[None], reference), reference)
+    return rows
+
+
+def column_means(clips):
+    """[{column: number}] of clips -> {column: number}; F1 of all onsets, other means over clips."""
+    means = {}
+    for name in clips[0]:
+        values = np.array([clip[name] for clip in clips], float)
+        if name == "f1":
+            matches, *onsets = values.sum(0)
+            means[name] = 2 * matches / max(1.0, sum(onsets))
+        else:
+            means[name] = np.nanmean(values) if np.isfinite(values).any() else math.nan
+    return means
+
+
+def with_intervals(clips, first=None):
+    """-> {column: (mean, half of its 95 % interval)}; of differences from `first`, clip by clip."""
+
+    def numbers(chosen):
+        means = column_means([clips[i] for i in chosen])
+        if first is not None:
+            others = column_means([first[i] for i in chosen])
+            return {name: means[name] - others[name] for name in means}
+        return means
+
+    rng = np.random.default_rng(0)
+    n = len(clips)
+    resampled = [numbers(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
+    row = {}
+    for name, value in numbers(range(n)).items():
+        low, high = np.nanpercentile([r[name] for r in resampled], (2.5, 97.5))
+        row[name] = (value, (high - low) / 2)
+    return row
+
+
+def print_table(rows):
+    """{way: {column: (number, interval)}} as Markdown."""
+    columns = list(next(iter(rows.values())))
+    print("| | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (len(columns) + 1))
+    for name, row in rows.items():
+        cells = []
+        for column in columns:
+            value, interval = row.get(column, (math.nan, math.nan))
+            digits = DIGITS.get(column, 2)
+            cells.append("" if math.isnan(value) else f"{value:.{digits}f} ± {interval:.{digits}f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+
+
+def read(path):
+    """-> the sound (n,) of a file, whole columns of it, at most LONGEST; None if it has none."""
+    wav = torch.as_tensor(media.read_audio(path))
+    wav = wav[: min(LONGEST, len(wav) // audio.HOP) * audio.HOP]
+    return wav if len(wav) >= audio.SAMPLE_RATE and wav.abs().max() > 0.001 else None
+
+
+def main(argv=None):
+    p = cli.Parser(None, __doc__)
+    p.add_argument("inputs", nargs="+", type=Path, help="videos or sounds, or folders of them")
+    p.add_argument("--clips", type=cli.number(int, 1), help="only so many of them")
+    p.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="NAME")
+    p.add_argument("--through", type=Path, help="an autoencoder that the mels go through")
+    args = p.parse_args(argv)
+
+    torch.set_num_threads(1)
+    autoencoder = AutoencoderKL.load(args.through) if args.through else None
+    ways = {name: WAYS[name] for name in args.ways}
+    measured = {}
+    try:
+        videos = media.find_videos(args.inputs)
+    except UserError as error:
+        p.error(str(error))
+    for path in videos[: args.clips]:
+        reference = read(path)
+        if reference is None:
+            continue
+        for name, row in measure_clip(reference, ways, autoencoder).items():
+            measured.setdefault(name, []).append(row)
+    if not measured:
+        p.error(f"{args.inputs[0]}: no sound of a second or more; give other files")
+
+    count = len(next(iter(measured.values())))
+    print(f"{count} clips\n")
+    print_table({name: with_intervals(clips) for name, clips in measured.items()})
+    first, *others = ways
+    print(f"less {first}:\n")
+    print_table({name: with_intervals(measured[name], measured[first]) for name in others})
+
+
+if __name__ == "__main__":
+    main()
