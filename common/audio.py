@@ -5,7 +5,8 @@ out  mel float32 (128, s) in [0, 1] and sound again; onset times in seconds
 
 A mel is 0.2 log10(magnitude) + 0.8, clipped to [0, 1], so 0 stands for magnitudes up to 1e-4 and 1
 for 10 and more; it has 62.5 columns a second. Diff-Foley Sec. 3.1 and its
-`data_preprocess/wav2spec.py` fix it; fast Griffin-Lim is Perraudin, Balazs and Sondergaard 2013.
+`data_preprocess/wav2spec.py` fix it; fast Griffin-Lim is Perraudin, Balazs and Sondergaard 2013, the
+phases that it starts from are Prusa, Balazs and Sondergaard's of 2017.
 
 Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there the
 inverse is at 22,050 Hz, and tones fall).

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 
 from common import audio, cli, media
 from common.files import UserError
-import vocoder
 from vae import AutoencoderKL
 
 LONGEST = 16 * 62  # mel columns of a clip, 16 s
@@ -209,7 +208,7 @@ def measure(wav, reference):
     }
 
 
-# ---- candidates: mel (1, 128, s) -> sound (s*256,) -------------------------------------------------
+# ---- candidates: mel (1, 128, s) -> sound (s*256,) ---------------------------------------------
 
 
 def signal(spectrum):
@@ -285,32 +284,10 @@ def joint(mel, iterations=32, momentum=0.99):
     return signal(spectrum)[0]
 
 
-def from_phases(magnitude, phases, iterations):
-    """Fast Griffin-Lim from phases (1, k, s) of the bins in range."""
-    below = vocoder.FIRST
-    unit = F.pad(phases, (0, 0, below, magnitude.shape[1] - below - phases.shape[1]))
-    spectrum = magnitude * unit
-    previous = torch.zeros_like(spectrum)
-    for _ in range(iterations):
-        now = consistent(spectrum)
-        spectrum = magnitude * (now + 0.99 * (now - previous)).sgn()
-        previous = now
-    return signal(spectrum)[0]
-
-
 def phase_gradients(mel, iterations=0):
     """Phase gradients (Prusa, Balazs and Sondergaard 2017), and Griffin-Lim from there."""
     magnitude = audio.mel_to_magnitude(mel)
     return audio.griffin_lim(magnitude, iterations, phases=audio.likely_phases)[0]
-
-
-@torch.no_grad()
-def network(mel, model, iterations=20):
-    """Turns of a trained network, the filterbank's inverse, a few iterations of Griffin-Lim."""
-    magnitude = audio.mel_to_magnitude(mel)
-    _, next_column, next_bin = model(mel)
-    phases = vocoder.integrate(magnitude[0, IN_RANGE].T, next_column[0], next_bin[0])
-    return from_phases(magnitude, phases.T[None], iterations)
 
 
 def true_phases(mel, reference):
