@@ -5,8 +5,7 @@ out  mel float32 (128, s) in [0, 1] and sound again; onset times in seconds
 
 A mel is 0.2 log10(magnitude) + 0.8, clipped to [0, 1], so 0 stands for magnitudes up to 1e-4 and 1
 for 10 and more; it has 62.5 columns a second. Diff-Foley Sec. 3.1 and its
-`data_preprocess/wav2spec.py` fix it; fast Griffin-Lim is Perraudin, Balazs and Sondergaard 2013, the
-phases that it starts from are Prusa, Balazs and Sondergaard's of 2017.
+`data_preprocess/wav2spec.py` fix it. Fast Griffin-Lim is Perraudin, Balazs and Sondergaard 2013.
 
 Differs from the official code: one filterbank at 16 kHz serves mel and its inverse (there the
 inverse is at 22,050 Hz, and tones fall).
@@ -31,11 +30,7 @@ COLUMN = HOP / SAMPLE_RATE  # seconds a mel column
 SPAN = 4096  # mel columns vocoded at once: 65 s, which bounds memory
 CHUNK = 256  # mel columns that the vocoder works on at once on a CPU: their spectrum is 1 MB
 
-# phases that Griffin-Lim starts from
-DELAY = 0.25645 * N_FFT / HOP  # turn from bin to bin for a rise by a factor of e a column
-REACH = 32  # a bin's phase is found from so many bins on either side in the column before
-NEAR = 6.0  # of which those as far as this count half
-UNKNOWN = 0.01  # share of a magnitude below which what was before does not count
+JITTER = 0.8  # radians by which a turn from bin to bin may differ from the likely one, either way
 
 # onset detector, set on recorded sounds of the procedural set (seed 9)
 LAG = 2  # columns over which a bin has to rise
@@ -183,9 +178,9 @@ def reflect_ends(padded, samples):
 
 
 def random_phases(magnitude, seed):
-    """Magnitudes (b, s, 513) -> for each of their `chunks`, unit numbers (1, n, 513).
+    """Magnitudes (b, s, 513) -> for each of their `chunks`, random unit numbers (1, n, 513).
 
-    Every item has the same, drawn on the CPU.
+    Every item has the same, drawn on the CPU from `seed`.
     """
     _, s, bins = magnitude.shape
     rng = torch.Generator().manual_seed(seed)
@@ -197,46 +192,36 @@ def random_phases(magnitude, seed):
 def likely_phases(magnitude, seed):
     """Magnitudes (b, s, 513) -> for each of their `chunks`, unit numbers (b, n, 513).
 
-    Phases that the magnitudes themselves tell of. Where a magnitude rises, the sound lies late in
-    its column's window, where it falls, early; that delay is how the phase changes from bin to bin
-    (phase gradients, Prusa, Balazs and Sondergaard 2017, whose Gaussian of a Hann window's width
-    this takes). Added up over the bins, it gives a column's phases but for what they have in
-    common. Near every bin, that is what the column before says there, whose bins go on at their own
-    frequencies, weighted with the magnitude that both columns have. After silence it is drawn from
-    `seed`, the same for every item.
+    What the magnitudes themselves say of the phases within a column, an idea of Prusa, Balazs and
+    Sondergaard (2017). A click k samples after the middle of a column has the magnitude cos^2(a)
+    there, a = pi k / 1024, which is the Hann window; cos^2(a - pi/4) in the column after and
+    cos^2(a + pi/4) in the one before. The roots of these two differ by sqrt(2) tan(a) times the
+    root of the first. And its phase turns by pi - 2a from each bin to the next.
 
-    On the CPU, for any device: one short column after the other is no work for a GPU.
+    What all phases of a column have in common is random, and so is a part of every turn: steady
+    sound would be 62 clicks a second. The random numbers are every item's, drawn on the CPU from
+    `seed`.
     """
-    b, s, bins = magnitude.shape
-    # a column is a quarter of the transform later: bin k turns by k quarters
-    quarters = np.array([1, 1j, -1, -1j], np.complex64)[np.arange(bins) % 4]
-    weights = (1 / (1 + (np.arange(-REACH, REACH + 1) / NEAR) ** 2)).astype(np.float32)
-    angle = 2 * np.pi * np.random.default_rng(seed).random((s, 1))
-    unknown = UNKNOWN * np.exp(1j * angle).astype(np.complex64)
-    phase = np.zeros((b, bins), np.complex64)  # of the column before
+    _, s, bins = magnitude.shape
+    device = magnitude.device
+    rng = np.random.default_rng(seed)
+    half_turns = 1.0 - 2.0 * (torch.arange(bins, device=device) % 2)
+    for columns in chunks(s, device):
+        # these columns and one more on either side; beyond the ends, the last one again
+        wanted = torch.arange(columns.start - 1, columns.stop + 1, device=device).clamp(0, s - 1)
+        root = magnitude[:, wanted].clamp_min(1e-3).sqrt()
+        # between each bin and the next
+        root = (root[..., 1:] * root[..., :-1]).sqrt()
+        tangent = (root[:, 2:] - root[:, :-2]) / root[:, 1:-1] / math.sqrt(2)
+        # a click more than 256 samples from the middle is missing in one neighbor
+        tangent = torch.where(tangent.abs() > 1, 2 * tangent - tangent.sign(), tangent)
 
-    for columns in chunks(s, magnitude.device):
-        # these columns, with one more on either side, at the ends the same again
-        wanted = torch.arange(columns.start - 1, columns.stop + 1).clamp(0, s - 1)
-        around = magnitude[:, wanted.to(magnitude.device)].float().cpu()
-        log = around.clamp_min(1e-3).log()
-        rise = (log[:, 2:] - log[:, :-2]) / 2
-        # a half turn from bin to bin is the middle of the window
-        turn = math.pi - DELAY * (rise[..., 1:] + rise[..., :-1]) / 2
-        angle = F.pad(turn.cumsum(2), (1, 0))  # (b, n, 513)
-        within = torch.polar(torch.ones_like(angle), angle).numpy()
-        common = torch.minimum(around[:, :-2], around[:, 1:-1]).numpy()
-        onward = common * quarters * within.conj()
-        weak = around[:, 1:-1].numpy() * unknown[columns]
-
-        phases = np.empty_like(within)
-        for item in range(b):
-            for t in range(within.shape[1]):
-                offset = np.convolve(phase[item] * onward[item, t], weights, "same")
-                offset += weak[item, t]
-                phase[item] = within[item, t] * offset / (np.abs(offset) + 1e-30)
-                phases[item, t] = phase[item]
-        yield torch.from_numpy(phases)
+        drawn = rng.random((columns.stop - columns.start, bins), np.float32)
+        drawn = torch.from_numpy(drawn).to(device, magnitude.dtype)
+        turn = JITTER * (2 * drawn[:, 1:] - 1) - 2 * tangent.atan()
+        common = (2 * math.pi * drawn[:, :1]).expand(len(magnitude), -1, -1)
+        angle = torch.cat([common, turn], 2).cumsum(2)  # (b, n, 513)
+        yield torch.polar(half_turns.to(angle).expand_as(angle), angle)
 
 
 @torch.no_grad()
@@ -293,10 +278,10 @@ def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None, phas
     return (wav / envelope).flatten(1)[:, N_FFT // 2 : N_FFT // 2 + samples]
 
 
-def vocode(mel, iterations: int = 24, seed: int = 0, length: int | None = None):
+def vocode(mel, iterations: int = 28, seed: int = 0, length: int | None = None):
     """Mel (..., 128, s) -> sound (..., s*256), or `length` samples of it.
 
-    The filterbank's inverse, then Griffin-Lim from `likely_phases`: 24 iterations take no more
+    The filterbank's inverse, then Griffin-Lim from `likely_phases`: 28 iterations take no more
     time than 32 from random ones, and end nearer to the sound (docs/acceleration.md).
     """
     *batch, m, columns = mel.shape
