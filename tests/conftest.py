@@ -48,6 +48,7 @@ FAST = {
     ),
     # sound
     "test_audio": ("test_griffin_lim_in_chunks_is_the_textbook_one",),
+    "test_vocoders": ("test_every_way_gives_the_sound_of_the_mel", "test_the_table"),
     "test_foley": ("test_interrupt_leaves_complete_clips_only",),
     "test_judge": ("test_it_learns_and_loads",),
     "test_watermark": (
