@@ -49,6 +49,7 @@ FAST = {
     ),
     # sound
     "test_audio": ("test_griffin_lim_in_chunks_is_the_textbook_one",),
+    "test_vocoders": ("test_every_way_gives_the_sound_of_the_mel", "test_the_table"),
     "test_foley": (
         "test_clips_are_those_of_the_shipped_set",
         "test_clips_are_those_of_the_shipped_set_bit_for_bit",
