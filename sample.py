@@ -166,7 +166,8 @@ class Settings:
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
         # how it is sampled; the schedule is that of the sampler
-        usual = FEW if guidance == "distilled" and not self.redo else PAPER
+        is_few = guidance == "distilled" and not (self.redo or self.as_official)
+        usual = FEW if is_few else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]
         schedule = usual["schedule"] if sampler == usual["sampler"] else PAPER["schedule"]

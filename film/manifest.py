@@ -161,7 +161,7 @@ def same_settings(record: dict, args, hits_file: Path | None) -> bool:
             continue
         # hits are compared one by one: their file may have been edited, or moved
         if name == "onsets" and isinstance(then, list):
-            if hits_file is None or plain(known_hits(hits_file, then)) != then:
+            if hits_file is None or said(plain(known_hits(hits_file, then))) != said(then):
                 return False
         elif then != now and not (is_off(then) and is_off(now)):
             return False
@@ -171,7 +171,12 @@ def same_settings(record: dict, args, hits_file: Path | None) -> bool:
 def known_hits(path, hits):
     """The hits of a file; None where it cannot be read or has other materials than these hits."""
     with suppress(UserError, TypeError, ValueError):
-        return read_hits(path, {material for _, _, material in hits})
+        return read_hits(path, {hit[2] for hit in hits})
+
+
+def said(hits):
+    """[[time, strength, material, ...]] -> what a person says of them: the first three."""
+    return hits and [hit[:3] for hit in hits]
 
 
 # ---- the manifest --------------------------------------------------------------------------------
@@ -269,7 +274,8 @@ def add(job, line: dict, written: list, args, settings, models):
     # the arguments as given, then what the weights chose where they were left open
     given = asked(args)
     used = {**given, **plain(asdict(settings))}
-    used["onsets"] = plain(settings.onsets if job.hits is None else job.hits)
+    onsets = plain(settings.onsets if job.hits is None else job.hits)
+    used["onsets"] = said(onsets) if isinstance(onsets, list) else onsets
     del used["batch"]
     paths = [str(path) for path in sorted(written)]
     source = {"path": relative(job.given, folder), **fingerprint(job.given, job.stamp)}

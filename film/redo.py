@@ -217,7 +217,7 @@ class Sound:
     def replaced(self, wav, a: int, b: int):
         """The same with 16 kHz sound (n,) in all channels, from its sample a to b.
 
-        It takes over inside of these (`share_of_new`), but for where the sound begins or ends there.
+        It takes over inside of these (`share_of_new`), but for where the sound begins or ends.
         """
         # the samples of this rate between a and b
         first = math.ceil(a * self.rate / SAMPLE_RATE)

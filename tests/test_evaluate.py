@@ -650,7 +650,8 @@ def test_generated_sounds_go_to_their_own_video(foley_set, tmp_path, monkeypatch
     calls.clear()
     evaluate.main([*flags, "--clips", "2", "--ablate", "guidance"])
     scales = [(settings.cfg, settings.cg) for _, settings, _ in calls[::2]]
-    assert scales == [(1.0, 0.0), (1.0, None), (None, 0.0), (None, None)]
+    assert scales == [(1.0, 0.0), (1.0, None), (None, 0.0), (None, None), (None, None)]
+    assert [s.guidance for _, s, _ in calls[::2]] == ["double"] * 4 + [None]
     written = json.loads((tmp_path / "evaluate.json").read_text())
     assert list(written["rows"])[:4] == ["none", "classifier", "classifier_free", "both"]
 

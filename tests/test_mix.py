@@ -8,6 +8,7 @@ import json
 import math
 import re
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -167,8 +168,7 @@ def test_off_leaves_the_level_of_the_model(silent, tmp_path):
 
 
 def test_the_table_measures_the_models_own_level():
-    names = ("seed", "steps", "cfg", "cg", "sampler", "onsets", "material")
-    args = Namespace(**{name: getattr(Settings(), name) for name in names})
+    args = Namespace(**asdict(Settings()))
     assert evaluate.settings_of(args).lufs is None
 
 

@@ -258,7 +258,9 @@ def test_a_gain_of_the_sound_is_undone_and_given_again(models, clip, tmp_path):
         result = sample.generate(clip, models, settings=settings)
         assert result.redo.gain == gain
         assert np.allclose(result.redo.wav[: 3 * SAMPLE_RATE].numpy(), bursts(3), atol=1e-4)
-        levels[gain] = result.wav[SAMPLE_RATE + FADE_IN : 2 * SAMPLE_RATE - FADE_OUT].square().mean()
+        levels[gain] = (
+            result.wav[SAMPLE_RATE + FADE_IN : 2 * SAMPLE_RATE - FADE_OUT].square().mean()
+        )
         assert ("gain" in result.tags["comment"]) == bool(gain)
     assert 10 * math.log10(levels[0.0] / levels[-12.0]) == pytest.approx(12, abs=1)
 
