@@ -72,7 +72,7 @@ def add_sampling_arguments(g):
         "--cfg",
         type=float,
         help="classifier-free guidance scale; 1: off; default: what suits the weights "
-        "(published: 4.5, as in the paper; mini: 2.5)",
+        "(published: 4.5, as in the paper; mini: 3.5)",
     )
     g.add_argument(
         "--cg",
