@@ -209,6 +209,7 @@ def likely_phases(magnitude, seed):
     for columns in chunks(s, device):
         # these columns and one more on either side; beyond the ends, the last one again
         wanted = torch.arange(columns.start - 1, columns.stop + 1, device=device).clamp(0, s - 1)
+        # of what is not silence, as a mel has it
         root = magnitude[:, wanted].clamp_min(1e-3).sqrt()
         # between each bin and the next
         root = (root[..., 1:] * root[..., :-1]).sqrt()
@@ -254,6 +255,7 @@ def griffin_lim(magnitude, iterations: int = 32, seed: int = 0, known=None, phas
         envelope[k : k + s] += part
     envelope.clamp_min_(1e-11)  # 0 at the very first sample
 
+    # the sound of the first phases
     wav = magnitude.new_zeros(b, *envelope.shape)
     for columns, phase in zip(chunks(s, device), phases(magnitude, seed), strict=True):
         overlap_add(wav, magnitude[:, columns] * phase.to(device), window, columns.start)

@@ -26,6 +26,7 @@ seconds        of processor time a minute of sound
 
 import math
 import time
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +49,11 @@ BEFORE_HIT = slice(-48, -8)  # in these hops: 24 to 4 ms before a hit begins
 
 
 # ---- measures ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)  # a reference is asked for every way
+def onset_times(wav):
+    return audio.detect_onsets(audio.mel(wav).numpy())
 
 
 def decibels(magnitude):
@@ -95,6 +101,7 @@ def fit_decay(levels):
     return slope, float(np.sqrt(np.mean((levels - slope * seconds - offset) ** 2)))
 
 
+@lru_cache(maxsize=4)
 def ringing_modes(reference):
     """Sound (n,) -> [(bin, columns)] that ring after its hits.
 
@@ -103,7 +110,7 @@ def ringing_modes(reference):
     """
     spectrum = audio.stft(reference[None])[0]  # (513, s)
     level = decibels(spectrum.abs())
-    hits = [round(t / audio.COLUMN) for t in audio.detect_onsets(audio.mel(reference).numpy())]
+    hits = [round(time / audio.COLUMN) for time in onset_times(reference)]
     modes = []
     for hit, following in pairwise([*hits, spectrum.shape[1]]):
         first = hit + 3
@@ -168,7 +175,7 @@ def attacks(wav, reference):
     ours, theirs = envelope(wav), envelope(reference)
     errors = []
     echoes = []
-    for onset in audio.detect_onsets(audio.mel(reference).numpy()):
+    for onset in onset_times(reference):
         middle = round(onset * audio.SAMPLE_RATE / ENVELOPE_HOP)
         first = max(0, middle - 48)
         last = min(middle + 112, len(theirs))
@@ -187,7 +194,7 @@ def attacks(wav, reference):
 
 def onset_counts(wav, reference):
     """-> matches within 50 ms, onsets of the one, of the other."""
-    ours, theirs = (audio.detect_onsets(audio.mel(x).numpy()) for x in (wav, reference))
+    ours, theirs = (onset_times(x) for x in (wav, reference))
     return len(audio.match(ours, theirs, 0.05)), len(ours), len(theirs)
 
 
@@ -338,35 +345,46 @@ def measure_clip(reference, ways, autoencoder=None):
     return rows
 
 
-def column_means(clips):
-    """[{column: number}] of clips -> {column: number}; F1 of all onsets, other means over clips."""
+def column_means(columns, chosen):
+    """{column: numbers (n, ...) of clips} -> {column: of the chosen clips the mean, F1 of all}."""
     means = {}
-    for name in clips[0]:
-        values = np.array([clip[name] for clip in clips], float)
+    for name, values in columns.items():
+        values = values[chosen]
         if name == "f1":
             matches, *onsets = values.sum(0)
             means[name] = 2 * matches / max(1.0, sum(onsets))
         else:
-            means[name] = np.nanmean(values) if np.isfinite(values).any() else math.nan
+            values = values[np.isfinite(values)]
+            means[name] = values.mean() if len(values) else math.nan
     return means
 
 
 def with_intervals(clips, first=None):
-    """-> {column: (mean, half of its 95 % interval)}; of differences from `first`, clip by clip."""
+    """[{column: number}] of clips -> {column: (mean, half of its 95 % interval)}.
+
+    With `first`, other numbers of the same clips: of the difference from these.
+    """
+
+    def arrays(clips):
+        return {name: np.array([clip[name] for clip in clips], float) for name in clips[0]}
+
+    ours = arrays(clips)
+    others = arrays(first) if first is not None else None
 
     def numbers(chosen):
-        means = column_means([clips[i] for i in chosen])
-        if first is not None:
-            others = column_means([first[i] for i in chosen])
-            return {name: means[name] - others[name] for name in means}
+        means = column_means(ours, chosen)
+        if others is not None:
+            less = column_means(others, chosen)
+            means = {name: means[name] - less[name] for name in means}
         return means
 
     rng = np.random.default_rng(0)
     n = len(clips)
     resampled = [numbers(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
     row = {}
-    for name, value in numbers(range(n)).items():
-        low, high = np.nanpercentile([r[name] for r in resampled], (2.5, 97.5))
+    for name, value in numbers(np.arange(n)).items():
+        values = [r[name] for r in resampled if math.isfinite(r[name])]
+        low, high = np.percentile(values, (2.5, 97.5)) if values else (math.nan, math.nan)
         row[name] = (value, (high - low) / 2)
     return row
 
