@@ -89,8 +89,8 @@ def check_scales(asked, largest, name: str):
         if not (flag == "cfg") <= scale <= most:
             least = int(flag == "cfg")
             raise ValueError(
-                f"{flag} {scale:g}: guidance is distilled from {least} to {most:g}; add --guidance "
-                "double"
+                f"{flag} {scale:g}: guidance is distilled from {least} to {most:g}; give such a "
+                "scale, or --guidance double"
             )
 
 

@@ -33,10 +33,12 @@ def read_picks(path: Path | str) -> dict[str, str]:
     """{input: file name of its sound} of a file that the page saved. Raises UserError."""
     try:
         picks = json.loads(Path(path).read_text("utf-8"))
-        if not all(isinstance(name, str) for name in picks.values()):
+        if not picks or not all(name and isinstance(name, str) for name in picks.values()):
             raise ValueError("names no files")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "is no picks.json"
+        reason = (
+            getattr(error, "strerror", None) or "is no picks.json: {video: file name of its sound}"
+        )
         raise UserError(f"{path}: {reason}; give the file that Save picks wrote") from None
     return picks
 

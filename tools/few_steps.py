@@ -112,6 +112,8 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--out", type=Path, default=Path("few_steps.jsonl"))
     args = p.parse_args(argv)
+    if len(list(args.clips.glob("*.mp4"))) <= LEARNED:
+        p.error(f"{args.clips}: give a folder of more than {LEARNED} mp4 files")
     models = load_models(args.weights, args.device)
     settings = Settings(guidance=args.guidance).resolve(models)
     study = Study(

@@ -57,11 +57,14 @@ def main(argv=None):
     p.add_argument("clips", type=Path, help="folder of mp4 files of 8 seconds")
     p.add_argument("--weights", default="mini", help="as of sample.py")
     args = p.parse_args(argv)
+    paths = sorted(args.clips.glob("*.mp4"))
+    if not paths:
+        p.error(f"{args.clips}: no mp4 files in it")
     warnings.simplefilter("ignore")  # about the files
     models = load_models(args.weights, encoder=True)
     rng = np.random.default_rng(0)
     found = {}
-    for k, path in enumerate(sorted(args.clips.glob("*.mp4"))):
+    for k, path in enumerate(paths):
         redo = stretches(rng)
         result = generate(path, models, settings=Settings(redo=tuple(redo), seed=k, lufs=None))
         sounds = {"redone": result.wav.numpy(), "own": read_audio(path).numpy()}

@@ -424,15 +424,14 @@ def main(argv=None):
     ways = {name: WAYS[name] for name in args.ways}
     measured = {}
     try:
-        videos = media.find_videos(args.inputs)
+        for path in media.find_videos(args.inputs)[: args.clips]:
+            reference = read(path)
+            if reference is None:
+                continue
+            for name, row in measure_clip(reference, ways, autoencoder).items():
+                measured.setdefault(name, []).append(row)
     except UserError as error:
         p.error(str(error))
-    for path in videos[: args.clips]:
-        reference = read(path)
-        if reference is None:
-            continue
-        for name, row in measure_clip(reference, ways, autoencoder).items():
-            measured.setdefault(name, []).append(row)
     if not measured:
         p.error(f"{args.inputs[0]}: no sound of a second or more; give other files")
 
