@@ -34,7 +34,8 @@ def real_tensors():
 def install(monkeypatch):
     """The narrow presets; stage 2 is told nothing, as the published network of the predictions."""
     tiny.install(monkeypatch.setattr)
-    untold = dataclasses.replace(ldm.PRESETS["mini"], columns=0, materials=())
+    told = {"columns": 0, "materials": (), "names_materials": False}
+    untold = dataclasses.replace(ldm.PRESETS["mini"], **told)
     monkeypatch.setitem(ldm.PRESETS, "mini", untold)
 
 
