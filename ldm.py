@@ -657,7 +657,7 @@ def sample_timesteps(count: int, shift: float, rng):
 # what a training starts from
 
 
-def from_ours(path, vae=None, new_conditioner=False, controls_of=None):
+def from_ours(path, vae=None, new_conditioner=False, controls_of=None, trains_unet=True):
     """One of ours, or the official file. vae: path of an autoencoder to put in place of its own;
     new_conditioner: start that part anew; controls_of: a configuration whose `columns` and
     `materials` this network is to have from now on. CheckpointError if the autoencoder does not
@@ -670,6 +670,10 @@ def from_ours(path, vae=None, new_conditioner=False, controls_of=None):
         old = {k: v for k, v in old.items() if ".controls." not in k}
     # what can be told can be found, too
     config = replace(config, names_materials=bool(config.materials))
+    # guidance distilled into a U-Net that is trained on would no longer be its own
+    if trains_unet:
+        config = replace(config, scales=())
+        old = {k: v for k, v in old.items() if ".scales." not in k}
     if config != model.config:
         # new layers, which at first change nothing
         model = LDM(config)
@@ -721,7 +725,8 @@ def initial(args):
         return from_stable_diffusion(args.init, args.preset, args.vae)
     # the preset says what can be told
     controls_of = PRESETS[args.preset] if args.new_controls else None
-    return from_ours(args.init, args.vae, args.new_conditioner, controls_of)
+    trains_unet = "model" not in args.freeze
+    return from_ours(args.init, args.vae, args.new_conditioner, controls_of, trains_unet)
 
 
 # --------------------------------------------------------------------------------------------------
