@@ -353,3 +353,10 @@ def test_what_was_not_distilled_is_refused(models, teacher, align):
     assert Settings().resolve(undistilled).guidance == "double"
     with pytest.raises(ValueError, match="double, distilled"):
         Settings(guidance="triple")
+
+
+def test_training_on_drops_guidance_that_would_be_stale(run):
+    """Unless the U-Net is frozen, as where a head alone is trained."""
+    assert ldm.from_ours(run / "last.safetensors").config.scales == ()
+    kept = ldm.from_ours(run / "last.safetensors", trains_unet=False)
+    assert kept.config.scales == (5.0, 2.0, 10.0)
