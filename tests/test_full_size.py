@@ -161,7 +161,7 @@ def test_published_files_give_the_official_numbers(published):
     features = rule.normal("in.sample.feat", 1, 32, 512)[0]
     x = rule.normal("in.sample.x_T", 1, 4, 16, 64)
     for cg, name in ((0.0, "dpm5.cfg4.5"), (50.0, "dpm5.cfg4.5.cg50")):
-        settings = sample.Settings(steps=5, cfg=4.5, cg=cg)
+        settings = sample.Settings(steps=5, sampler="dpm", cfg=4.5, cg=cg)
         latents = {}  # by step
         mels = official.sample_mels(features, models, x, settings, latents.__setitem__)
         rule.close(name, latents[max(latents)], golden[name], 1e-3)

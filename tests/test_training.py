@@ -217,6 +217,7 @@ def test_stage_2_goes_on_with_the_autoencoder_that_it_is_given(home, tmp_path):
         vae=None,
         new_conditioner=False,
         new_controls=False,
+        freeze=[],
         preset="mini",
     )
     assert equal(ldm.initial(args), old)
