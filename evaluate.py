@@ -47,7 +47,9 @@ desync_over_200ms  share of clips with a larger lag
 align_acc          share of clips that an independent alignment classifier accepts. It is trained as
                    the paper's is (Sec. 5.1: clean latents, `python align.py --clean`) from another
                    seed, and neither guides nor ranks
-material_acc       share of annotated hits whose material metrics/judge.py recognizes
+material_acc       share of annotated hits whose material metrics/judge.py recognizes. It knows the
+                   levels of foley.py's sounds; of clips filmed otherwise, what sample.py writes is
+                   measured with --lufs -23
 frechet            distance between all sounds and all references in the judge's space
 inception_score    quality and variety, by the judge's classes
 kl                 mean divergence of a sound's classes from its reference's
@@ -103,6 +105,7 @@ from data import SPLITS, read_onsets, split_of
 from diffusion import SAMPLERS, SCHEDULES
 from film import listen
 from film.arguments import GUIDANCE, add_material
+from film.level import add_lufs
 from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
 from metrics import judge, melception
@@ -624,8 +627,7 @@ def find_sample(folder: Path, video: Path, flag="--samples"):
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
     names = ("seed", "steps", "guidance", "cfg", "cg", "sampler", "schedule", "onsets", "material")
-    # the model's own level, which the table measures
-    return Settings(lufs=None, **{name: getattr(args, name) for name in names})
+    return Settings(**{name: getattr(args, name) for name in (*names, "lufs")})
 
 
 def generate_sound(video, models, settings):
@@ -940,6 +942,9 @@ def arguments(argv):
         help="who finds the hits, as for sample.py; annotated: the model is told the true ones",
     )
     add_material(p)
+    add_lufs(p)
+    # the model's own level, which the table measures
+    p.set_defaults(lufs=None)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_listening_arguments(p.add_argument_group("blind listening"))
     args = p.parse_args(argv)
@@ -948,6 +953,8 @@ def arguments(argv):
         p.error("--samples: is one row; leave out --ablate and further --weights")
     if args.onsets and args.ablate == "onsets":
         p.error("--ablate onsets: has a row for each finder; leave out --onsets")
+    if args.samples and args.lufs is not None:
+        p.error("--lufs: is of what is generated here; leave it out with --samples")
     try:
         settings_of(args)
         args.device = str(find_device(args.device))

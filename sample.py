@@ -394,7 +394,8 @@ def guided(models, conditions, opened, settings, times):
 
     opened: the conditions with materials left open where eps is to be led to them, or None."""
     ldm = models.ldm
-    context = ldm.conditioner(conditions)
+    features = conditions[..., : ldm.config.feature_dim]
+    conditions, opened = controls.fade_picture(conditions, opened, features)
     # one call a step, of a network that is told how strongly it is guided
     if settings.guidance == "distilled":
         scales = torch.tensor([[settings.cfg, settings.cg, controls.EMPHASIS]])
@@ -404,11 +405,11 @@ def guided(models, conditions, opened, settings, times):
         return fast.guided(ldm.unet, context, None, 1, times=times)
     return fast.guided(
         ldm.unet,
-        context,
+        ldm.conditioner(conditions),
         ldm.null_context(ldm.config.frames),
         settings.cfg,
         models.align,
-        conditions[..., : ldm.config.feature_dim],
+        features,
         settings.cg,
         times=times,
         sigma=sigma,
@@ -438,10 +439,9 @@ def denoise(windows, models, settings, callback=None):
     conditions = torch.stack(conditions)  # (b, f, d + controls)
     # where a person names materials, the same with these left open
     opened = ldm.without_materials(conditions)
-    names = torch.tensor([clip.names_materials for clip, _, _ in windows])
+    names = torch.tensor([clip.names_materials for clip, _, _ in windows], device=x.device)
     if opened is not None:
-        names = names[:, None, None].to(conditions.device)
-        opened = torch.where(names, opened, conditions) if names.any() else None
+        opened = torch.where(names[:, None, None], opened, conditions) if names.any() else None
 
     # what is known of some of these windows, and is not to be drawn
     known = [known_latents(*window) for window in windows]

@@ -35,6 +35,11 @@ FINDERS = ("model", "flow", "both", "none")
 # Towards materials that the network finds itself it brings nothing (0, 2, 5: 0.885, 0.885, 0.883 of
 # the materials right, 96 clips of seed 3)
 EMPHASIS = 5.0
+# by what the features are multiplied there: less of the picture is seen, so that what is named is
+# heard. Of 1, 0.7, 0.5 the judge hears 0.65, 0.90, 0.96 of four materials told to 16 procedural
+# clips of other things; how loud each hit is follows the picture less (correlation with the true
+# strength 0.62, 0.51, 0.42)
+SEEN = 0.5
 MOTION_LEAD = 0.017  # seconds, on procedural clips
 APART = 3  # mel columns on each side in which only the highest peak is a hit
 ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 has one
@@ -114,6 +119,19 @@ def tokens(tracks: Tracks, features, columns: int, materials: int):
     if tracks.materials is not None:
         named = named + tracks.materials
     return torch.cat([hits, strengths, given, named], 2)
+
+
+def fade_picture(conditions, opened, features):
+    """-> conditions and opened (b, f, d), with their features faded where the two differ.
+
+    opened: the conditions with the materials left open that a person names; None: nobody does.
+    features (b, f, 512): the first numbers of both."""
+    if opened is None:
+        return conditions, None
+    is_named = (conditions != opened).any(2, keepdim=True)
+    weight = torch.ones_like(conditions)
+    weight[..., : features.shape[2]] = torch.where(is_named, SEEN, 1.0)
+    return weight * conditions, weight * opened
 
 
 # ---- hits as tracks ------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ class Applied(NamedTuple):
     level: loudness.Level | None = None  # how loud it then is, 16 kHz mono; None: nobody measured
 
 
-def add_arguments(g):
-    """The flags of level, mix and format; the defaults are those of Settings."""
+def add_lufs(g):
     g.add_argument(
         "--lufs",
         type=lambda text: None if text == "off" else cli.number(float, -60, -5)(text),
@@ -37,6 +36,11 @@ def add_arguments(g):
         help="loudness of the generated sound (ITU-R BS.1770), less where it would have a true "
         "peak above -1 dBTP; off: as the model made it",
     )
+
+
+def add_arguments(g):
+    """The flags of level, mix and format; the defaults are those of Settings."""
+    add_lufs(g)
     g.add_argument(
         "--duck",
         type=cli.number(float, -60, 0),

@@ -75,6 +75,20 @@ def test_tokens_are_laid_out_as_documented():
     assert not controls.tokens(controls.Tracks(), features, 4, 3).any()
 
 
+def test_the_picture_fades_where_a_person_names_a_material():
+    features = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    opened = torch.cat([features, torch.ones(2, 3, 2), torch.zeros(2, 3, 2)], 2)
+    conditions = opened.clone()
+    conditions[1, 2, 8] = 1  # in one frame
+    faded, faded_open = controls.fade_picture(conditions, opened, features)
+    assert torch.equal(faded[1, 2, :5], controls.SEEN * features[1, 2])
+    assert torch.equal(faded_open[..., :5], faded[..., :5])
+    # nothing else has changed, and without a name nothing at all
+    faded[1, 2, :5] = features[1, 2]
+    assert torch.equal(faded, conditions)
+    assert controls.fade_picture(conditions, None, features) == (conditions, None)
+
+
 @pytest.fixture(scope="module")
 def drawn():
     """4,000 items, what they could be told, and what of it training tells them."""

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -167,9 +166,12 @@ def test_off_leaves_the_level_of_the_model(silent, tmp_path):
     assert line["gain"] < 0 and tagged_gain(line["output"]) == pytest.approx(line["gain"])
 
 
-def test_the_table_measures_the_models_own_level():
-    args = Namespace(**asdict(Settings()))
-    assert evaluate.settings_of(args).lufs is None
+def test_the_table_measures_the_models_own_level_unless_it_is_asked_for_another(tmp_path):
+    command = ["--data", str(tmp_path)]
+    assert evaluate.settings_of(evaluate.arguments(command)).lufs is None
+    assert evaluate.settings_of(evaluate.arguments([*command, "--lufs", "-23"])).lufs == -23
+    with pytest.raises(SystemExit):
+        evaluate.arguments([*command, "--lufs", "-23", "--samples", str(tmp_path)])
 
 
 def test_the_official_demos_sound_is_left_alone(silent, tmp_path):
