@@ -21,14 +21,13 @@ of clips that begin at noise, and takes all others on by one of their --repeats 
 """
 
 import functools
-import os
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Read when torch loads. Waiting threads sleep, not spin: half the time on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from common import startup
 
+# isort: split
 import torch
 from torch import Tensor
 
@@ -38,6 +37,8 @@ from common import controls, distributed, training
 from diffusion import dpm_solver, guided_eps, log_alpha, log_snr, sigma
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, begin_run, final_lr, repeat_items
+
+startup.imported(__name__ == "__main__")
 
 # only for networks of the mini size was it tried
 RECIPES = {

@@ -65,16 +65,15 @@ All rows share the mel, the onset detector (set on recorded sounds of seed 9) an
 import csv
 import json
 import math
-import os
 import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# read when torch loads: waiting threads sleep, so that a busy machine is not slowed down
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from common import startup
 
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -122,6 +121,8 @@ from sample import (
 )
 from vae import LATENT_SCALE, AutoencoderKL
 
+startup.imported(__name__ == "__main__")
+
 MINI = Path(__file__).parent / "weights" / "mini"
 MAX_LAG = 62  # mel columns (1 s) that onset strengths are shifted against each other
 FLOOR = 1e-3  # of full scale: quieter sound counts as this loud
@@ -155,7 +156,7 @@ ABLATIONS = {
         "both": {"onsets": "both"},
         "annotated": {"onsets": "annotated"},
     },
-    # few steps: which solver, and where its steps lie
+    # few steps: which solver, and where its steps lie; DDIM's and PLMS' are evenly spaced
     "few": {
         f"{sampler}_{schedule}_{steps}": {
             "sampler": sampler,
@@ -163,8 +164,14 @@ ABLATIONS = {
             "steps": steps,
         }
         for steps in (4, 6, 8, 10, 15, 25)
-        for sampler in ("dpm", "unipc", "deis")
-        for schedule in SCHEDULES
+        for sampler, schedules in (
+            ("dpm", ("uniform", "karras")),
+            ("unipc", ("uniform", "karras")),
+            ("deis", ("uniform", "karras")),
+            ("ddim", ("uniform",)),
+            ("plms", ("uniform",)),
+        )
+        for schedule in schedules
     },
     "cfg": {
         f"cfg_{cfg:g}": {"guidance": "double", "cfg": cfg} for cfg in (1.0, 1.5, 2.5, 3.5, 4.5, 6.5)

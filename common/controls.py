@@ -186,8 +186,8 @@ def hits_within(hits, start: float, seconds: float, source):
     inside = [hit for hit in moved if 0 <= hit.time < seconds]
     if len(inside) < len(hits):
         warnings.warn(
-            f"{source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of the chosen "
-            "part and are not played",
+            f"{source}: {len(hits) - len(inside)} of {len(hits)} hits lie outside of what is made, "
+            f"{start:g} to {start + seconds:g} s, and are not played",
             stacklevel=2,
         )
     return inside

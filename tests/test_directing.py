@@ -79,7 +79,7 @@ def test_hits_are_told_where_they_are_and_with_their_materials(models, clip):
 
 def test_a_later_start_moves_the_hits_and_names_those_outside(models, clip):
     hits = (Hit(0.5), Hit(1.5), Hit(9.0))
-    with pytest.warns(UserWarning, match="2 of 3 hits lie outside of the chosen part"):
+    with pytest.warns(UserWarning, match="2 of 3 hits lie outside of what is made, 1 to 2 s"):
         told, tokens = conditions(models, clip, Settings(onsets=hits), start=1.0, seconds=1.0)
     assert tokens[:, :4].flatten().nonzero().flatten().tolist() == [round(0.5 / COLUMN)]
     assert told.hits == [Hit(0.5)]
