@@ -326,6 +326,7 @@ def test_double_guidance_stays_selectable(models, latents):
     t = torch.full((3,), 999.0)
     ours = guided(models, conditions, opened, settings, [999.0])(x, t)
     student = models.ldm
+    conditions, opened = controls.fade_picture(conditions, opened, features)
     wanted = guided_eps(
         student.unet,
         student.conditioner(conditions),
