@@ -259,10 +259,14 @@ def begin_trajectory(args, model, align, batch, rows, rng, device):
     conditions, _ = repeat_items(model, batch, 1, always, chances.to(device), no_noise)
     opened = model.without_materials(conditions) if model.config.materials else None
     opened = conditions if opened is None else opened
-    # where no material is named, there is nothing to be led to
-    is_named = (conditions != opened).flatten(1).any(1)
-    scales[:, 2] *= is_named
     features = conditions[..., : model.config.feature_dim]
+    # half of the named materials are a person's, as in sample.py: eps is led to them, and the
+    # picture fades; where none is named, there is nothing to be led to
+    is_named = (conditions != opened).flatten(1).any(1)
+    by_person = is_named & (torch.rand(args.batch, generator=rng)[rows].to(device) < 0.5)
+    scales[:, 2] *= by_person
+    opened = torch.where(by_person[:, None, None], opened, conditions)
+    conditions, opened = controls.fade_picture(conditions, opened, features)
     return Trajectory(noise, times, features, conditions, opened, scales)
 
 

@@ -4,6 +4,7 @@ with the result."""
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -138,6 +139,32 @@ def test_scales_are_the_usual_ones_or_anything_up_to_the_largest():
     assert (others <= torch.tensor([5.0, 30.0, 10.0])).all()
     spread = others.quantile(0.95, 0) - others.quantile(0.05, 0)
     assert (spread > 0.8 * torch.tensor([4.0, 2.0, 10.0])).all()
+
+
+def test_a_trajectory_is_led_to_half_of_the_named_materials_and_fades_the_picture_there(
+    files, align
+):
+    """As sample.py does where a person names them, and does not where the head does."""
+    count = 400
+    student = distill.make_student(files / "ldm.safetensors", align)
+    batch = {
+        "features": torch.nn.functional.normalize(torch.randn(count, 128, 32), dim=2),
+        "hits": torch.zeros(count, 512),
+        "materials": torch.zeros(count, 128, dtype=torch.long),
+        "stranger": torch.zeros(count),
+    }
+    args = SimpleNamespace(batch=count, repeats=4)
+    rng = torch.Generator().manual_seed(0)
+    begun = distill.begin_trajectory(args, student, align, batch, slice(None), rng, "cpu")
+    named = begun.conditions[..., -3:].flatten(1).any(1)
+    led = (begun.conditions != begun.opened).flatten(1).any(1)
+    assert abs(named.float().mean() - 0.5) < 0.1
+    assert abs(led[named].float().mean() - 0.5) < 0.15 and not led[~named].any()
+    assert not begun.scales[~led, 2].any() and begun.scales[led, 2].any()
+    # the classifier sees all of the picture
+    weight = torch.where(led, controls.SEEN, 1.0)[:, None, None]
+    assert torch.equal(begun.features, batch["features"])
+    torch.testing.assert_close(begun.conditions[..., :32], weight * begun.features)
 
 
 def test_a_student_begins_as_its_teacher(files, teacher, align, latents):
