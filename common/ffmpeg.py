@@ -28,6 +28,7 @@ from pathlib import Path
 import av
 import av.format
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
 from common.files import UserError
@@ -365,9 +366,16 @@ def timed_frames(container, stream, path):
             yield seconds, frame
 
 
+def side_data(frame, name: str):
+    """What a frame has beside its picture under FFmpeg's name for it, or None."""
+    # frame.side_data would be held by the frame and hold it: hundreds of pictures that nobody wants
+    # any more would stay in memory until Python looks for such cycles
+    return SideDataContainer(frame).get(name)
+
+
 def display_matrix(frame):
     """The nine numbers that turn a frame upright, as containers store them, or None."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix = side_data(frame, "DISPLAYMATRIX")
     return np.frombuffer(bytes(matrix), np.int32).tolist() if matrix else None
 
 
