@@ -4,6 +4,7 @@ import gc
 import itertools
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,29 @@ def test_pictures_that_were_read_are_freed_without_the_collector(film):
     finally:
         gc.enable()
     assert waiting == 0
+
+
+def growth(function, short, long):
+    """Bytes by which Python's peak is higher for the longer of two inputs."""
+    peaks = []
+    for given in (short, short, long):  # once more first: what is imported and cached then is there
+        tracemalloc.start()
+        try:
+            function(given)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return peaks[2] - peaks[1]
+
+
+def test_a_probe_keeps_no_list_of_packets(tmp_path):
+    def probed(path):
+        return ffmpeg._probe.__wrapped__(path, None)
+
+    short = make_video(tmp_path / "short.mp4", 5, 100, size=16)
+    long = make_video(tmp_path / "long.mp4", 50, 100, size=16)
+    assert growth(probed, short, long) < 50_000
+    assert probed(long).frames == 5000 and probed(long).duration == 50
 
 
 def test_a_head_says_the_same_in_spans(monkeypatch):
