@@ -21,7 +21,7 @@ from common import audio, controls, ffmpeg, mux, profiling, watermark
 from common.audio import HOP, SAMPLE_RATE
 from common.files import UserError
 from common.profiling import Profile
-from film import kept, progress, windows
+from film import encoding, kept, progress, windows
 from film.provenance import WeightSums
 from sample import Settings
 
@@ -227,6 +227,17 @@ def test_a_probe_keeps_no_list_of_packets(tmp_path):
     long = make_video(tmp_path / "long.mp4", 50, 100, size=16)
     assert growth(probed, short, long) < 50_000
     assert probed(long).frames == 5000 and probed(long).duration == 50
+
+
+def test_the_encoded_sound_of_a_film_is_not_held(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 90 * SAMPLE_RATE).astype(np.float32)
+
+    def peak(seconds):
+        noise[: seconds * SAMPLE_RATE].tofile(tmp_path / "sound")
+        return encoding.encoded_peak(tmp_path / "sound", tmp_path / "out", ".mp4", SAMPLE_RATE, 1)
+
+    assert growth(peak, 10, 90) < 200_000
+    assert (tmp_path / "out").stat().st_size > 800_000
 
 
 def test_a_head_says_the_same_in_spans(monkeypatch):
