@@ -194,7 +194,7 @@ def test_onsets_and_sound_of_a_spectrogram_are_those_of_its_tensor(monkeypatch):
 
 
 def test_pictures_that_were_read_are_freed_without_the_collector(film):
-    """Those of a minute waited for it, 233 and more at a time, whatever their size."""
+    """They waited for it, 233 and more at a time: 634 MiB of 1920 x 1080."""
     gc.collect()
     gc.disable()
     try:
