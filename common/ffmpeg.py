@@ -28,6 +28,7 @@ from pathlib import Path
 import av
 import av.format
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
 from common.files import UserError
@@ -365,9 +366,16 @@ def timed_frames(container, stream, path):
             yield seconds, frame
 
 
+def side_data(frame, name: str):
+    """What a frame has beside its picture under FFmpeg's name for it, or None."""
+    # frame.side_data would be held by the frame and hold it: hundreds of pictures that nobody wants
+    # any more would stay in memory until Python looks for such cycles
+    return SideDataContainer(frame).get(name)
+
+
 def display_matrix(frame):
     """The nine numbers that turn a frame upright, as containers store them, or None."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix = side_data(frame, "DISPLAYMATRIX")
     return np.frombuffer(bytes(matrix), np.int32).tolist() if matrix else None
 
 
@@ -429,20 +437,38 @@ def promised_end(container, stream):
     return ((container.start_time or 0) + (container.duration or 0)) / 1e6
 
 
-def packet_spans(container, stream, path, clock):
-    """-> {"video": [(start, duration) in seconds of each packet], "audio": [...]}, bytes read."""
+@dataclass
+class Extent:
+    """Where a stream lies, in seconds of the container's clock, by its packets."""
+
+    count: int = 0
+    start: float = math.inf
+    last: tuple[float, float] = (-math.inf, 0.0)  # start and duration of the last that is shown
+    end: float = -math.inf
+
+    def add(self, start, duration):
+        self.count += 1
+        self.start = min(self.start, start)
+        self.last = max(self.last, (start, duration))
+        self.end = max(self.end, start + duration)
+
+
+def packet_extents(container, stream, path, clock, since):
+    """-> {"video": Extent, of pictures from `since` on, "audio": Extent}, bytes read."""
     in_order = lacks_display_times(container, stream)
-    spans = {"video": [], "audio": []}
+    # no lists: an hour has 150,000 packets
+    extents = {"video": Extent(), "audio": Extent()}
     bytes_read = 0
     for packet in until_error(demux(container, path, clock)):
         bytes_read = max(bytes_read, (packet.pos or 0) + packet.size)
+        kind = packet.stream.type
         by_order = in_order and packet.stream.index == stream.index
         stamp = packet.dts if by_order else stamp_of(packet)
         if stamp is not None and packet.size and not packet.is_discard:
             start = float(stamp * packet.time_base)
-            duration = float((packet.duration or 0) * packet.time_base)
-            spans[packet.stream.type].append((start, duration))
-    return spans, bytes_read
+            if kind == "audio" or start > since - 1e-6:
+                extents[kind].add(start, float((packet.duration or 0) * packet.time_base))
+    return extents, bytes_read
 
 
 @lru_cache(maxsize=4096)
@@ -453,26 +479,29 @@ def _probe(path, _version):
         stream = picture_stream(container, path)
         promised = promised_end(container, stream)
         clock = Clock(container)
-        spans, bytes_read = packet_spans(container, stream, path, clock)
+        extents, bytes_read = packet_extents(container, stream, path, clock, start)
         rate = float(frame_rate(stream) or 25)
         still = is_still(container)
         format_name = container.format.name
         sound_counts = stream.duration is None  # the promise is the container's
 
     # the last picture is shown for its own duration, or for the mean one where that is unknown
-    shown = sorted(span for span in spans["video"] if span[0] > start - 1e-6) or [(start, 0.0)]
-    last, last_duration = shown[-1]
-    mean = (last - start) / (len(shown) - 1) if len(shown) > 1 else 1 / rate
+    shown = extents["video"]
+    if not shown.count:
+        shown.add(start, 0.0)
+    last, last_duration = shown.last
+    mean = (last - start) / (shown.count - 1) if shown.count > 1 else 1 / rate
     duration = last + (last_duration or mean) - start
-    if still and len(shown) == 1:
+    if still and shown.count == 1:
         raise MediaError(f"{path}: is a still image; give a video")
     if not 0 < duration <= LONGEST:
         raise MediaError(
             f"{path}: its time stamps say {duration:.6g} s of picture; "
             "remux it, or cut it to a few hours"
         )
-    sound_start = min(spans["audio"], default=(start, 0.0))[0]
-    sound_end = max((a + b for a, b in spans["audio"]), default=sound_start)
+    sound = extents["audio"]
+    if not sound.count:
+        sound = Extent(start=start, end=start)
 
     # other containers than flv end in an index, of any size
     size = path.stat().st_size
@@ -482,7 +511,7 @@ def _probe(path, _version):
             "the rest, if it was joined from several files, is not used",
             stacklevel=3,
         )
-    end = max(start + duration, sound_end) if sound_counts else start + duration
+    end = max(start + duration, sound.end) if sound_counts else start + duration
     if 0.5 < promised - end < LONGEST and not clock.restarted:
         warnings.warn(
             f"{path}: cut off: {duration:.2f} of {promised - start:.2f} s of picture remain",
@@ -494,12 +523,12 @@ def _probe(path, _version):
         start=start,
         width=frame.height if turned else frame.width,
         height=frame.width if turned else frame.height,
-        fps=len(shown) / duration,
-        frames=len(shown),
+        fps=shown.count / duration,
+        frames=shown.count,
         codec=codec,
-        has_audio=bool(spans["audio"]),
-        audio_start=sound_start - start,
-        audio_duration=sound_end - sound_start,
+        has_audio=sound.count > 0,
+        audio_start=sound.start - start,
+        audio_duration=sound.end - sound.start,
     )
 
 

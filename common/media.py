@@ -29,6 +29,7 @@ from common.resample import blocks_of
 
 # files beside clips (labels, lists), which need not be opened to know that they are no videos
 TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".py", ".txt"}
+WRITE = ("write_video", "encoded_peak")  # functions of the child that write files
 LARGEST = 2**32 - 2**20  # bytes of sound in a wav, whose sizes have 32 bits: tags take some, too
 SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
 
@@ -36,7 +37,7 @@ SOUND_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}
 def in_child(path: Path | str, module: str, function: str, *args, **kwargs):
     """Call `module.function(*args, **kwargs)` in the child process; errors name the file `path`.
 
-    Raises MediaError, and for `write_video` OSError where the disk refuses the output.
+    Raises MediaError, and for functions that WRITE OSError where the disk refuses the output.
     """
     try:
         return isolation.call(module, function, *args, **kwargs)
@@ -47,8 +48,8 @@ def in_child(path: Path | str, module: str, function: str, *args, **kwargs):
         # already one line for the user
         if error.kind == "MediaError":
             raise MediaError(str(error)) from None
-        # atomic_write around the call turns this into a FileError that names the output
-        if error.disk is not None and function == "write_video":
+        # atomic_write or scratch_file around the call turns this into a FileError that names it
+        if error.disk is not None and function in WRITE:
             raise OSError(error.disk, str(error)) from None
         reason = f"FFmpeg cannot use it ({error.kind}: {error})"
     raise MediaError(f"{path}: {reason}; convert it to mp4")

@@ -38,6 +38,7 @@ from common.ffmpeg import (
     open_input,
     picture_stream,
     probe,
+    side_data,
     stamp_of,
     until_error,
 )
@@ -770,7 +771,7 @@ def write(out, job, method, keep_tag=True, extras_too=True):
         extras.dropped.append(
             f"pixel aspect ratio {aspect}: beside a rotation webm has no place for it"
         )
-    if method == "encode" and any(first.side_data.get(name) for name in HDR10):
+    if method == "encode" and any(side_data(first, name) for name in HDR10):
         extras.dropped.append("HDR10 mastering metadata")
     return extras.dropped
 

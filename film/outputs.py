@@ -54,12 +54,13 @@ def write_video(
     """
     suffix = Path(path).suffix.lower()
     form = sound.rate, sound.channels
-    with scratch_file(Path(path).parent) as spool:
+    folder = Path(path).parent
+    with scratch_file(folder) as spool, scratch_file(folder) as encoded:
         while True:
             write_blocks(spool, sound.blocks())
             if suffix not in LOSSY or as_official:
                 break
-            args = (spool, suffix, *form)
+            args = (spool, encoded, suffix, *form)
             peak = media.in_child(source, "film.encoding", "encoded_peak", *args)
             if peak <= CEILING:
                 break

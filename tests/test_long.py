@@ -1,11 +1,14 @@
 """Long films: windows that agree, a spectrogram decoded where it is read, going on after a kill."""
 
+import gc
 import itertools
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,11 +17,11 @@ from clips import make_video
 from main_job import run
 
 import sample
-from common import audio, controls, mux, profiling, watermark
+from common import audio, controls, ffmpeg, mux, profiling, watermark
 from common.audio import HOP, SAMPLE_RATE
 from common.files import UserError
 from common.profiling import Profile
-from film import kept, progress, windows
+from film import encoding, kept, progress, windows
 from film.provenance import WeightSums
 from sample import Settings
 
@@ -188,6 +191,53 @@ def test_onsets_and_sound_of_a_spectrogram_are_those_of_its_tensor(monkeypatch):
 
 
 # ---- memory --------------------------------------------------------------------------------------
+
+
+def test_pictures_that_were_read_are_freed_without_the_collector(film):
+    """They waited for it, 233 and more at a time: 634 MiB of 1920 x 1080."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(ffmpeg.read_frames(film, 5, 16)) == 210
+        assert mux.first_frame(film, 20) is not None
+        waiting = sum(type(found) is av.VideoFrame for found in gc.get_objects())
+    finally:
+        gc.enable()
+    assert waiting == 0
+
+
+def growth(function, short, long):
+    """Bytes by which Python's peak is higher for the longer of two inputs."""
+    peaks = []
+    for given in (short, short, long):  # once more first: what is imported and cached then is there
+        tracemalloc.start()
+        try:
+            function(given)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return peaks[2] - peaks[1]
+
+
+def test_a_probe_keeps_no_list_of_packets(tmp_path):
+    def probed(path):
+        return ffmpeg._probe.__wrapped__(path, None)
+
+    short = make_video(tmp_path / "short.mp4", 5, 100, size=16)
+    long = make_video(tmp_path / "long.mp4", 50, 100, size=16)
+    assert growth(probed, short, long) < 50_000
+    assert probed(long).frames == 5000 and probed(long).duration == 50
+
+
+def test_the_encoded_sound_of_a_film_is_not_held(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 90 * SAMPLE_RATE).astype(np.float32)
+
+    def peak(seconds):
+        noise[: seconds * SAMPLE_RATE].tofile(tmp_path / "sound")
+        return encoding.encoded_peak(tmp_path / "sound", tmp_path / "out", ".mp4", SAMPLE_RATE, 1)
+
+    assert growth(peak, 10, 90) < 200_000
+    assert (tmp_path / "out").stat().st_size > 800_000
 
 
 def test_a_head_says_the_same_in_spans(monkeypatch):

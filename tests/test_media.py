@@ -397,11 +397,11 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         image[:] = np.random.default_rng(k).integers(0, 255, image.shape, np.uint8)
 
     make(tmp_path / "a.mp4", steady(25, 2), draw=noise)
+    np.random.default_rng(0).uniform(-0.5, 0.5, 80000).astype(np.float32).tofile(tmp_path / "sound")
     code = """
 import resource, sys, torch
 from common import media, xmp
-from common.files import UserError
-from common.files import FileError
+from common.files import UserError, scratch_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 video = lambda out, wav: media.write_video("a.mp4", wav, out)
 for name in ("b.mp4", "b.mkv", "b.webm", "b.wav"):
@@ -410,6 +410,12 @@ for name in ("b.mp4", "b.mkv", "b.webm", "b.wav"):
         write(name, torch.randn(32000))
     except UserError as error:
         print(error)
+try:
+    with scratch_file("folder") as out:
+        args = "sound", out, ".mp4", 16000, 1
+        media.in_child("a.mp4", "film.encoding", "encoded_peak", *args)
+except UserError as error:
+    print(error)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -419,8 +425,8 @@ for name in ("b.mp4", "b.mkv", "b.webm", "b.wav"):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["b.mp4", "b.mkv", "b.webm", "b.wav"], (
-        done.stderr
-    )
+    named = [line.split(":")[0] for line in lines]
+    assert named == ["b.mp4", "b.mkv", "b.webm", "b.wav", "folder"], done.stderr
     assert all("cannot be written" in line for line in lines)
-    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "folder", "sound"]
+    assert not os.listdir(tmp_path / "folder")
