@@ -103,7 +103,7 @@ from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from diffusion import SAMPLERS, SCHEDULES
 from film import listen
-from film.arguments import GUIDANCE, add_material
+from film.arguments import GUIDANCE, add_deep_every, add_material
 from film.level import add_lufs
 from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
@@ -633,8 +633,9 @@ def find_sample(folder: Path, video: Path, flag="--samples"):
 
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
-    names = ("seed", "steps", "guidance", "cfg", "cg", "sampler", "schedule", "onsets", "material")
-    return Settings(**{name: getattr(args, name) for name in (*names, "lufs")})
+    names = ("seed", "steps", "guidance", "cfg", "cg", "sampler", "schedule", "deep_every")
+    more = ("onsets", "material", "lufs")
+    return Settings(**{name: getattr(args, name) for name in (*names, *more)})
 
 
 def generate_sound(video, models, settings):
@@ -943,6 +944,7 @@ def arguments(argv):
     p.add_argument("--cg", type=float, help="classifier guidance; 0: off; default: likewise")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="as for sample.py")
     p.add_argument("--schedule", choices=SCHEDULES, help="as for sample.py")
+    add_deep_every(p)
     p.add_argument(
         "--onsets",
         choices=(*FINDERS, "annotated"),

@@ -111,6 +111,8 @@ class Settings:
     # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives;
     # None: uniform, as in the paper, or as in FEW
     schedule: str | tuple[float, ...] | None = None
+    # of so many steps one computes the deep half of the U-Net, the others go on with its result
+    deep_every: int = 1
     candidates: int = 1  # drawn of each clip; the classifier ranks them
     keep_all: bool = False  # the sound of every candidate, not of the best alone
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
@@ -166,14 +168,16 @@ class Settings:
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
         # how it is sampled; the schedule is that of the sampler
-        is_few = guidance == "distilled" and not (self.redo or self.as_official)
-        usual = FEW if is_few else PAPER
+        usual = FEW if guidance == "distilled" and not (self.redo or self.as_official) else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]
-        schedule = usual["schedule"] if sampler == usual["sampler"] else PAPER["schedule"]
-        schedule = self.schedule or schedule
+        schedule = self.schedule or (usual if sampler == usual["sampler"] else PAPER)["schedule"]
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
-        resolved = replace(
+        # redoing takes DDIM's steps, twice (film/redo.py)
+        if self.redo:
+            sampler = "ddim"
+            schedule = "uniform"
+        return replace(
             self,
             steps=steps,
             sampler=sampler,
@@ -184,10 +188,6 @@ class Settings:
             batch=batch,
             onsets=onsets,
         )
-        # redoing takes DDIM's steps, twice (film/redo.py)
-        if self.redo:
-            return replace(resolved, sampler="ddim", schedule="uniform")
-        return resolved
 
 
 # ----------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def guided(models, conditions, opened, settings, times):
         scales = scales.repeat(len(conditions), 1).to(conditions.device)
         scales[:, 2] *= 0 if opened is None else (opened != conditions).flatten(1).any(1)
         context = ldm.guided_context(conditions, scales)
-        return fast.guided(ldm.unet, context, None, 1, times=times)
+        return fast.guided(ldm.unet, context, None, 1, times=times, deep_every=settings.deep_every)
     return fast.guided(
         ldm.unet,
         ldm.conditioner(conditions),
@@ -415,6 +415,7 @@ def guided(models, conditions, opened, settings, times):
         sigma=sigma,
         open_context=None if opened is None else ldm.conditioner(opened),
         emphasis=controls.EMPHASIS,
+        deep_every=settings.deep_every,
     )
 
 

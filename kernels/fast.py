@@ -335,9 +335,9 @@ class FusedBackbone:
             shifts = condition.shifts[row_of(condition.times, t).to(x.device)]
         return self.step(x, shifts, condition)
 
-    def fused_down(self, x, shifts, condition):
-        """The way down and the middle block, and the maps to be read on the way up; then iterators
-        of what the blocks that follow take, in their order."""
+    def fused_down(self, x, shifts, condition, count=None):
+        """The way down, or its first `count` blocks: the maps to be read on the way up, and
+        iterators of what the blocks that follow take, in their order."""
         shifts = iter(shifts.expand(len(x), -1).split(self.shift_widths, 1))
         keys_values = iter(condition.keys_values)
         x = x.to(self.dtype, memory_format=torch.channels_last)
@@ -346,25 +346,51 @@ class FusedBackbone:
             self.check_frames(self.config.aligned * condition.columns.shape[3], x.shape[3])
             h = h + condition.columns
         skips = [h]
-        for block in list(self.input_blocks)[1:]:
+        for block in self.input_blocks[1:count]:
             h = block(h, shifts, keys_values)
             skips.append(h)
-        return self.middle_block(h, shifts, keys_values), skips, shifts, keys_values
+        return skips, shifts, keys_values
 
 
 class FusedUNet(FusedBackbone):
     def step(self, x, shifts, condition):
         """(b, 4, 16, w), (b or 1, n) -> eps (b, 4, 16, w)"""
-        h, skips, shifts, keys_values = self.fused_down(x, shifts, condition)
-        for block in self.output_blocks:
+        return self.step_from(x, shifts, condition)[0]
+
+    def step_from(self, x, shifts, condition, deep=None):
+        """-> eps, and the map halfway up (b, c, h, w). `deep`: that of a step before, and then
+        nothing below it is computed (DeepCache, Ma et al. 2024, arXiv 2312.00858, Sec. 3.2)."""
+        half = len(self.output_blocks) // 2
+        shallow = len(self.input_blocks) - half
+        if deep is None:
+            skips, shifts, keys_values = self.fused_down(x, shifts, condition)
+            deep = self.middle_block(skips[-1], shifts, keys_values)
+            for block in self.output_blocks[:half]:
+                deep = block(deep, shifts, keys_values, skips.pop())
+        else:
+            skips, shifts, keys_values = self.fused_down(x, shifts, condition, shallow)
+            below = (*self.input_blocks[shallow:], self.middle_block, *self.output_blocks[:half])
+            leave_out(below, shifts, keys_values)
+        h = deep
+        for block in self.output_blocks[half:]:
             h = block(h, shifts, keys_values, skips.pop())
-        return self.out["2"](normalize(self.out["0"], h, silu=True))
+        return self.out["2"](normalize(self.out["0"], h, silu=True)), deep
+
+
+def leave_out(blocks, shifts, keys_values):
+    """Takes from the iterators what these blocks would have taken."""
+    for part in itertools.chain.from_iterable(block.modules() for block in blocks):
+        if isinstance(part, FusedResBlock):
+            next(shifts)
+        elif isinstance(part, FusedTransformerBlock):
+            next(keys_values)
 
 
 class FusedClassifier(FusedBackbone):
     def step(self, x, shifts, condition):
         """(b, 4, 16, w), (b or 1, n) -> logit (b, 1)"""
-        h, *_ = self.fused_down(x, shifts, condition)
+        skips, *rest = self.fused_down(x, shifts, condition)
+        h = self.middle_block(skips[-1], *rest)
         h = self.out["2"](normalize(self.out["0"], h, silu=True))
         return self.classifier(h.mean((2, 3)))
 
@@ -438,13 +464,16 @@ def beside(function, x, row):
     return join
 
 
-def prepared(network, context, times):
-    """network(x, t, context) as a function of x and a row of `times`; its condition's tensors."""
+def prepared(network, context, times, in_halves=False):
+    """network(x, t, context) as a function of x and a row of `times`; its condition's tensors.
+
+    in_halves: the function is `FusedUNet.step_from`, of x, a row, and the map of a step before."""
     if isinstance(network, FusedBackbone):
         condition = network.prepare(context, times)
+        step = network.step_from if in_halves else network.step
 
-        def call(x, row):
-            return network.step(x, condition.shifts.index_select(0, row), condition)
+        def call(x, row, *deep):
+            return step(x, condition.shifts.index_select(0, row), condition, *deep)
 
         return call, condition.tensors()
     table = times.to(context.device)
@@ -474,21 +503,30 @@ def prepared_gradient(classifier, features, times):
 class Step:
     """eps of both guidances, as `diffusion.guided_eps` has it, at a row of the table of times."""
 
-    def __init__(self, denoise, gradient, cfg, scales, tensors, emphasis=0.0):
+    def __init__(self, denoise, gradient, cfg, scales, tensors, emphasis=0.0, deep_every=1):
         self.denoise = denoise
+        self.deep_every = deep_every
+        self.deep = None  # the U-Net's map halfway up, where not every step computes it
         self.emphasis = emphasis  # of what one more context leaves open; 0: there is none
         self.gradient = gradient  # None: without classifier guidance
         self.cfg = cfg  # None: the conditional branch alone
         self.scales = scales  # (times, 1, 1, 1): cg sigma_t
         self.tensors = tensors  # of the condition: all that differs from clip to clip
 
-    def __call__(self, x, row):
+    def __call__(self, x, row, is_deep=True):
+        """is_deep: computes the deep half of the U-Net, too."""
         gradient = None
         if self.gradient is not None:
             gradient = beside(self.gradient, x, row)  # it needs x alone, as the U-Net does
         # unconditional, with something left open, conditional: as many of them as there are
         count = 1 + (self.cfg is not None) + (self.emphasis != 0)
-        branches = self.denoise(torch.cat([x] * count), row).float().chunk(count)
+        branches = torch.cat([x] * count)
+        if self.deep_every == 1:
+            branches = self.denoise(branches, row)
+        else:
+            deep = None if is_deep else self.deep
+            branches, self.deep = self.denoise(branches, row, deep)
+        branches = branches.float().chunk(count)
         eps = branches[-1]
         if self.cfg is not None:
             eps = torch.add(branches[0], eps - branches[0], alpha=self.cfg)
@@ -526,26 +564,30 @@ class Recorded:
     def __init__(self, guided, x):
         self.step = step = guided.step
         guided.tensors = [y.clone() for y in step.tensors]  # the step's own will hold other clips'
-        self.owner = guided.token  # of the condition that lies there
+        self.owner = None  # of the condition that lies there, and of the map halfway up
         self.x = x.clone()
         self.row = torch.zeros(1, dtype=torch.long, device=x.device)
+        # a graph of a shallow step reads the map where that of a deep one writes it
+        kinds = (True,) if step.deep_every == 1 else (True, False)
         try:
-            self.out, self.replay = record(lambda: step(self.x, self.row), x.device)
+            self.graphs = [record(lambda k=k: step(self.x, self.row, k), x.device) for k in kinds]
         except RuntimeError as e:
             reason = str(e).splitlines()[0][:120]
             warnings.warn(f"sampling without a CUDA graph ({reason})", stacklevel=4)
-            self.replay = None
+            self.graphs = None
 
-    def __call__(self, guided, x, row):
+    def __call__(self, guided, x, row, is_deep):
         if self.owner is not guided.token:
             torch._foreach_copy_(self.step.tensors, guided.tensors)
             self.owner = guided.token
+            is_deep = True  # the map is another clip's
         self.x.copy_(x)
         self.row.fill_(row)
-        if self.replay is None:
-            return self.step(self.x, self.row)
-        self.replay()
-        return self.out.clone()  # PLMS keeps some
+        if self.graphs is None:
+            return self.step(self.x, self.row, is_deep)
+        out, replay = self.graphs[not is_deep]
+        replay()
+        return out.clone()  # PLMS keeps some
 
 
 class Guided:
@@ -559,6 +601,9 @@ class Guided:
         self.kept = kept
         self.key = key
         self.token = object()
+        # the first of them is the one at which sampling begins
+        falling = sorted(self.times, reverse=True)
+        self.deep_rows = {self.times[time] for time in falling[:: step.deep_every]}
 
     def recorded(self, x):
         key = (*self.key, x.shape, kernels.mode)
@@ -572,9 +617,10 @@ class Guided:
         rows = row_of(self.times, t)
         if (rows != rows[0]).any():
             raise ValueError("a guided step is made at one time for all latents of the batch")
+        is_deep = int(rows[0]) in self.deep_rows
         if recordable(x):
-            return self.recorded(x)(self, x, int(rows[0]))
-        return self.step(x, rows[:1].to(x.device))
+            return self.recorded(x)(self, x, int(rows[0]), is_deep)
+        return self.step(x, rows[:1].to(x.device), is_deep)
 
 
 def guided(
@@ -589,12 +635,14 @@ def guided(
     sigma=None,
     open_context=None,
     emphasis=0.0,
+    deep_every=1,
 ):
     """`diffusion.guided_eps` with all that can be computed before the first step.
 
     Arguments as there, and times: all that the sampler will ask for (`diffusion.TIMES`); sigma: the
-    noise scale, a function of time. Networks that are not optimised, or any functions of
-    (x, t, context), are called as they are."""
+    noise scale, a function of time; deep_every: of so many calls one computes the deep half of an
+    optimised U-Net, the others go on with its result. Networks that are not optimised, or any
+    functions of (x, t, context), are called as they are."""
     times = torch.as_tensor(times, dtype=torch.float32)
     contexts = [context]
     if open_context is None or not emphasis:
@@ -606,15 +654,18 @@ def guided(
     else:
         contexts.insert(0, null_context.expand_as(context))
     context = torch.cat(contexts)
-    denoise, tensors = prepared(unet, context, times)
+    # only a fused one has halves
+    deep_every = deep_every if isinstance(unet, FusedUNet) else 1
+    denoise, tensors = prepared(unet, context, times, deep_every > 1)
     gradient = scales = None
     if cg:
         gradient, more = prepared_gradient(classifier, features, times)
         tensors = tensors + more
         scales = (cg * sigma(times)).float().to(context.device)[:, None, None, None]
-    step = Step(denoise, gradient, cfg, scales, tensors, emphasis)
+    step = Step(denoise, gradient, cfg, scales, tensors, emphasis, deep_every)
     # a recorded step serves all clips of these networks, scales, times and shapes
     kept = vars(unet).setdefault("recorded", {}) if isinstance(unet, FusedBackbone) else {}
     shapes = tuple((x.shape, x.dtype) for x in tensors)
     model = id(getattr(classifier, "model", classifier)) if cg else None
-    return Guided(step, times, kept, (cfg, cg, emphasis, model, tuple(times.tolist()), shapes))
+    key = (cfg, cg, emphasis, deep_every, model, tuple(times.tolist()), shapes)
+    return Guided(step, times, kept, key)

@@ -17,6 +17,7 @@ from align import PRESETS as ALIGN_PRESETS
 from align import Alignment, AlignmentConfig
 from common.profiling import Profile
 from kernels import fast
+from tools.step_ideas import Cached
 
 PUBLISHED = ldm.UNetConfig(width=32, context_dim=24, groups=8)
 FORMS = {  # the paper's depths, narrow, and the mini preset's
@@ -111,6 +112,31 @@ def test_what_is_left_open_in_one_context_is_emphasized_alike(cfg):
     # it is something else than without
     without = guided(fused, fused_align, context, features, times, 15.0, cfg)
     assert (diffusion.dpm_solver(without, x, 3) - ends[0]).norm() > 0.01 * ends[0].norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, cfg", [("tiny", 2.5), ("tiny", 1), ("mini", 2.5)])
+def test_the_deep_half_of_every_second_step(name, cfg):
+    """The same latents as the plain networks give whose deep half is kept, and half of the work."""
+    unet, align = networks(name)
+    fused, fused_align = optimised(unet, align)
+    x, context, features = clip("one", unet)
+    null = torch.zeros_like(context[:1])
+    times = diffusion.solver_times(5)
+    deep_calls = []
+    fused.middle_block.register_forward_hook(lambda *_: deep_calls.append(1))
+    eps = fast.guided(
+        *(fused, context, null, cfg, fused_align, features, 15.0, times, diffusion.sigma),
+        deep_every=2,
+    )
+    first = diffusion.dpm_solver(eps, x, 5)
+    assert len(deep_calls) == 3
+    # another run begins with all of the network, too
+    assert torch.equal(diffusion.dpm_solver(eps, x, 5), first)
+    plain = diffusion.guided_eps(Cached(unet), context, null, cfg, align, features, 15.0)
+    rule.close("five steps", first, diffusion.dpm_solver(plain, x, 5), 1e-5)
+    every = diffusion.guided_eps(unet, context, null, cfg, align, features, 15.0)
+    assert (first - diffusion.dpm_solver(every, x, 5)).norm() > 1e-4 * first.norm()
 
 
 @torch.no_grad()
@@ -227,6 +253,35 @@ def test_a_recorded_step_serves_all_clips(records, sampler):
     t = torch.full((2,), float(times[-1]))
     first = [eps[k](clips[k][0], t) for k in (0, 1, 0)]
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+
+
+@torch.no_grad()
+def test_recorded_steps_in_turns_do_not_go_on_from_another_clips_map(records):
+    unet, align = networks("tiny")
+    fused, _ = optimised(unet, align)
+    times = diffusion.solver_times(3)
+    clips = [clip(name, unet) for name in ("one", "two")]
+
+    def both():
+        return [fast.guided(fused, c, None, 1, times=times, deep_every=2) for _, c, _ in clips]
+
+    def step(eps, k, x):
+        t = torch.full((2,), float(times[k]))
+        return eps(x, t)
+
+    # each alone: a deep step, a shallow one
+    alone = []
+    for eps, (x, _, _) in zip(both(), clips, strict=True):
+        step(eps, 0, x)
+        alone.append(step(eps, 1, x))
+    assert len(records) == 2
+    # in turns, all of the network is computed after a change of clips
+    one, two = both()
+    step(one, 0, clips[0][0])
+    step(two, 0, clips[1][0])
+    deep = fast.guided(fused, clips[0][1], None, 1, times=times)
+    assert torch.equal(step(one, 1, clips[0][0]), step(deep, 1, clips[0][0]))
+    assert not torch.equal(step(one, 1, clips[0][0]), alone[1])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import ldm
 from align import Alignment, AlignmentConfig
 from common import audio
 from kernels import attention, fast, group_norm, transformer
+from tools.step_ideas import Cached
 
 pytestmark = [
     pytest.mark.gpu,
@@ -143,13 +144,31 @@ def test_a_recorded_run_is_the_plain_one(sampler, dtype, bound):
     made = [recorded(*clip) for clip in clips]
     ours = [(clip, draw(*made[clip], 5).clone()) for clip in (0, 1, 0)]
     assert len(fused.recorded) == 1
-    assert all(kept.replay is not None for kept in fused.recorded.values())
+    assert all(kept.graphs is not None for kept in fused.recorded.values())
     kernels.choose("torch")
     for clip, run in ours:
         x, context, features = clips[clip]
         null_context = torch.zeros_like(context)
         eps = diffusion.guided_eps(unet, context, null_context, 4.5, align, features, 15.0)
         rule.close(f"{sampler} {dtype} clip {clip}", run.cpu(), draw(eps, x, 5).cpu(), bound)
+
+
+@torch.no_grad()
+def test_a_recorded_run_computes_the_deep_half_of_every_second_step():
+    unet, align, fused, fused_align = small_networks(torch.float32)
+    times = diffusion.solver_times(6)
+    clips = [conditions(name, 2) for name in ("one", "two", "one")]
+    ours = []
+    for x, context, features in clips:
+        given = (context, torch.zeros_like(context), 4.5, fused_align, features, 15.0)
+        eps = fast.guided(fused, *given, times, diffusion.sigma, deep_every=2)
+        ours.append(diffusion.dpm_solver(eps, x, 6).clone())
+    assert [len(kept.graphs) for kept in fused.recorded.values()] == [2]
+    kernels.choose("torch")
+    for (x, context, features), run in zip(clips, ours, strict=True):
+        given = (context, torch.zeros_like(context), 4.5, align, features, 15.0)
+        plain = diffusion.guided_eps(Cached(unet), *given)
+        rule.close("run", run.cpu(), diffusion.dpm_solver(plain, x, 6).cpu(), 1e-4)
 
 
 @torch.no_grad()

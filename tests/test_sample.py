@@ -365,6 +365,8 @@ def test_without_classifier_guidance_must_be_off(models, clip):
         ({"cfg": math.nan}, "cfg nan: not a number from 0 up"),
         ({"cg": -1}, "cg -1: not a number from 0 up"),
         ({"candidates": 0}, "candidates 0: not a whole number from 1 to 1000"),
+        ({"deep_every": 0}, "deep_every 0: not a whole number from 1 to 1000"),
+        ({"deep_every": 2, "as_official": True}, "--deep-every: not of the official demo"),
         ({"seed": -1}, "seed -1: not a whole number from 0 to "),
         ({"start": -0.5}, "start -0.5: not a number from 0 up"),
         ({"start": None}, "start None: not a number from 0 up"),
@@ -377,6 +379,21 @@ def test_wrong_arguments_are_one_line(models, clip, wrong, message):
         where = {k: wrong.pop(k) for k in ("start", "duration") if k in wrong}
         sample.generate(clip, models, settings=Settings(**wrong), **where)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("guidance", ["distilled", "double"])
+def test_the_deep_half_is_computed_as_often_as_one_asks(clip, guidance):
+    models = sample.load_models("mini", "cpu")
+    deep_calls = []
+    hook = models.ldm.unet.middle_block.register_forward_hook(lambda *_: deep_calls.append(1))
+    mels = []
+    for deep_every, calls in ((1, 6), (2, 3), (4, 2)):
+        settings = Settings(steps=6, guidance=guidance, deep_every=deep_every)
+        mels.append(sample.generate(clip, models, settings=settings, mark=False).mel)
+        assert len(deep_calls) == calls
+        deep_calls.clear()
+    hook.remove()
+    assert not torch.equal(mels[1], mels[0])
 
 
 def test_what_is_no_model_or_no_settings_is_one_line(models, clip):
