@@ -5,11 +5,17 @@ Interpreting and compiling cannot share a process, so each has its own; `tests/k
 interpreting one runs.
 """
 
+import atexit
 import collections
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,66 +32,97 @@ ROOT = Path(kernels.__file__).parent.parent
 triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
 
-@triton
-@pytest.mark.parametrize("name", ["attention", "group_norm", "transformer", "networks", "memory"])
-def test_in_the_interpreter(name):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"tests/kernels/test_{name}.py",
-        ],
+def interpret(name):
+    """tests/kernels/test_NAME.py in Triton's interpreter."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{name}.py"]
+    return python(command, TRITON_INTERPRET="1")
+
+
+def gate(target, version):
+    """kernels.gate by a version of Triton; None: the installed one. None if it cannot be had."""
+    command = ["-m", "kernels.gate", "--target", str(target)]
+    if version is None:
+        return python(command)
+    folder = fetch_triton(version)
+    return folder and python(command, PYTHONPATH=folder)
+
+
+def python(arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
+
+
+FETCHING = threading.Lock()
+
+
+def fetch_triton(version):
+    """The folder of a Triton beside the one installed; None where it cannot be fetched."""
+    with FETCHING:
+        return download_triton(version)
+
+
+@functools.cache
+def download_triton(version):
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    wanted = f"triton=={version}"
+    pip = ["-m", "pip", "install", "-q", "--no-deps", "--target", folder, wanted]
+    return None if python(pip).returncode else folder
+
+
+@pytest.fixture(scope="module")
+def processes(request):
+    """(function, *arguments) -> its process, finished. All that the selected tests of this file
+    want are started at once, as many as there are cores at a time: one test waits for one core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {}
+
+        def start(*call):
+            if call not in started:
+                started[call] = pool.submit(*call)
+            return started[call]
+
+        # a worker of pytest-xdist does not know which tests are its own
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            for item in request.session.items:
+                if "processes" in getattr(item, "fixturenames", ()):
+                    start(*item.callspec.params["call"])
+        yield lambda call: start(*call).result()
+
+
+@triton
+@pytest.mark.parametrize(
+    "call",
+    [
+        (interpret, name)
+        for name in ("attention", "group_norm", "transformer", "networks", "memory")
+    ],
+    ids=lambda call: call[1],
+)
+def test_in_the_interpreter(processes, call):
+    done = processes(call)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-@pytest.fixture(scope="module", params=[None, "3.6.0"], ids=["installed", "3.6.0"])
-def other_triton(request, tmp_path_factory):
-    """Where another Triton lies than the one installed: the compilers differ in what they spill,
-    and torch 2.11 comes with 3.6."""
-    if request.param is None:
-        return {}
-    folder = tmp_path_factory.mktemp("triton")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        folder,
-        f"triton=={request.param}",
-    ]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(
-            f"triton {request.param} cannot be fetched: {done.stderr.strip().splitlines()[-1]}"
-        )
-    return {"PYTHONPATH": str(folder)}
-
-
 @triton
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [80, 90, 100])
-def test_gate(target, other_triton):
+@pytest.mark.parametrize(
+    "call",
+    # the compilers differ in what they spill, and torch 2.11 comes with 3.6
+    [(gate, target, version) for version in (None, "3.6.0") for target in (80, 90, 100)],
+    ids=lambda call: f"{call[1]}-{call[2] or 'installed'}",
+)
+def test_gate(processes, call):
     """Every shipped configuration compiles for the target and keeps the rules."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.gate", "--target", str(target)],
-        cwd=ROOT,
-        env={**os.environ, **other_triton},
-        capture_output=True,
-        text=True,
-    )
+    done = processes(call)
+    if done is None:
+        pytest.skip(f"triton {call[2]} cannot be fetched")
     print(done.stdout)
     assert done.returncode == 0, (
         "\n".join(line for line in done.stdout.splitlines() if "FAILS" in line)
