@@ -114,6 +114,19 @@ def silent(tmp_path_factory):
 # ---- level -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("peak, lufs", [(-15, -45), (-42, -33)])
+def test_a_gain_that_moves_blocks_through_the_gate_is_measured_again(peak, lufs):
+    """A loud second, three that are 16 dB below it, and a long quiet one near -70 LUFS."""
+    t = torch.arange(16 * SAMPLE_RATE) / SAMPLE_RATE
+    decibels = torch.full_like(t, -33.0)
+    decibels[: 4 * SAMPLE_RATE] = -16
+    decibels[:SAMPLE_RATE] = 0
+    wav = 10 ** ((peak + decibels) / 20) * torch.sin(2 * torch.pi * 1000 * t)
+    applied = level.apply_one(wav, Settings(lufs=lufs))
+    assert measure(blocks_of(wav.numpy()), SAMPLE_RATE).loudness == pytest.approx(lufs, abs=0.1)
+    assert applied.level.loudness == pytest.approx(lufs, abs=0.1)
+
+
 @pytest.mark.parametrize("layout", ["mono", "stereo"])
 def test_a_steady_sound_gets_the_loudness_that_is_asked_for(silent, tmp_path, layout):
     steady_noise = 0.05 * torch.randn(64000, generator=torch.Generator().manual_seed(0))
