@@ -156,7 +156,13 @@ def test_hits_stop_at_the_ceiling_and_say_so(silent, tmp_path, capsys):
     found = measure(blocks_of(read(line["wav"])), SAMPLE_RATE)
     assert found.loudness < -24 and -1.2 < found.true_peak <= level.CEILING
     err = capsys.readouterr().err
-    assert "LUFS instead of -23" in err and len(err.splitlines()) == 1
+    assert "LUFS instead of -23: its true peak" in err and len(err.splitlines()) == 1
+
+
+def test_a_faint_sound_stops_at_the_largest_gain_and_says_so(silent, tmp_path, capsys):
+    written(result_of(0.001 * torch.randn(64000), silent), tmp_path, verbose=True)
+    err = capsys.readouterr().err
+    assert err.endswith("LUFS instead of -23: a gain of +20 dB is the most\n")
 
 
 def test_silence_and_faint_sounds(silent):
