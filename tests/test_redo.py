@@ -251,6 +251,18 @@ def test_a_stem_is_not_redone_in_place_of_the_mix(capsys, clip, weights):
         assert run(capsys, *args, "--redo", "2-2.5")[0] == 0
 
 
+def test_stems_of_an_earlier_run_do_not_keep_its_successor_from_being_redone(capsys, clip, weights):
+    args = (clip, "--weights", weights, "--steps", 2, "--cg", 0)
+    assert run(capsys, *args, "--keep-audio", "--stems")[0] == 0
+    assert run(capsys, *args)[0] == 0 and clip.with_name("clip.mix.wav").exists()
+    status, out, err = run(capsys, *args, "--redo", "1-1.8")
+    assert status == 0 and not err and "of " + str(clip.with_name("clip.foley.wav")) in out[0]
+    # of a run that nobody knows it stays refused
+    clip.with_name("manifest.jsonl").unlink()
+    status, out, err = run(capsys, *args, "--redo", "0.2-0.8", "--overwrite")
+    assert status == 1 and not out and "clip.mix.wav over it" in err[0]
+
+
 class SimpleSound:
     """Writes videos that are tagged as ours."""
 
