@@ -873,5 +873,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.exit_on_signals("sample.py", "stopped; finished outputs are kept")
+    cli.exit_on_signals("sample.py", "stopped; what is finished is kept; the same command goes on")
     sys.exit(main())

@@ -323,7 +323,9 @@ def is_input(video, record, files):
     """Whether outputs, whose unchanged files are given, were made of this video as it is."""
     # an output that was redone in its place is what the next run is given
     replaced = Path(video).resolve() in {path.resolve() for path in files}
-    return replaced or manifest.is_same(Path(video), record["input"])
+    # where no line said what it was drawn for, it may be any video
+    unknown = record["input"]["path"] in record["files"]
+    return replaced or unknown or manifest.is_same(Path(video), record["input"])
 
 
 def kept_line(video, folder, record):

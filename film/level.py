@@ -17,6 +17,7 @@ from film import loudness
 CEILING = -1.0
 AIM = CEILING - 0.1
 MOST_BOOST = 20.0  # dB: more would be the noise of a sound that is all but silent
+ROUNDS = 3  # of finding the gain; nearly always one does
 RATES = (SAMPLE_RATE, 3 * SAMPLE_RATE)
 LAYOUTS = {"mono": 1, "stereo": 2}  # and their channels
 
@@ -106,13 +107,22 @@ def apply_one(wav, settings) -> Applied:
     if settings.lufs is None or settings.as_official:
         return Applied()
     level = loudness.measure(blocks_of(wav.numpy()), SAMPLE_RATE)
-    if level.loudness == -math.inf:
-        return Applied(0.0, level)
-    now = in_layout(level, settings)
-    gain = down(min(settings.lufs - now.loudness, MOST_BOOST, AIM - now.true_peak))
+    gain = 0.0
+    # the gate of -70 LUFS does not move with the sound, so other blocks may count after a gain
+    for _ in range(ROUNDS):
+        if level.loudness == -math.inf:
+            break
+        now = in_layout(level, settings)
+        more = min(settings.lufs - now.loudness, AIM - now.true_peak)
+        before = gain
+        gain = down(min(before + more, MOST_BOOST))
+        expected = level.loudness + gain - before
+        level = level.louder(gain - before)
+        if abs(level.loudness - expected) < 0.01:
+            break
     if gain:
         wav *= 10 ** (gain / 20)
-    return Applied(gain, loudness.Level(*(value + gain for value in level)))
+    return Applied(gain, level)
 
 
 def apply(wavs, settings) -> dict[int, Applied]:
@@ -128,7 +138,7 @@ def of(result, k) -> Applied:
 def in_layout(level, settings):
     """The Level of a mono sound in all channels of the settings' layout: each counts."""
     more = 10 * math.log10(LAYOUTS[settings.layout])
-    return level._replace(loudness=level.loudness + more)
+    return level.louder(more)._replace(true_peak=level.true_peak)
 
 
 def with_gain(tags, gain):

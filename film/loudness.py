@@ -38,6 +38,12 @@ class Level(NamedTuple):
 
     loudness: float  # integrated, LUFS
     true_peak: float  # dBTP
+    energies: np.ndarray  # float64, mean of each block of 400 ms, as the gates see them
+
+    def louder(self, decibels):
+        """The Level of the sound after a gain; other blocks may pass the absolute gate then."""
+        energies = self.energies * 10 ** (decibels / 10)
+        return Level(gated_loudness(energies), self.true_peak + decibels, energies)
 
 
 # ---- K-weighting -------------------------------------------------------------------------------
@@ -98,17 +104,19 @@ def weighted_energy(piece, rate, core):
     return np.add.reduceat(power, np.arange(0, core, rate // 10))
 
 
-def gated_loudness(energies, samples, rate):
-    """Integrated loudness, LUFS, of the energies of all tenths of a second of so many samples."""
-    # blocks of 400 ms; what is shorter is one block
+def block_means(energies, samples, rate):
+    """Mean energy of each block of 400 ms, from the energies of all tenths of a second of so many
+    samples; what is shorter is one block."""
     hop = rate // 10
     tenths = samples // hop
     if tenths < HOPS:
-        means = np.array([energies.sum() / max(1, samples)])
-    else:
-        sums = np.concatenate([[0.0], np.cumsum(energies[:tenths])])
-        means = (sums[HOPS:] - sums[:-HOPS]).clip(0) / (HOPS * hop)
-    # both gates
+        return np.array([energies.sum() / max(1, samples)])
+    sums = np.concatenate([[0.0], np.cumsum(energies[:tenths])])
+    return (sums[HOPS:] - sums[:-HOPS]).clip(0) / (HOPS * hop)
+
+
+def gated_loudness(means):
+    """Integrated loudness, LUFS, of the mean energies of blocks: those that pass both gates."""
     gate = 10 ** ((ABSOLUTE_GATE - OFFSET) / 10)
     counted = means[means > gate]
     if len(counted):
@@ -165,7 +173,5 @@ def measure(blocks: Iterable[np.ndarray], rate: int) -> Level:
         peak = higher_peak(piece[taps - PEAK_HALF :], rate, peak)
         samples += core
     energies = np.concatenate(energies) if energies else np.zeros(0)
-    return Level(
-        gated_loudness(energies, samples, rate),
-        20 * math.log10(peak) if peak > 0 else -math.inf,
-    )
+    means = block_means(energies, samples, rate)
+    return Level(gated_loudness(means), 20 * math.log10(peak) if peak > 0 else -math.inf, means)

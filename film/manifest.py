@@ -279,6 +279,9 @@ def add(job, line: dict, written: list, args, settings, models):
     del used["batch"]
     paths = [str(path) for path in sorted(written)]
     source = {"path": relative(job.given, folder), **fingerprint(job.given, job.stamp)}
+    # an output that was redone in its place still stems from the video that it was drawn for
+    if job.record and any(Path(path).resolve() == job.given.resolve() for path in paths):
+        source = job.record["input"]
     job.weights.take(models.sums)
     weights = {"name": models.name, "folder": job.weights.folder, "files": job.weights.sums()}
     candidates = [

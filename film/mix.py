@@ -54,7 +54,7 @@ class Sound:
             self,
             blocks=lambda: (scale * block for block in self.blocks()),
             gain=self.gain + decibels,
-            level=loudness.Level(*(value + decibels for value in self.level)),
+            level=self.level.louder(decibels),
             exact=None,
         )
 

@@ -18,7 +18,7 @@ from common.media import MediaError
 from common.onsets import write_hits
 from film import manifest, redo
 from film.jobs import onsets_file, output_file, sound_suffix, stem_file
-from film.level import CEILING, down, with_gain
+from film.level import CEILING, MOST_BOOST, down, with_gain
 from film.mix import foley, mix, own_sound, redone, write_blocks
 from film.provenance import with_source_type
 from film.redo import SOUNDS
@@ -149,10 +149,13 @@ def explain(result, args):
     wanted = result.settings.lufs
     if args.verbose and result.gain != 0 and wanted is not None:
         level = foley(result, result.best).level
+        reason = f"its true peak is at {level.true_peak:.1f} dBTP"
+        if result.gain >= MOST_BOOST:
+            reason = f"a gain of {MOST_BOOST:+g} dB is the most"
         if level.loudness < wanted - 0.1:
             print(
                 f"sample.py: {result.source}: {level.loudness:.1f} LUFS instead of {wanted:g}: "
-                f"its true peak is at {level.true_peak:.1f} dBTP",
+                f"{reason}",
                 file=sys.stderr,
             )
 

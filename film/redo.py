@@ -35,7 +35,7 @@ from common.files import atomic_write
 from common.media import MediaError
 from common.resample import blocks_of, resample
 from diffusion import ALPHAS_CUMPROD, ddim_step, descending_pairs
-from film import loudness
+from film import loudness, manifest
 from film.level import AIM
 from film.provenance import COMPOSITE
 from vae import LATENT_SCALE
@@ -283,7 +283,10 @@ def check_stem(path):
     is_ours = False
     with suppress(MediaError):  # what cannot be read is not ours
         is_ours = path.stem.endswith(".foley") and mix.is_file() and our_comment(mix)
-    if is_ours:
+    # an earlier run's stems may lie beside the output of a later one without --stems
+    last = manifest.read(path.parent, verbose=False)[0].get(path.stem, {})
+    is_left_over = path.name in last.get("files", ()) and mix.name not in last["files"]
+    if is_ours and not is_left_over:
         raise MediaError(
             f"{path}: is a stem, and {mix} is what the video has; move {mix.name} over it to redo "
             "the mix, or elsewhere to redo the stem"

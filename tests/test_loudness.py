@@ -83,8 +83,8 @@ def test_channels_count_as_they_are_written():
 
 
 def test_short_and_silent_sounds():
-    assert measure([], 16000) == (-math.inf, -math.inf)
-    assert measure(blocks_of(np.zeros(16000, np.float32)), 16000) == (-math.inf, -math.inf)
+    assert measure([], 16000)[:2] == (-math.inf, -math.inf)
+    assert measure(blocks_of(np.zeros(16000, np.float32)), 16000)[:2] == (-math.inf, -math.inf)
     assert loudness(sine(1000, 2, -80, 16000), 16000) == -math.inf  # under the absolute gate
     short = sine(1000, 0.1, -20, 16000)  # shorter than a block: its own mean
     assert abs(loudness(short, 16000) - loudness(sine(1000, 2, -20, 16000), 16000)) < 0.6
@@ -113,7 +113,7 @@ def test_blocks_of_any_length_measure_the_same():
     whole = measure([wav], 16000)
     cuts = np.sort(rng.integers(0, len(wav), 40))
     pieces = measure([part for part in np.split(wav, cuts) if len(part)], 16000)
-    assert np.allclose(whole, pieces, atol=1e-4)
+    assert np.allclose(whole[:2], pieces[:2], atol=1e-4)
 
 
 # ---- true peak ---------------------------------------------------------------------------------

@@ -114,6 +114,19 @@ def silent(tmp_path_factory):
 # ---- level -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("peak, lufs", [(-15, -45), (-42, -33)])
+def test_a_gain_that_moves_blocks_through_the_gate_is_measured_again(peak, lufs):
+    """A loud second, three that are 16 dB below it, and a long quiet one near -70 LUFS."""
+    t = torch.arange(16 * SAMPLE_RATE) / SAMPLE_RATE
+    decibels = torch.full_like(t, -33.0)
+    decibels[: 4 * SAMPLE_RATE] = -16
+    decibels[:SAMPLE_RATE] = 0
+    wav = 10 ** ((peak + decibels) / 20) * torch.sin(2 * torch.pi * 1000 * t)
+    applied = level.apply_one(wav, Settings(lufs=lufs))
+    assert measure(blocks_of(wav.numpy()), SAMPLE_RATE).loudness == pytest.approx(lufs, abs=0.1)
+    assert applied.level.loudness == pytest.approx(lufs, abs=0.1)
+
+
 @pytest.mark.parametrize("layout", ["mono", "stereo"])
 def test_a_steady_sound_gets_the_loudness_that_is_asked_for(silent, tmp_path, layout):
     steady_noise = 0.05 * torch.randn(64000, generator=torch.Generator().manual_seed(0))
@@ -143,7 +156,13 @@ def test_hits_stop_at_the_ceiling_and_say_so(silent, tmp_path, capsys):
     found = measure(blocks_of(read(line["wav"])), SAMPLE_RATE)
     assert found.loudness < -24 and -1.2 < found.true_peak <= level.CEILING
     err = capsys.readouterr().err
-    assert "LUFS instead of -23" in err and len(err.splitlines()) == 1
+    assert "LUFS instead of -23: its true peak" in err and len(err.splitlines()) == 1
+
+
+def test_a_faint_sound_stops_at_the_largest_gain_and_says_so(silent, tmp_path, capsys):
+    written(result_of(0.001 * torch.randn(64000), silent), tmp_path, verbose=True)
+    err = capsys.readouterr().err
+    assert err.endswith("LUFS instead of -23: a gain of +20 dB is the most\n")
 
 
 def test_silence_and_faint_sounds(silent):

@@ -129,6 +129,25 @@ def test_an_output_is_redone_and_the_rest_stays(capsys, clip, weights, tmp_path)
     assert (second[middle] == samples_of(again / "clip.foley.wav")[middle]).all()
 
 
+def test_an_output_that_was_redone_in_its_place_is_kept_for_its_video(capsys, clip, weights):
+    """With a line on what it was drawn for, and without."""
+    args = ("--weights", weights, "--steps", 2, "--cg", 0)
+    assert run(capsys, clip, *args)[0] == 0
+    video = clip.with_name("clip.foley.mp4")
+    for known, seconds in ((True, "1-1.5"), (False, "2-2.5")):
+        if not known:
+            clip.with_name("manifest.jsonl").unlink()
+        status, out, err = run(capsys, video, *args, "--redo", seconds, "--seed", 3)
+        assert status == 0 and not err, err
+        after = samples_of(clip.with_name("clip.foley.wav"))
+        status, out, err = run(capsys, clip, *args)
+        assert status == 0 and not err and f"kept ({seconds} s of it were redone" in out[0]
+        assert np.array_equal(samples_of(clip.with_name("clip.foley.wav")), after)
+        lines = clip.with_name("manifest.jsonl").read_text().splitlines()
+        name = clip.name if known else video.name
+        assert json.loads(lines[-1])["input"]["path"] == name
+
+
 @pytest.mark.parametrize(
     "rate, channels, subtype",
     [(16000, 1, "PCM_16"), (48000, 2, "PCM_24"), (48000, 2, "PCM_16"), (44100, 1, "FLOAT")],
@@ -230,6 +249,18 @@ def test_a_stem_is_not_redone_in_place_of_the_mix(capsys, clip, weights):
         comment = media.read_tags(clip.with_name("clip.foley.wav"))["comment"]
         assert "compositeWithTrainedAlgorithmicMedia" in comment
         assert run(capsys, *args, "--redo", "2-2.5")[0] == 0
+
+
+def test_stems_of_an_earlier_run_do_not_keep_its_successor_from_being_redone(capsys, clip, weights):
+    args = (clip, "--weights", weights, "--steps", 2, "--cg", 0)
+    assert run(capsys, *args, "--keep-audio", "--stems")[0] == 0
+    assert run(capsys, *args)[0] == 0 and clip.with_name("clip.mix.wav").exists()
+    status, out, err = run(capsys, *args, "--redo", "1-1.8")
+    assert status == 0 and not err and "of " + str(clip.with_name("clip.foley.wav")) in out[0]
+    # of a run that nobody knows it stays refused
+    clip.with_name("manifest.jsonl").unlink()
+    status, out, err = run(capsys, *args, "--redo", "0.2-0.8", "--overwrite")
+    assert status == 1 and not out and "clip.mix.wav over it" in err[0]
 
 
 class SimpleSound:

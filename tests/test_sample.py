@@ -913,6 +913,6 @@ def test_ctrl_c_says_one_line_and_leaves_nothing(weights, tmp_path):
     job.send_signal(2)
     _, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 130 and err.splitlines() == [
-        "sample.py: stopped; finished outputs are kept"
+        "sample.py: stopped; what is finished is kept; the same command goes on"
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
