@@ -308,7 +308,8 @@ def look_up(job, args):
     finished = len(there) == len(files) and is_input(job.given, job.record, there)
     # somebody's work, which a run of the whole folder would undo, is kept whatever its settings
     redone = not args.redo and job.record["settings"].get("redo")
-    same = redone or (
+    picked = not args.redo and job.record.get("picked")
+    same = bool(redone or picked) or (
         job.record.get("version") == VERSION
         and manifest.same_settings(job.record, args, hits_file_of(job, args))
         and job.weights.made(job.record)
@@ -317,6 +318,8 @@ def look_up(job, args):
         job.line = kept_line(job.given, folder, job.record)
         if redone:
             job.line["redone"] = described(redone)
+        elif picked:
+            job.line["picked"] = picked
 
 
 def is_input(video, record, files):
@@ -479,11 +482,13 @@ def check_onsets(jobs, args, settings, models):
 
 def describe(line):
     """A line of --json in words."""
-    if "redone" in line:
-        reason = f"{line['redone']} s of it were redone; --overwrite draws it anew"
-        return f"{line['output']}  kept ({reason})"
     if line.get("kept"):
-        return f"{line['output']}  kept (same settings; --overwrite draws it again)"
+        reason = "same settings; --overwrite draws it again"
+        if "redone" in line:
+            reason = f"{line['redone']} s of it were redone; --overwrite draws it anew"
+        elif "picked" in line:
+            reason = f"{line['picked']} was picked; a run with --overwrite draws anew"
+        return f"{line['output']}  kept ({reason})"
     if "picked" in line:
         return f"{line['output']}  has the sound of {line['picked']}"
     return f"{line['output']}  {line['seconds']:.2f} s, windows: {line['windows']}{said(line)}"

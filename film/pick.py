@@ -93,7 +93,7 @@ def pick(job, name: str, args, manifests: dict):
     if picked != paths["wav"] and name not in scores:
         raise UserError(f"{video}: {name} is none of its candidates; draw them with --keep-all")
     check(video, record, picked, paths, args)
-    job.line = kept_line(video, folder, record)
+    job.line = kept_line(video, folder, record) | {"picked": name}
     sums = {path: entry["sha256"] for path, entry in record["files"].items()}
     if picked == paths["wav"] or sums[name] == sums[paths["wav"].name] and not args.overwrite:
         return
@@ -104,7 +104,7 @@ def pick(job, name: str, args, manifests: dict):
     record = record | {"files": record["files"] | new, "result": result, "picked": name}
     manifest.append(folder, record)
     del job.line["kept"]
-    job.line |= result | {"picked": name}
+    job.line |= result
 
 
 def check(video, record, picked, paths, args):

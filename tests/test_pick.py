@@ -94,7 +94,9 @@ def test_the_picked_sound_gets_into_the_video(picked, folder):
     assert line["result"]["score"] == scores[name] < before["result"]["score"]
 
 
-def test_a_later_run_keeps_the_pick_and_another_pick_replaces_it(picked, capsys, folder, weights):
+def test_a_later_run_keeps_the_pick_and_another_pick_replaces_it(
+    picked, capsys, folder, weights, monkeypatch
+):
     (name, other), best = others(folder)
     status, lines, _ = picked(name, "--json")
     made = json.loads(lines[0])
@@ -109,11 +111,19 @@ def test_a_later_run_keeps_the_pick_and_another_pick_replaces_it(picked, capsys,
     ]
     # the same again has nothing to do
     times = (folder / "clip.foley.mp4").stat().st_mtime_ns
-    assert "kept" in picked(name)[1][0]
+    assert f"kept ({name} was picked" in picked(name)[1][0]
+    # nor is it undone by other settings, unless one says so
+    other_settings = (clip, "--weights", weights, "--out", folder, "--steps", 3)
+    sound = (folder / "clip.foley.wav").read_bytes()
+    assert f"kept ({name} was picked" in run(capsys, *other_settings)[1][0]
+    assert (folder / "clip.foley.wav").read_bytes() == sound
     assert (folder / "clip.foley.mp4").stat().st_mtime_ns == times
     for again in (other, best):
         assert picked(again)[0] == 0
         assert (folder / "clip.foley.wav").read_bytes() == (folder / again).read_bytes()
+    monkeypatch.undo()  # now weights are loaded
+    assert "kept" not in run(capsys, *other_settings, "--overwrite")[1][0]
+    assert "picked" not in json.loads((folder / "manifest.jsonl").read_text().splitlines()[-1])
 
 
 @pytest.mark.parametrize("form", ["flac", "mkv"])
@@ -181,7 +191,7 @@ def test_stems_are_those_of_the_pick(capsys, folder, weights):
     for stem in ("clip.foley.wav", "clip.mix.wav"):
         assert (folder / stem).read_bytes() == (folder / name).read_bytes()
     # of a mix there is no stem
-    assert run(capsys, *flags, "--keep-audio")[0] == 0
+    assert run(capsys, *flags, "--keep-audio", "--overwrite")[0] == 0
     status, _, err = run(capsys, "--pick", picks)
     assert status == 1 and len(err) == 1 and "--stems and --keep-audio" in err[0]
 

@@ -429,6 +429,7 @@ def test_the_sampler_fills_in_what_fits_to_what_is_known():
         (("--redo", "1-2", "--start", "1"), "leave --start and --duration out"),
         (("--redo", "1-2", "--duration", "1"), "leave --start and --duration out"),
         (("--redo", "1-2", "--as-official"), "leave --as-official out"),
+        (("--redo", "1-2", "--write-onsets"), "leave --write-onsets out"),
     ],
 )
 def test_nonsense_is_one_line_before_any_work(capsys, clip, weights, monkeypatch, flags, message):
