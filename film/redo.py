@@ -148,7 +148,8 @@ def plan_redo(args):
             raise ValueError(f"redo: keeps rate, layout and level of the sound; leave --{flag} out")
     if args.write_onsets:
         raise ValueError(
-            "redo: makes a part of the sound, and --write-onsets is of all; leave --write-onsets out"
+            "redo: makes a part of the sound, and --write-onsets is of all of it; leave "
+            "--write-onsets out"
         )
     video = Path(args.inputs[0])
     check_end(args.redo, media.probe(video).duration, video)
