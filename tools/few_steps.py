@@ -80,9 +80,9 @@ class Study:
         return search_schedule(eps, x, steps, SAMPLERS[sampler], exact=100, rounds=3)
 
 
-def rows(study, search):
+def rows(study, every, search):
     """(sampler, name of the schedule, steps, schedule's argument) of all rows."""
-    for steps in STEPS:
+    for steps in every:
         for sampler in SOLVERS:
             for name in SCHEDULES:
                 yield sampler, name, steps, {"schedule": name}
@@ -108,6 +108,7 @@ def main(argv=None):
     p.add_argument("--count", type=int, default=32, help="clips")
     p.add_argument("--batch", type=int, default=8, help="clips in one call")
     p.add_argument("--exact", type=int, default=500, help="steps that count as exact")
+    p.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps")
     p.add_argument("--search", type=int, nargs="*", default=[6, 8, 10], help="steps to search for")
     p.add_argument("--device", default="auto")
     p.add_argument("--out", type=Path, default=Path("few_steps.jsonl"))
@@ -121,7 +122,7 @@ def main(argv=None):
     )
     exact = study.draw("dpm", args.exact, schedule="logsnr")
     with open(args.out, "w") as file:
-        for sampler, name, steps, schedule in rows(study, args.search):
+        for sampler, name, steps, schedule in rows(study, args.steps, args.search):
             study.draw(sampler, steps, slice(args.batch), **schedule)
             start = time.perf_counter()
             z = study.draw(sampler, steps, **schedule)
