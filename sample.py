@@ -157,8 +157,7 @@ class Settings:
         known = models.ldm.materials if config.columns else ()
         for name in self.material:
             if name not in known:
-                names = ", ".join(known)
-                raise ValueError(f"material {cli.quoted(name)}: not one of {names}")
+                raise ValueError(f"material {cli.quoted(name)}: not one of {', '.join(known)}")
         onsets = opened_hits(self.onsets, controls.FINDERS, known)
         if onsets is None and config.columns:
             onsets = "both"
@@ -167,11 +166,12 @@ class Settings:
         guidance = self.guidance or ("distilled" if config.scales else "double")
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
-        # how it is sampled; the schedule is that of the sampler
+        # how it is sampled; the schedule is that of the sampler, if that has steps enough for it
         usual = FEW if guidance == "distilled" and not (self.redo or self.as_official) else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]
-        schedule = self.schedule or (usual if sampler == usual["sampler"] else PAPER)["schedule"]
+        suits = sampler == usual["sampler"] and steps > 5
+        schedule = self.schedule or (usual if suits else PAPER)["schedule"]
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
         # redoing takes DDIM's steps, twice (film/redo.py)
         if self.redo:

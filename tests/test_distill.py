@@ -368,6 +368,20 @@ def test_double_guidance_stays_selectable(models, latents):
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_few_steps_lie_where_they_suffice(models):
+    """With four steps, Karras' schedule gave noise: F1 0.19 (docs/acceleration.md)."""
+
+    def how(**given):
+        settings = Settings(**given).resolve(models)
+        return settings.steps, settings.sampler, settings.schedule
+
+    assert how() == (8, "unipc", "karras")
+    assert how(steps=4) == (4, "unipc", "uniform")
+    assert how(steps=4, schedule="karras") == (4, "unipc", "karras")
+    assert how(sampler="dpm") == (8, "dpm", "uniform")
+    assert how(guidance="double", steps=4) == (4, "dpm", "uniform")
+
+
 def test_what_was_not_distilled_is_refused(models, teacher, align):
     for wrong in ({"cfg": 5.5}, {"cfg": 0.5}, {"cg": 2.5}):
         with pytest.raises(ValueError, match="--guidance double"):
