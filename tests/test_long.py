@@ -193,17 +193,23 @@ def test_onsets_and_sound_of_a_spectrogram_are_those_of_its_tensor(monkeypatch):
 # ---- memory --------------------------------------------------------------------------------------
 
 
+def pictures():
+    """How many there are in memory."""
+    return sum(type(found) is av.VideoFrame for found in gc.get_objects())
+
+
 def test_pictures_that_were_read_are_freed_without_the_collector(film):
     """They waited for it, 233 and more at a time: 634 MiB of 1920 x 1080."""
     gc.collect()
+    before = pictures()  # of other tests, which something may hold
     gc.disable()
     try:
         assert len(ffmpeg.read_frames(film, 5, 16)) == 210
         assert mux.first_frame(film, 20) is not None
-        waiting = sum(type(found) is av.VideoFrame for found in gc.get_objects())
+        waiting = pictures()
     finally:
         gc.enable()
-    assert waiting == 0
+    assert waiting <= before
 
 
 def growth(function, short, long):
