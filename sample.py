@@ -166,7 +166,7 @@ class Settings:
         guidance = self.guidance or ("distilled" if config.scales else "double")
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
-        # how it is sampled; the schedule is that of the sampler, if that has steps enough for it
+        # how it is sampled; FEW's schedule is for FEW's sampler, and gives noise below six steps
         usual = FEW if guidance == "distilled" and not (self.redo or self.as_official) else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]

@@ -359,7 +359,7 @@ class FusedUNet(FusedBackbone):
 
     def step_from(self, x, shifts, condition, deep=None):
         """-> eps, and the map halfway up (b, c, h, w). `deep`: that of a step before, and then
-        nothing below it is computed (DeepCache, Ma et al. 2024, arXiv 2312.00858, Sec. 3.2)."""
+        nothing below it is computed (DeepCache, Ma et al. 2024, arXiv 2312.00858)."""
         half = len(self.output_blocks) // 2
         shallow = len(self.input_blocks) - half
         if deep is None:

@@ -17,7 +17,7 @@ from align import PRESETS as ALIGN_PRESETS
 from align import Alignment, AlignmentConfig
 from common.profiling import Profile
 from kernels import fast
-from tools.step_ideas import Cached
+from tools.plain import Cached
 
 PUBLISHED = ldm.UNetConfig(width=32, context_dim=24, groups=8)
 FORMS = {  # the paper's depths, narrow, and the mini preset's

@@ -16,7 +16,7 @@ import ldm
 from align import Alignment, AlignmentConfig
 from common import audio
 from kernels import attention, fast, group_norm, transformer
-from tools.step_ideas import Cached
+from tools.plain import Cached
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,8 @@ tools.speed_gpu and tools.speed_training compare with.
 
 in   one of our networks
 out  the same weights and numbers: 3-D convolutions and their norms as they stand, attention with
-     all its scores in memory, maps as (b, c, h, w) in memory
+     all its scores in memory, maps as (b, c, h, w) in memory. `Cached`: a U-Net of ours with its
+     deep half in every second call alone, which `kernels.fast.guided(deep_every=2)` is held to
 """
 
 from types import MethodType
@@ -71,3 +72,41 @@ def plainly(model):
         if type(module) in FORWARD:
             module.forward = MethodType(FORWARD[type(module)], module)
     return model.to(memory_format=torch.contiguous_format)
+
+
+class Cached:
+    """A plain U-Net whose deep half is computed in every second call."""
+
+    def __init__(self, unet):
+        self.unet = unet
+        self.calls = 0
+        self.deep = None
+
+    def __call__(self, x, t, context):
+        unet = self.unet
+        emb = unet.embed(unet.one_time_each(t, x))
+        half = len(unet.output_blocks) // 2
+        if self.calls % 2 == 0:
+            h, skips = unet.down(x, emb, context)
+            for block in unet.output_blocks[:half]:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            self.deep = h
+        else:
+            skips = self.shallow(x, emb, context, len(unet.output_blocks) - half)
+        self.calls += 1
+        h = self.deep
+        for block in unet.output_blocks[half:]:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return unet.out["2"](unet.out["0"](h, silu=True))
+
+    def shallow(self, x, emb, context, count):
+        """The first `count` maps of the way down, as `Backbone.down` computes them."""
+        first, *blocks = self.unet.input_blocks[:count]
+        h = first(x, emb, context)
+        if self.unet.config.aligned:
+            h = h + self.unet.columns(context, x.shape[3])
+        skips = [h]
+        for block in blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        return skips

@@ -2,7 +2,7 @@
 published; the same with --deep-every 2; and guidance distilled in 8 steps, as sample.py samples
 with weights that distill.py made.
 
-    python -m tools.speed_sampling            3 rounds, some minutes, 8 GB of memory
+    python -m tools.speed_sampling            3 rounds, some minutes
 
 Random weights of the published size, one window of 8.192 s, all in turn. The distilled
 network is the same one told its scales; what that does to the sound only distilling shows

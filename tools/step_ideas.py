@@ -1,15 +1,16 @@
-"""Ideas for cheaper or steadier guided steps that were not built in, measured.
+"""Ideas for cheaper or steadier guided steps, measured.
 
 in   a folder of labeled clips, as foley.py makes them; weights that sample.py takes
 out  a line a row, and FILE, a line of JSON each: what evaluate.py measures of the sounds, with 95 %
-     intervals; seconds of sampling a clip; and how many whole passes of the U-Net a step takes
+     intervals, and seconds of sampling a clip
 
     python -m tools.step_ideas clips/ --count 48 --out ideas.jsonl
 
 All rows sample with DPM-Solver++(2M), evenly spaced, but for the distilled ones (UniPC, Karras).
 The networks are the plain ones of ldm.py, so that seconds compare with each other alone.
 
-cached       the deep half of the U-Net is computed in every second step (DeepCache, Ma et al. 2024)
+cached       the deep half of the U-Net in every second step alone (DeepCache, Ma et al. 2024);
+             the one of these ideas that was built in: sample.py --deep-every 2
 early, late  the classifier's gradient only while t >= 500, or only after
 interval     classifier-free guidance only for t from 200 to 800 (Kynkäänniemi et al. 2024)
 apart        the classifier's gradient moves the latents, but is no part of what the solver
@@ -30,46 +31,9 @@ from diffusion import TIMES, Grid, dpm_solver, guided_eps, log_alpha, sigma, uni
 from ldm import LDM
 from sample import Settings, load_models
 from tools.few_steps import first_windows
+from tools.plain import Cached
 
 COLUMNS = ("onset_f1_100ms", "onset_f1_50ms", "material_acc", "frechet", "loudness_db")
-
-
-class Cached:
-    """A plain U-Net whose deep half is computed in every second call."""
-
-    def __init__(self, unet):
-        self.unet = unet
-        self.calls = 0
-        self.deep = None
-
-    def __call__(self, x, t, context):
-        unet = self.unet
-        emb = unet.embed(unet.one_time_each(t, x))
-        half = len(unet.output_blocks) // 2
-        if self.calls % 2 == 0:
-            h, skips = unet.down(x, emb, context)
-            for block in unet.output_blocks[:half]:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
-            self.deep = h
-        else:
-            skips = self.shallow(x, emb, context, len(unet.output_blocks) - half)
-        self.calls += 1
-        h = self.deep
-        for block in unet.output_blocks[half:]:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return unet.out["2"](unet.out["0"](h, silu=True))
-
-    def shallow(self, x, emb, context, count):
-        """The first `count` maps of the way down, as `Backbone.down` computes them."""
-        first, *blocks = self.unet.input_blocks[:count]
-        h = first(x, emb, context)
-        if self.unet.config.aligned:
-            h = h + self.unet.columns(context, x.shape[3])
-        skips = [h]
-        for block in blocks:
-            h = block(h, emb, context)
-            skips.append(h)
-        return skips
 
 
 class Ideas:
