@@ -82,6 +82,7 @@ from film.windows import (
     take_batch,
     window_grid,
 )
+from finder import Finder
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -220,6 +221,7 @@ class Models:
     device: str = "cpu"
     name: str = "mini"
     sums: WeightSums = field(default_factory=WeightSums)  # of the files they came from
+    finder: torch.nn.Module | None = None  # None: that of "mini"
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
@@ -261,6 +263,7 @@ def load_models(
     cavp = CAVP.load(paths["cavp"], audio=False).fold().to(device, dtype)
     ldm = LDM.load(paths["ldm"], device, dtype, encoder)
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
+    finder = Finder.load(paths["finder"])
     if cavp.config.fps != ldm.config.fps:
         raise CheckpointError(
             f"{paths['ldm'].parent}: cavp has {cavp.config.fps:g} frames a second, "
@@ -271,7 +274,7 @@ def load_models(
     if align is not None:
         fast.optimise(align.model)
     name = paths["ldm"].resolve().parent.name
-    return Models(cavp, ldm, align, str(device), name, WeightSums(paths))
+    return Models(cavp, ldm, align, str(device), name, WeightSums(paths), finder)
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none
@@ -324,7 +327,7 @@ def set_conditions(clip, models, settings):
     # by the features alone, as the published weights
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
-    clip.hits = hits_to_play(clip, models.ldm, settings)
+    clip.hits = hits_to_play(clip, models, settings)
     # towards materials that a person names eps is led, towards those that are seen it is not
     clip.names_materials = bool(settings.material) or any(
         hit.material and not hit.is_guess for hit in clip.hits

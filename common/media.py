@@ -156,7 +156,7 @@ def spool_audio(path: Path | str, out: Path | str, start, duration, rate, channe
 
 
 def clip_motion(path: Path | str, start: float = 0.0, seconds: float | None = None):
-    """Onset strength of the motion at 25 frames a second, float32 (f,): see `common.motion`."""
+    """Block motion at 25 frames a second, int8 (f, 5, 12, 12): see `common.motion`."""
     return torch.from_numpy(in_child(path, "common.motion", "clip_motion", path, start, seconds))
 
 

@@ -1,22 +1,25 @@
-"""Onset strength of the picture's motion: a curve that peaks where something is suddenly stopped.
+"""How blocks of the picture move: what `finder.py` finds hits in.
 
-in   frames uint8 (f, 3 or 1, h, w) at FPS a second, or a video file
-out  float32 (f,) from 0 to PEAK; entry i belongs to the moment of frame i
+in   frames uint8 (h, w), FPS a second, or a video file
+out  int8 (f, 5, h / 8, w / 8); entry i is of the picture on view i / FPS seconds after the start,
+     per block of 8 x 8 pixels:
 
-The picture's counterpart of the spectral flux (`common.audio.onset_strength`). Blocks of a frame
-are found again in the frame before it and in the one after it (block matching by the sum of
-absolute differences, full search: Jain and Jain 1981); what counts is the speed that a block loses
-along the way it came: all of it where a thing is stopped, more than all where it bounces, none
-where it goes on or only starts: the plain change of velocity would peak at starts as well, which no
-sound follows. On 24 clips (`python foley.py OUT --clips 24 --fps 25 --seed 3`) the hits that
-`common.controls.find_hits` takes from it alone have an F1 of 0.49 within 100 ms (0.48 with a reach
-of 6 pixels, in twice the time).
+         0, 1  velocity since the picture before, y (down) and x, in pixels a frame, times SPEED
+         2, 3  velocity until the picture after, as above
+         4     mean absolute difference to the picture before, in gray levels a frame, times LEVEL
+
+Blocks are found again in the picture before and in the one after (block matching by the sum of
+absolute differences, full search: Jain and Jain 1981). Where a video has fewer pictures than FPS, or
+repeats some, as in a film of 24 turned into one of 30, a picture is held for several frames: speeds
+are those between different pictures, divided by the time between them, or each repetition would
+look like a stop. Frames of one held picture have the same entry.
 
 Without torch, as `common.media` calls it in a child process (`common.isolation`). A ten-second clip
-takes a third of a second of one core, decoding aside; memory does not grow with length.
+takes a fifth of a second of one core, decoding aside.
 """
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,40 +28,42 @@ from common.ffmpeg import pictures
 
 FPS = 25
 SIZE = 96  # side in pixels of the frames that `clip_motion` reads
-CELL = 4  # pixels: blocks of 2 x 2 cells overlap by one
+BLOCK = 8  # pixels
 REACH = 4  # pixels that a block is looked for in each direction: a picture width a second
 # A block moves if its best match leaves this share of the difference that staying leaves, or less,
 # and if the difference is smaller by this many gray levels a pixel: flat and noisy blocks stay.
 SHARE = 0.8
 LEVELS = 2
-BATCH = 64  # frames held at a time
-STILL = 0.02  # pixels a frame, mean over blocks: slower than that is noise
-PEAK = 4.0  # the most that a curve can be, reached where a clip has few hits
+BATCH = 64  # pictures matched at a time
+SAME = 0.3  # mean difference in gray levels below which a picture is the one before, held
+LONGEST_HELD = 3  # frames; what stays longer stands still
+SPEED = 8
+LEVEL = 2
 
 
 def gray(frames):
-    """uint8 (f, 3 or 1, h, w) -> luma (ITU-R BS.601), uint8 (f, h, w)."""
-    frames = np.asarray(frames)
-    if frames.shape[1] == 1:
-        return frames[:, 0]
-    red, green, blue = (frames[:, channel].astype(np.uint16) for channel in range(3))
+    """uint8 (..., 3, h, w) -> luma (ITU-R BS.601), uint8 (..., h, w)."""
+    red, green, blue = (frames[..., k, :, :].astype(np.uint16) for k in range(3))
     # whole numbers give the same curve on every machine
     return ((77 * red + 150 * green + 29 * blue) >> 8).astype(np.uint8)
 
 
+def difference(frames, others):
+    """Absolute difference of uint8 arrays, without leaving uint8, which is four times as fast."""
+    return np.maximum(frames, others) - np.minimum(frames, others)
+
+
 def block_sums(image):
-    """uint8 (f, h, w) -> sums over blocks of 8 x 8 pixels, one every 4, uint16 (f, rows, cols)."""
-    f, h, w = image.shape
-    rows = np.add.reduce(image.reshape(f, h // CELL, CELL, w), axis=2, dtype=np.uint16)
-    cells = sum(rows[..., k::CELL] for k in range(CELL))
-    pairs = cells[:, :-1] + cells[:, 1:]
-    return pairs[..., :-1] + pairs[..., 1:]
+    """uint8 (n, h, w) -> sums over blocks, uint16 (n, h / BLOCK, w / BLOCK)."""
+    n, h, w = image.shape
+    rows = np.add.reduce(image.reshape(n, h // BLOCK, BLOCK, w), axis=2, dtype=np.uint16)
+    return np.add.reduce(rows.reshape(n, h // BLOCK, w // BLOCK, BLOCK), axis=3, dtype=np.uint16)
 
 
 def displacement(frames, others):
-    """How far each block of a frame has gone in the other one: float32 (f, rows, cols, 2), y and x.
+    """How far each block of a frame has gone in the other one: int8 (n, 2, rows, cols), y and x.
 
-    Both uint8 (f, h, w). Of equal matches the nearest counts, staying first.
+    Both uint8 (n, h, w). Of equal matches the nearest counts, staying first.
     """
     _, h, w = frames.shape
     margin = (REACH, REACH)
@@ -67,72 +72,74 @@ def displacement(frames, others):
     shifts = sorted(itertools.product(steps, steps), key=lambda shift: np.hypot(*shift))
     for y, x in shifts:
         shifted = padded[:, REACH + y : REACH + y + h, REACH + x : REACH + x + w]
-        # |a - b| without leaving uint8, which is four times as fast
-        difference = np.maximum(frames, shifted) - np.minimum(frames, shifted)
-        error = block_sums(difference)
+        error = block_sums(difference(frames, shifted))
         # the first shift is none: what a match must undercut for its block to move
         if y == x == 0:
-            clear = np.maximum(error, LEVELS * (2 * CELL) ** 2) - LEVELS * (2 * CELL) ** 2
+            clear = np.maximum(error, LEVELS * BLOCK**2) - LEVELS * BLOCK**2
             best = np.minimum(SHARE * error, clear).astype(np.uint16)
-            found = np.zeros((*error.shape, 2), np.float32)
+            found = np.zeros((len(error), 2, *error.shape[1:]), np.int8)
         else:
             better = error < best
             best[better] = error[better]
-            found[better] = (y, x)
+            found[:, 0][better] = y
+            found[:, 1][better] = x
     return found
 
 
-def lost_speed(frames):
-    """uint8 (f, h, w) -> the speed lost at each frame but the first and the last, float32 (f - 2,).
-
-    In pixels a frame; the mean over all blocks, so that each counts the same wherever it is.
-    """
-    before = -displacement(frames[1:-1], frames[:-2])  # (f - 2, rows, cols, 2)
-    after = displacement(frames[1:-1], frames[2:])
-    speed = np.hypot(before[..., 0], before[..., 1])
-    # of the velocity after it, what still goes the same way
-    kept = (before * after).sum(-1) / np.maximum(speed, 1)
-    return np.maximum(speed - kept, 0).reshape(len(speed), -1).mean(1)
-
-
-def curve(batches):
-    """Batches of consecutive gray frames, uint8 (n, h, w) -> normalized curve, float32 (f,)."""
-    count = 0
+def different(frames: Iterable):
+    """Frames uint8 (h, w) -> (frame, for how many it is held), one for each different picture."""
     held = None
-    parts = [np.zeros(1, np.float32)]
-    for batch in batches:
-        count += len(batch)
-        # two frames from the batch before, which are the neighbors of this one's first
-        frames = batch if held is None else np.concatenate([held, batch])
-        if len(frames) > 2:
-            parts.append(lost_speed(frames))
-        held = frames[-2:]
-    # neither the first frame nor the last has two neighbors
-    strength = np.concatenate([*parts, np.zeros(1, np.float32)])[:count]
-    if not count:
-        return strength
-    # a hit falls between two frames: let both have it
-    padded = np.pad(strength, 1)
-    smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-    # clips differ in how much of the picture moves, and how far; a clip of few hits has a low
-    # percentile, hence the peak
-    scale = max(np.percentile(smooth, 95), smooth.max() / PEAK - STILL)
-    return (smooth / (scale + STILL)).astype(np.float32)
+    count = 0
+    for frame in frames:
+        if held is not None and count < LONGEST_HELD and difference(frame, held).mean() < SAME:
+            count += 1
+            continue
+        if held is not None:
+            yield held, count
+        held = frame
+        count = 1
+    if held is not None:
+        yield held, count
 
 
-def motion_onsets(frames):
-    """uint8 (f, 3 or 1, h, w) at FPS, h and w multiples of 4 -> float32 (f,), 0 to PEAK.
+def block_motion(frames: Iterable):
+    """Frames uint8 (h, w) at FPS, h and w multiples of BLOCK -> int8 (f, 5, rows, cols)."""
+    shown = different(frames)
+    counts = []
+    before = []  # of each picture but the first
+    after = []  # of each but the last
+    changes = []
+    last = None
+    while batch := list(itertools.islice(shown, BATCH)):
+        counts += [count for _, count in batch]
+        images = np.stack([image for image, _ in batch])
+        # the neighbor of this batch's first
+        if last is not None:
+            images = np.concatenate([last, images])
+        last = images[-1:]
+        one, next_one = images[:-1], images[1:]
+        if len(one):
+            after.append(displacement(one, next_one))
+            before.append(-displacement(next_one, one))
+            changes.append(block_sums(difference(one, next_one)))
+    if not counts:
+        return np.zeros((0, 5, SIZE // BLOCK, SIZE // BLOCK), np.int8)
 
-    Divided by the clip's 95th percentile, so that clips compare; a still clip gives zeros.
-    """
-    return curve(gray(frames[k : k + BATCH]) for k in range(0, len(frames), BATCH))
+    rows, cols = (side // BLOCK for side in last.shape[1:])
+    frames_between = np.array(counts[:-1], np.float32)[:, None, None, None]
+    motion = np.zeros((len(counts), 5, rows, cols), np.int8)
+    if after:
+        motion[1:, 0:2] = np.round(SPEED * np.concatenate(before) / frames_between)
+        motion[:-1, 2:4] = np.round(SPEED * np.concatenate(after) / frames_between)
+        level = LEVEL / BLOCK**2 * np.concatenate(changes) / frames_between[:, 0]
+        motion[1:, 4] = np.minimum(level, 127)
+    return np.repeat(motion, counts, 0)
 
 
 def clip_motion(path: Path | str, start: float = 0.0, seconds: float | None = None):
-    """`motion_onsets` of a video, or of `seconds` of it: float32 (ceil(FPS * seconds),).
+    """`block_motion` of a video, or of `seconds` of it: int8 (ceil(FPS * seconds), 5, 12, 12).
 
-    Entry i belongs to start + i/FPS seconds after the first picture. Raises MediaError.
+    Entry i belongs to start + i / FPS seconds after the first picture. Raises MediaError.
     """
     images = pictures(path, FPS, SIZE, start, seconds)
-    batches = iter(lambda: list(itertools.islice(images, BATCH)), [])
-    return curve(gray(np.stack(batch).transpose(0, 3, 1, 2)) for batch in batches)
+    return block_motion(gray(image.transpose(2, 0, 1)) for image in images)

@@ -129,10 +129,11 @@ def find_checkpoint(folder, *patterns):
 
 
 def find_weights(weights: str | Path) -> dict[str, Path | None]:
-    """The checkpoints of cavp, ldm and align; align may be None.
+    """The checkpoints of cavp, ldm, align and finder; align may be None.
 
     weights: "mini", which is in the repository; "official", downloaded once; or a folder with our
-    three files or the published ones. Raises HubError.
+    files or the published ones. A folder without a finder has that of "mini", which fits all.
+    Raises HubError.
     """
     if weights == "official":
         folder = official()
@@ -148,6 +149,7 @@ def find_weights(weights: str | Path) -> dict[str, Path | None]:
         "cavp": find_checkpoint(folder, "cavp.safetensors", "cavp*.ckpt"),
         "ldm": find_checkpoint(folder, "ldm.safetensors", "ldm*.ckpt"),
         "align": find_checkpoint(folder, "align.safetensors", "double_guidance_classifier.ckpt"),
+        "finder": find_checkpoint(folder, "finder.safetensors") or MINI / "finder.safetensors",
     }
     for name in ("cavp", "ldm"):
         if paths[name] is None:

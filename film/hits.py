@@ -4,19 +4,24 @@ in   a clip with features, stage 2 with its heads (common/controls.py), the sett
 out  [Hit]; a material that nobody has named is what the network sees, where it is sure of it
 """
 
+import functools
+
 import torch
 
-from common import controls, media
+from common import controls
 from common.audio import COLUMN
 from common.onsets import read_hits
+from compat.hub import MINI
 from film.jobs import labels_of
+from finder import Finder
 
 
 @torch.no_grad()
-def hits_to_play(clip, ldm, settings):
+def hits_to_play(clip, models, settings):
     """The hits of a clip, in seconds from its start. Raises UserError for a file of labels."""
+    ldm = models.ldm
     if settings.onsets in controls.FINDERS:
-        hits = found_hits(clip, ldm, settings.onsets)
+        hits = found_hits(clip, models, settings.onsets)
     else:
         hits = settings.onsets
         if not isinstance(hits, tuple):
@@ -29,15 +34,21 @@ def hits_to_play(clip, ldm, settings):
     return hits
 
 
-def found_hits(clip, ldm, finder):
-    """What the onset head finds in the clip's features, its motion shows, or both say."""
-    if finder == "none":
+@functools.cache
+def mini_finder():
+    return Finder.load(MINI / "finder.safetensors")
+
+
+def found_hits(clip, models, source):
+    """What the onset head finds in the clip's features, the finder in its motion, or both."""
+    if source == "none":
         return []
-    odds = motion = None
-    if finder != "flow":
+    head = motion = None
+    if source != "flow":
         with clip.profile("features"):
-            odds = controls.read_head(ldm.onset_head, clip.features).ravel()
-    if finder != "model":
-        with clip.profile("decode"):
-            motion = media.clip_motion(clip.source, clip.start, clip.seconds).numpy()
-    return controls.find_hits(odds, motion, round(clip.seconds / COLUMN))
+            head = controls.read_head(models.ldm.onset_head, clip.features).ravel()
+    if source != "model":
+        with clip.profile("motion"):
+            finder = models.finder or mini_finder()
+            motion = finder.read(clip.source, clip.start, clip.seconds)
+    return controls.find_hits(head, motion, round(clip.seconds / COLUMN))

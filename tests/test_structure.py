@@ -20,7 +20,7 @@ LAYERS = (  # a module imports from lower layers, and from its own package; test
     ("kernels.*", "compat.stable_diffusion", "compat.demo_frames", "compat.hub"),
     ("diffusion", "data", "foley"),
     ("vae", "cavp"),
-    ("ldm", "metrics.judge"),
+    ("ldm", "metrics.judge", "finder"),
     ("align", "metrics.melception"),
     ("compat.official", "film.*", "distill"),
     ("sample",),
