@@ -9,10 +9,10 @@ out  int8 (f, 5, h / 8, w / 8); entry i is of the picture on view i / FPS second
          4     mean absolute difference to the picture before, in gray levels a frame, times LEVEL
 
 Blocks are found again in the picture before and in the one after (block matching by the sum of
-absolute differences, full search: Jain and Jain 1981). Where a video has fewer pictures than FPS, or
-repeats some, as in a film of 24 turned into one of 30, a picture is held for several frames: speeds
-are those between different pictures, divided by the time between them, or each repetition would
-look like a stop. Frames of one held picture have the same entry.
+absolute differences, full search: Jain and Jain 1981). Where a video has fewer pictures than FPS,
+or repeats some, as in a film of 24 turned into one of 30, a picture is held for several frames:
+speeds are those between different pictures, divided by the time between them, or each repetition
+would look like a stop. Frames of one held picture have the same entry.
 
 Without torch, as `common.media` calls it in a child process (`common.isolation`). A ten-second clip
 takes a fifth of a second of one core, decoding aside.

@@ -1,4 +1,4 @@
-"""common/motion.py: blocks are found again, held pictures do not stop them, batches leave no seam."""
+"""common/motion.py: blocks are found again, a held picture is no stop, batches leave no seam."""
 
 import numpy as np
 import pytest
