@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import data
 from common import audio, controls, distributed, media, motion, rights, training
@@ -232,9 +233,10 @@ class Clips(torch.utils.data.Dataset):
         self.onsets = []  # seconds
         self.rights = []
         self.left_out = []
-        for video in media.find_videos([root]):
-            if split and data.split_of(video.name) != split:
-                continue
+        videos = media.find_videos([root])
+        if split:
+            videos = [video for video in videos if data.split_of(video.name) == split]
+        for video in tqdm(videos, "read", unit="clip", disable=distributed.rank() > 0):
             # a clip that cannot be read takes the others not down
             try:
                 blocks = media.clip_motion(video).numpy()
@@ -297,7 +299,7 @@ def onsets_of(video):
     """Seconds of the onsets that a clip's labels name, or else of its sound."""
     if video.with_suffix(".json").is_file():
         return [float(onset["time"]) for onset in data.read_onsets(video)]
-    return audio.detect_onsets(audio.mel(media.read_audio(video)).numpy())
+    return audio.detect_onsets(audio.mel(media.read_audio(video)).numpy()).tolist()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -82,7 +82,6 @@ from film.windows import (
     take_batch,
     window_grid,
 )
-from finder import Finder
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, UNetConfig
 
@@ -221,7 +220,6 @@ class Models:
     device: str = "cpu"
     name: str = "mini"
     sums: WeightSums = field(default_factory=WeightSums)  # of the files they came from
-    finder: torch.nn.Module | None = None  # None: that of "mini"
 
     def __repr__(self):
         return f"Models({self.name}, on {self.device})"
@@ -263,7 +261,6 @@ def load_models(
     cavp = CAVP.load(paths["cavp"], audio=False).fold().to(device, dtype)
     ldm = LDM.load(paths["ldm"], device, dtype, encoder)
     align = paths["align"] and Alignment.load(paths["align"], device, dtype)
-    finder = Finder.load(paths["finder"])
     if cavp.config.fps != ldm.config.fps:
         raise CheckpointError(
             f"{paths['ldm'].parent}: cavp has {cavp.config.fps:g} frames a second, "
@@ -274,7 +271,7 @@ def load_models(
     if align is not None:
         fast.optimise(align.model)
     name = paths["ldm"].resolve().parent.name
-    return Models(cavp, ldm, align, str(device), name, WeightSums(paths), finder)
+    return Models(cavp, ldm, align, str(device), name, WeightSums(paths))
 
 
 default_models = functools.cache(load_models)  # for `generate` where it is given none

@@ -46,7 +46,7 @@ SEEN = 0.5
 STRANGE = 0.2
 FAMILIAR = 0.4
 BESIDE_HEAD = 0.25  # weight of the motion's log odds beside the head's
-QUIET = 2.0  # columns with a hit, about: what the agreement of a clip is measured against
+QUIET = 0.004  # of its columns are hits: what a clip with fewer is measured against
 APART = 3  # mel columns on each side in which only the highest peak is a hit
 ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 has one
 # of the features that the head is trained on, relative to them: what it learns of drawn pictures
@@ -290,9 +290,10 @@ def agreement(head, motion):
     one, other = (np.convolve(1 / (1 + np.exp(-odds)), kernel, "same") for odds in (head, motion))
     one = one - one.mean()
     other = other - other.mean()
-    # what little stillness has must not decide
-    energies = (one @ one + QUIET) * (other @ other + QUIET)
-    return (one @ other + QUIET) / math.sqrt(energies)
+    # what little a clip without hits has must not decide
+    quiet = QUIET * len(one)
+    energies = (one @ one + quiet) * (other @ other + quiet)
+    return (one @ other + quiet) / math.sqrt(energies)
 
 
 def find_hits(head, motion, columns: int):

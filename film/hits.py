@@ -35,8 +35,8 @@ def hits_to_play(clip, models, settings):
 
 
 @functools.cache
-def mini_finder():
-    return Finder.load(MINI / "finder.safetensors")
+def load_finder(path):
+    return Finder.load(path)
 
 
 def found_hits(clip, models, source):
@@ -49,6 +49,8 @@ def found_hits(clip, models, source):
             head = controls.read_head(models.ldm.onset_head, clip.features).ravel()
     if source != "model":
         with clip.profile("motion"):
-            finder = models.finder or mini_finder()
+            # beside the other files, or the shipped one
+            path = models.sums.paths.get("finder", MINI / "finder.safetensors")
+            finder = load_finder(path)
             motion = finder.read(clip.source, clip.start, clip.seconds)
     return controls.find_hits(head, motion, round(clip.seconds / COLUMN))

@@ -76,7 +76,8 @@ FAST = {
         "test_signed_outputs_satisfy_the_librarys_own_reader",
         "test_verify_prints_what_the_xmp_says",
     ),
-    "test_motion": ("test_a_file_gives_the_curve_of_its_frames",),
+    "test_motion": ("test_a_file_gives_the_motion_of_its_frames",),
+    "test_finder": ("test_it_learns_from_sound_alone", "test_the_shipped_finder_finds_hits"),
     "test_onsets": (),
     "test_controls": (),
     "test_redo": (

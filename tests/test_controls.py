@@ -46,16 +46,45 @@ def test_hits_are_the_single_peaks_above_even_odds():
         return [round(hit.time / COLUMN) for hit in controls.find_hits(*given, 60)]
 
     assert found(logits, None) == [0, 21]
-    # a movement that stops at 40 decides there, and weakens what nothing moves at
-    motion = np.zeros(25)
-    stop = round((40 * COLUMN - controls.MOTION_LEAD) * 25)
-    motion[stop - 1 : stop + 2] = 2.5
-    assert found(logits, motion) == [0, 21, 40]
-    logits[0] = 0.5
-    assert found(logits, motion) == [21, 40]
-    assert abs(found(None, motion)[0] - 40) <= 1
+    # of the motion alone; a frame is two and a half columns
+    motion = np.full(25, -4.0)
+    motion[16] = 2.0
+    assert found(None, motion) == [40]
     # neither says anything
-    assert found(None, np.zeros(25)) == [] and found(np.full(70, -1.0), None) == []
+    assert found(None, np.full(25, -1.0)) == [] and found(np.full(70, -1.0), None) == []
+
+
+def bumps(*columns):
+    """Log odds of 2 at these mel columns, -4 elsewhere; as an onset head's, and as the motion's."""
+    head = np.full(250, -4.0)
+    for column in columns:
+        head[column - 1 : column + 2] = (1.5, 2.0, 1.5)
+    frames = np.arange(100) / 25
+    nearest = np.abs(frames[:, None] - COLUMN * np.array(columns, float)).min(1, initial=9)
+    return head, np.where(nearest < 0.021, 2.0, -4.0)
+
+
+def test_the_head_counts_as_far_as_the_motion_agrees():
+    def found(head, motion):
+        return [round(hit.time / COLUMN) for hit in controls.find_hits(head, motion, 250)]
+
+    head, motion = bumps(20, 60, 100, 150, 200)
+    # where they agree the head is believed, with a hit that the motion does not show
+    head[125] = 2.0
+    motion[90] = 2.0  # column 225, where the head knows of none
+    assert controls.agreement(*on_columns(head, motion)) > controls.FAMILIAR
+    assert found(head, motion) == [20, 60, 100, 125, 150, 200]
+    # where they do not, it is not asked: what it was trained on looked otherwise
+    strange, _ = bumps(40, 80, 120, 170, 220)
+    assert controls.agreement(*on_columns(strange, motion)) < controls.STRANGE
+    assert found(strange, motion) == found(None, motion)
+    # two that find nothing agree
+    silent = np.full(250, -9.0)
+    assert controls.agreement(silent, silent) == pytest.approx(1)
+
+
+def on_columns(head, motion):
+    return head, controls.log_odds(None, motion, len(head))
 
 
 def test_tokens_are_laid_out_as_documented():
