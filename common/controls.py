@@ -45,7 +45,7 @@ SEEN = 0.5
 # head is not asked, from FAMILIAR on it is trusted, as on procedural clips
 STRANGE = 0.2
 FAMILIAR = 0.4
-BESIDE_HEAD = 0.25  # weight of the motion's log odds beside the head's
+BESIDE_HEAD = 0.4  # weight of the motion's log odds beside the head's
 QUIET = 0.004  # of its columns are hits: what a clip with fewer is measured against
 APART = 3  # mel columns on each side in which only the highest peak is a hit
 ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 has one
