@@ -943,7 +943,7 @@ def arguments(argv):
     )
     p.add_argument("--cg", type=float, help="classifier guidance; 0: off; default: likewise")
     p.add_argument("--sampler", choices=list(SAMPLERS), help="as for sample.py")
-    p.add_argument("--schedule", choices=SCHEDULES, help="as for sample.py")
+    p.add_argument("--schedule", choices=SCHEDULES, default="uniform", help="as for sample.py")
     add_deep_every(p)
     p.add_argument(
         "--onsets",

@@ -87,8 +87,8 @@ from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 startup.imported(__name__ == "__main__")
 
-PAPER = {"steps": 25, "sampler": "dpm", "schedule": "uniform"}
-FEW = {"steps": 8, "sampler": "unipc", "schedule": "karras"}  # where guidance is distilled
+PAPER = {"steps": 25, "sampler": "dpm"}
+FEW = {"steps": 4, "sampler": "unipc"}  # where guidance is distilled (docs/acceleration.md)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -108,9 +108,8 @@ class Settings:
     cg: float | None = None  # classifier guidance scale, 0: off; None: the weights' own
     # one of diffusion.SAMPLERS; None: "dpm", DPM-Solver++ 2M as in the paper, or that of FEW
     sampler: str | None = None
-    # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives;
-    # None: uniform, as in the paper, or as in FEW
-    schedule: str | tuple[float, ...] | None = None
+    # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives
+    schedule: str | tuple[float, ...] = "uniform"
     # of so many steps one computes the deep half of the U-Net, the others go on with its result
     deep_every: int = 1
     candidates: int = 1  # drawn of each clip; the classifier ranks them
@@ -166,22 +165,18 @@ class Settings:
         guidance = self.guidance or ("distilled" if config.scales else "double")
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
-        # how it is sampled; FEW's schedule is for FEW's sampler, and gives noise below six steps
+        # how it is sampled
         usual = FEW if guidance == "distilled" and not (self.redo or self.as_official) else PAPER
         steps = self.steps or usual["steps"]
         sampler = self.sampler or usual["sampler"]
-        suits = sampler == usual["sampler"] and steps > 5
-        schedule = self.schedule or (usual if suits else PAPER)["schedule"]
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
         # redoing takes DDIM's steps, twice (film/redo.py)
         if self.redo:
             sampler = "ddim"
-            schedule = "uniform"
         return replace(
             self,
             steps=steps,
             sampler=sampler,
-            schedule=schedule,
             guidance=guidance,
             cfg=cfg,
             cg=cg,

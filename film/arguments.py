@@ -60,7 +60,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--steps",
         type=int,
-        help="of the sampler; default: 25, as in the paper, or 8 where guidance is distilled",
+        help="of the sampler; default: 25, as in the paper, or 4 where guidance is distilled",
     )
     g.add_argument(
         "--guidance",
@@ -84,7 +84,9 @@ def add_sampling_arguments(g):
         "--sampler", choices=list(SAMPLERS), help="DPM-Solver++ 2M, UniPC, DEIS, DDIM or PLMS"
     )
     g.add_argument(
-        "--schedule", choices=SCHEDULES, help="where the steps of the first three samplers lie"
+        "--schedule",
+        choices=SCHEDULES,
+        help="where the steps of the first three samplers lie; default: uniform",
     )
     add_deep_every(g)
     g.add_argument("--seed", type=int, help="same seed, same sound")
@@ -263,8 +265,6 @@ def check_settings(settings):
 
 def check_schedule(schedule, is_solver):
     """Raises ValueError for what is no schedule, or not of a sampler that has its own times."""
-    if schedule is None:
-        return
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)

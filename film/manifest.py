@@ -138,7 +138,7 @@ def asked(args) -> dict:
     given = {name: plain(value) for name, value in vars(args).items() if name not in IRRELEVANT}
     # redoing has a sampler of its own, whatever is given
     if given.get("redo"):
-        given |= {"sampler": "ddim", "schedule": "uniform"}
+        given |= {"sampler": "ddim"}
     return given
 
 

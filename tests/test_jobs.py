@@ -143,7 +143,6 @@ def test_the_manifest_says_what_was_made_from_what(draw, folder, weights):
     assert settings["onsets"] == "both" and set(line["left_open"]) == {
         "steps",
         "sampler",
-        "schedule",
         "guidance",
         "cfg",
         "onsets",
