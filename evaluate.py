@@ -889,6 +889,28 @@ def write(args, rows, intervals, groups, clips):
 
 def arguments(argv):
     p = Parser("evaluate.py", __doc__)
+    add_table_arguments(p)
+    add_generation_arguments(p)
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_listening_arguments(p.add_argument_group("blind listening"))
+    args = p.parse_args(argv)
+    check_listening(p, args)
+    if args.samples and (args.ablate or len(args.weights) > 1):
+        p.error("--samples: is one row; leave out --ablate and further --weights")
+    if args.onsets and args.ablate == "onsets":
+        p.error("--ablate onsets: has a row for each finder; leave out --onsets")
+    if args.samples and args.lufs is not None:
+        p.error("--lufs: is of what is generated here; leave it out with --samples")
+    try:
+        settings_of(args)
+        args.device = str(find_device(args.device))
+    except ValueError as error:
+        p.error(str(error))
+    return args
+
+
+def add_table_arguments(p):
+    """What is measured, on which clips, by whom."""
     p.add_argument("--data", type=Path, help="folder of clips, best with labels")
     p.add_argument(
         "--samples",
@@ -934,7 +956,9 @@ def arguments(argv):
     )
     p.add_argument("--ablate", choices=ABLATIONS, help="a row for each setting, instead of `ours`")
 
-    # settings of the generation
+
+def add_generation_arguments(p):
+    """Settings of the sounds that are made here."""
     p.add_argument("--seed", type=int, default=0, help="clip k is generated with seed + k")
     p.add_argument("--steps", type=int, help="of the sampler; default: what suits the weights")
     p.add_argument("--guidance", choices=GUIDANCE, help="as for sample.py")
@@ -954,22 +978,6 @@ def arguments(argv):
     add_lufs(p)
     # the model's own level, which the table measures
     p.set_defaults(lufs=None)
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_listening_arguments(p.add_argument_group("blind listening"))
-    args = p.parse_args(argv)
-    check_listening(p, args)
-    if args.samples and (args.ablate or len(args.weights) > 1):
-        p.error("--samples: is one row; leave out --ablate and further --weights")
-    if args.onsets and args.ablate == "onsets":
-        p.error("--ablate onsets: has a row for each finder; leave out --onsets")
-    if args.samples and args.lufs is not None:
-        p.error("--lufs: is of what is generated here; leave it out with --samples")
-    try:
-        settings_of(args)
-        args.device = str(find_device(args.device))
-    except ValueError as error:
-        p.error(str(error))
-    return args
 
 
 def add_listening_arguments(g):
