@@ -43,7 +43,7 @@ EMPHASIS = 5.0
 SEEN = 0.5
 # how far the onset head and the motion of the picture agree (`agreement`): at STRANGE and below the
 # head is not asked, from FAMILIAR on it is trusted. Of 460 procedural clips that neither was
-# trained on the two agree by less than 0.3 in two, of 20 real ones in nine
+# trained on the two agree by less than 0.3 in two, of 20 real ones in seven
 STRANGE = 0.2
 FAMILIAR = 0.3
 BESIDE_HEAD = 0.25  # weight of the motion's log odds beside the head's
