@@ -1,8 +1,10 @@
 """The same state before every test and fixture, whatever ran before; which tests are fast; and tiny
 models for all."""
 
+import os
 import random
 
+import background
 import numpy as np
 import pytest
 
@@ -154,12 +156,21 @@ FAST = {
 }
 
 
-def pytest_collection_finish():
-    """Modules and tests are no garbage."""
+def pytest_collection_finish(session):
+    # modules and tests are no garbage
     startup.imported(True)
+    # a worker of pytest-xdist does not know which tests are its own
+    if not (session.config.option.collectonly or "PYTEST_XDIST_WORKER" in os.environ):
+        background.start_for(session.items)
+
+
+def pytest_sessionfinish():
+    background.stop()
 
 
 def pytest_collection_modifyitems(items):
+    # those last that wait for other processes
+    items.sort(key=lambda item: "processes" in getattr(item, "fixturenames", ()))
     for item in items:
         name = item.originalname or item.name
         too_long = item.get_closest_marker("slow") or item.get_closest_marker("gpu")

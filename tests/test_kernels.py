@@ -15,11 +15,12 @@ import sys
 import tempfile
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import background
 import pytest
 import torch
+from background import python
 from golden import rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,16 +48,6 @@ def gate(target, version):
     return folder and python(command, PYTHONPATH=folder)
 
 
-def python(arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 FETCHING = threading.Lock()
 
 
@@ -75,24 +66,10 @@ def download_triton(version):
     return None if python(pip).returncode else folder
 
 
-@pytest.fixture(scope="module")
-def processes(request):
-    """(function, *arguments) -> its process, finished. All that the selected tests of this file
-    want are started at once, as many as there are cores at a time: one test waits for one core."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        started = {}
-
-        def start(*call):
-            if call not in started:
-                started[call] = pool.submit(*call)
-            return started[call]
-
-        # a worker of pytest-xdist does not know which tests are its own
-        if "PYTEST_XDIST_WORKER" not in os.environ:
-            for item in request.session.items:
-                if "processes" in getattr(item, "fixturenames", ()):
-                    start(*item.callspec.params["call"])
-        yield lambda call: start(*call).result()
+@pytest.fixture
+def processes():
+    """(function, *arguments) -> what it returns; begun with the tests (tests/background.py)."""
+    return lambda call: background.start(call).result()
 
 
 @triton
