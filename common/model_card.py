@@ -53,6 +53,10 @@ KINDS = (
         "`metrics.judge.Judge`, which names the material of hits; for `evaluate.py` alone",
     ),
     (
+        ("near.", "wide.", "before.", "after.", "odds."),
+        "`finder.Finder`, which finds hits in how the picture moves",
+    ),
+    (
         ("encoder.", "decoder.", "quant_conv."),
         "`vae.AutoencoderKL`, the autoencoder of mel spectrograms",
     ),

@@ -384,7 +384,13 @@ def test_the_card_names_the_data_of_earlier_weights(tmp_path):
 
 
 def test_the_card_of_the_shipped_weights():
-    names = {"cavp": "CAVP", "ldm": "LDM", "align": "Alignment", "judge": "Judge"}
+    names = {
+        "cavp": "CAVP",
+        "ldm": "LDM",
+        "align": "Alignment",
+        "judge": "Judge",
+        "finder": "Finder",
+    }
     for name, cls in names.items():
         shown = card(ROOT / "weights" / "mini" / f"{name}.safetensors")
         assert f".{cls}`" in shown.splitlines()[2] and "- code (commit): " in shown
