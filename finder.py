@@ -341,7 +341,9 @@ def train(args):
         held_out = None
 
     model = Finder.load(args.init) if args.init else Finder(FinderConfig())
-    model = model.requires_grad_(True).train().to(device)
+    model = model.requires_grad_(True).train()
+    # as resuming lays it out, or the optimizer's moments would not lie as the weights do
+    model = model.to(device, memory_format=torch.channels_last)
     training.freeze(args, model)
     optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)
     ema = training.EMA(model)

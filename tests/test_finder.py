@@ -200,6 +200,19 @@ def test_it_learns_from_sound_alone(folder, tmp_path):
     assert found_f1(trained, folder) > 0.6
 
 
+def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
+    def run(name, steps, *extra):
+        out = tmp_path / name
+        given = ["--data", str(folder), "--out", str(out), "--device", "cpu", "--save-every", "2"]
+        finder.main([*given, "--steps", str(steps), *extra])
+        return Finder.load(out / "last.safetensors").state_dict()
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4, "--resume")
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
 def found_f1(network, folder):
     """F1 within 100 ms of the hits that a finder finds alone in labeled clips."""
     clips = Clips(folder)
