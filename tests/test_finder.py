@@ -9,6 +9,7 @@ import pytest
 import torch
 from clips import make, make_video, steady
 
+import data
 import finder
 import foley
 from common import audio, controls, media, motion
@@ -183,8 +184,44 @@ def test_a_clip_that_cannot_be_read_takes_no_other_down(folder, tmp_path):
     clips = Clips(tmp_path)
     assert len(clips) == 1
     assert [name for name, _ in clips.left_out] == [silent.name]
-    with pytest.raises(media.MediaError, match="no clip .split: all.; add more"):
+    with pytest.raises(media.MediaError, match="no clip .split: all.; add more.*1 left out.*sound"):
         Clips(silent)
+    with pytest.raises(media.MediaError, match="nowhere: no such folder"):
+        Clips(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("time", ["NaN", "1e400", "null", '"soon"'])
+def test_a_time_that_is_none_is_no_label(tmp_path, time):
+    (tmp_path / "a.json").write_text(f'{{"onsets": [{{"time": {time}}}]}}')
+    with pytest.raises(media.MediaError, match="a.json: not the labels of foley.py"):
+        data.read_onsets(tmp_path / "a.mp4")
+
+
+def test_clips_left_out_of_validation_are_named(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "split_of", lambda name: "val" if name == "silent.mp4" else "train")
+    for name in ("00000.mp4", "00000.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    make(tmp_path / "silent.mp4", steady(25, 1))
+    out = tmp_path / "run"
+    finder.main(["--data", str(tmp_path), "--out", str(out), "--device", "cpu", "--steps", "1"])
+    assert "silent.mp4," in (out / "left_out.csv").read_text()
+
+
+def test_validation_takes_a_minute_at_a_time(folder, monkeypatch):
+    clips = Clips(folder)
+    network = Finder(FinderConfig()).eval()
+    seen = []
+    forward = Finder.forward
+
+    def spy(self, blocks):
+        seen.append(blocks.shape[1])
+        return forward(self, blocks)
+
+    monkeypatch.setattr(Finder, "forward", spy)
+    monkeypatch.setattr(finder, "MINUTE", 40)
+    with torch.no_grad():
+        finder.validate(network, clips)
+    assert max(seen) == 40 and sum(seen) == sum(map(len, clips.blocks))
 
 
 def test_it_learns_from_sound_alone(folder, tmp_path):
