@@ -58,10 +58,9 @@ from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
 from film.arguments import check_settings, make_parser
 from film.credentials import Signer
-from film.hits import hits_to_play
+from film.hits import check_hits, hits_to_play
 from film.jobs import (
     cannot_start,
-    check_onsets,
     exit_status,
     find_sounds,
     plan_jobs,
@@ -829,7 +828,7 @@ def main(argv=None):
             with profile("loading"):
                 models = load(args)
             settings = settings.resolve(models)
-            check_onsets(jobs, args, settings, models)
+            check_hits(jobs, args, settings, models)
     except (ValueError, UserError) as error:
         return cannot_start(error)
 
