@@ -854,6 +854,9 @@ def read_onsets(video):
     path = Path(video).with_suffix(".json")
     try:
         onsets = json.loads(path.read_text())["onsets"]
+        # JSON as Python reads it has NaN
+        if not all(math.isfinite(float(onset["time"])) for onset in onsets):
+            raise ValueError("a time that is none")
         return sorted(onsets, key=lambda onset: float(onset["time"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "not the labels of foley.py" if path.is_file() else "no such file"

@@ -14,6 +14,7 @@ docs/real-footage.md. Up and down are kept apart, since things fall and are stru
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from common.checkpoints import load_network
 SPAN = 128  # frames of an item in training
 CELLS = motion.SIZE // motion.BLOCK  # blocks on each side
 MINUTE = 60 * motion.FPS  # frames that are read at once
-REACH = 8  # frames on each side that the log odds of one depend on
+# frames on each side that the log odds of one depend on: eight of the network's, and those of a
+# picture held before them
+REACH = 8 + 1 + motion.LONGEST_HELD
 WIDTH = 0.035  # seconds, standard deviation of the bump that an onset is in the target
 ONSET_WEIGHT = 2.0  # in the loss, of a frame with an onset
 STILL = 0.02  # pixels a frame, and
@@ -225,10 +228,12 @@ class Clips(torch.utils.data.Dataset):
     index), where index e * len + i is clip i in epoch e. All clips are held in memory, 18 KB for a
     second.
     split      "train", "val", "test", or None for all clips
-    Raises MediaError where there is no clip.
+    may_be_empty   as validation's; else MediaError where there is no clip
     """
 
-    def __init__(self, root, seed: int = 0, split: str | None = None):
+    def __init__(self, root, seed=0, split: str | None = None, may_be_empty: bool = False):
+        if not Path(root).exists():
+            raise media.MediaError(f"{root}: no such folder; give one with videos")
         self.seed = seed
         self.blocks = []  # int8 of each clip
         self.onsets = []  # seconds
@@ -248,10 +253,13 @@ class Clips(torch.utils.data.Dataset):
             self.blocks.append(blocks)
             self.onsets.append(onsets)
             self.rights.append(rights.made_by_foley(video) or rights.UNKNOWN)
-        if not self.blocks:
-            raise media.MediaError(
+        if not self.blocks and not may_be_empty:
+            said = (
                 f"{root}: no clip (split: {split or 'all'}); add more, or make some with foley.py"
             )
+            if self.left_out:
+                said += f"; {len(self.left_out)} left out, the first: {self.left_out[0][1]}"
+            raise media.MediaError(said)
 
     def __len__(self):
         return len(self.blocks)
@@ -315,7 +323,9 @@ def validate(model, dataset):
     found = 0
     annotated = 0
     for blocks, onsets in zip(dataset.blocks, dataset.onsets, strict=True):
-        odds = model(torch.from_numpy(blocks)[None].to(device))[0].cpu()
+        # a minute at a time, as in use: an hour's intermediate results would be gigabytes
+        minutes = torch.from_numpy(blocks).split(MINUTE)
+        odds = torch.cat([model(minute[None].to(device))[0].cpu() for minute in minutes])
         wanted = torch.from_numpy(target(onsets, 0, len(odds)))
         losses.append(F.binary_cross_entropy_with_logits(odds, wanted).item())
         columns = round(len(odds) / motion.FPS / audio.COLUMN)
@@ -335,13 +345,15 @@ def train(args):
     device = training.set_up(args)
 
     clips = Clips(args.data, args.seed, "train")
-    try:
-        held_out = Clips(args.data, args.seed, "val")
-    except media.MediaError:
+    held_out = Clips(args.data, args.seed, "val", may_be_empty=True)
+    clips.left_out += held_out.left_out
+    if not len(held_out):
         held_out = None
 
     model = Finder.load(args.init) if args.init else Finder(FinderConfig())
-    model = model.requires_grad_(True).train().to(device)
+    model = model.requires_grad_(True).train()
+    # as resuming lays it out, or the optimizer's moments would not lie as the weights do
+    model = model.to(device, memory_format=torch.channels_last)
     training.freeze(args, model)
     optimizer = training.adamw([{"params": model.parameters()}], args, weight_decay=0.01)
     ema = training.EMA(model)

@@ -56,12 +56,11 @@ from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
-from film.arguments import check_settings, make_parser
+from film.arguments import PAPER, check_settings, make_parser, usual_sampling
 from film.credentials import Signer
-from film.hits import hits_to_play
+from film.hits import check_hits, hits_to_play
 from film.jobs import (
     cannot_start,
-    check_onsets,
     exit_status,
     find_sounds,
     plan_jobs,
@@ -87,10 +86,6 @@ from ldm import LATENT_SHAPE, LDM, UNetConfig
 
 startup.imported(__name__ == "__main__")
 
-PAPER = {"steps": 25, "sampler": "dpm"}
-FEW = {"steps": 4, "sampler": "unipc"}  # where guidance is distilled (docs/acceleration.md)
-
-
 # ----------------------------------------------------------------------------------------------
 # settings
 
@@ -100,13 +95,13 @@ class Settings:
     """How sound is drawn. Raises ValueError, in one line, for what cannot be."""
 
     seed: int = 0  # same seed, same sound
-    steps: int | None = None  # of the sampler; None: 25, as in the paper, or FEW if distilled
+    steps: int | None = None  # of the sampler; None: 25, as in the paper, or film.arguments.FEW
     # "double", as in the paper: two calls of the U-Net a step and one of the classifier; or
     # "distilled", one call (distill.py); None: distilled where the weights are
     guidance: str | None = None
     cfg: float | None = None  # classifier-free guidance scale, 1: off; None: the weights' own
     cg: float | None = None  # classifier guidance scale, 0: off; None: the weights' own
-    # one of diffusion.SAMPLERS; None: "dpm", DPM-Solver++ 2M as in the paper, or that of FEW
+    # one of diffusion.SAMPLERS; None: "dpm", DPM-Solver++ 2M as in the paper, or UniPC if distilled
     sampler: str | None = None
     # where its steps lie: one of diffusion.SCHEDULES, or times, as diffusion.search_schedule gives
     schedule: str | tuple[float, ...] = "uniform"
@@ -166,9 +161,7 @@ class Settings:
         if guidance == "distilled":
             controls.check_scales((cfg, cg), config.scales, models.name)
         # how it is sampled
-        usual = FEW if guidance == "distilled" and not (self.redo or self.as_official) else PAPER
-        steps = self.steps or usual["steps"]
-        sampler = self.sampler or usual["sampler"]
+        steps, sampler = usual_sampling(self, guidance)
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
         # redoing takes DDIM's steps, twice (film/redo.py)
         if self.redo:
@@ -829,7 +822,7 @@ def main(argv=None):
             with profile("loading"):
                 models = load(args)
             settings = settings.resolve(models)
-            check_onsets(jobs, args, settings, models)
+            check_hits(jobs, args, settings, models)
     except (ValueError, UserError) as error:
         return cannot_start(error)
 

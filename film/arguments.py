@@ -13,6 +13,9 @@ from film import level
 from film.redo import add_redo
 
 GUIDANCE = ("double", "distilled")
+PAPER = {"steps": 25, "sampler": "dpm"}
+# where guidance is distilled (docs/acceleration.md)
+FEW = {"steps": 4, "sampler": "unipc"}
 
 
 def make_parser(script: str, description: str):
@@ -60,7 +63,8 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--steps",
         type=int,
-        help="of the sampler; default: 25, as in the paper, or 4 where guidance is distilled",
+        help="of the sampler; default: 25, as in the paper, or 4 where guidance is distilled and "
+        "steps of unipc or dpm lie evenly",
     )
     g.add_argument(
         "--guidance",
@@ -86,7 +90,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        help="where the steps of the first three samplers lie; default: uniform",
+        help="where the steps of the first three samplers lie",
     )
     add_deep_every(g)
     g.add_argument("--seed", type=int, help="same seed, same sound")
@@ -231,6 +235,15 @@ def add_run_arguments(g):
         help="Content Credentials by this certificate and its key, both PEM (needs c2pa-python)",
     )
     g.add_argument("--json", action="store_true", help="print one line of JSON for each input")
+
+
+def usual_sampling(settings, guidance):
+    """-> steps and sampler: those that are given, else what suits `guidance` and the schedule."""
+    is_few = guidance == "distilled" and not (settings.redo or settings.as_official)
+    sampler = settings.sampler or (FEW if is_few else PAPER)["sampler"]
+    # of the others, or on another schedule, so few steps give noise or a level that is off
+    is_few &= sampler in ("unipc", "dpm") and settings.schedule == "uniform"
+    return settings.steps or (FEW if is_few else PAPER)["steps"], sampler
 
 
 def check_settings(settings):

@@ -12,8 +12,18 @@ from common import controls
 from common.audio import COLUMN
 from common.onsets import read_hits
 from compat.hub import MINI
-from film.jobs import labels_of
+from film.jobs import check_onsets, labels_of
 from finder import Finder
+
+
+def check_hits(jobs, args, settings, models):
+    """`check_onsets`; and a finder that does not load is one line before any work, not one a clip.
+
+    Raises ValueError, CheckpointError.
+    """
+    if settings.onsets in ("flow", "both"):
+        finder_of(models)
+    check_onsets(jobs, args, settings, models)
 
 
 @torch.no_grad()
@@ -39,6 +49,11 @@ def load_finder(path):
     return Finder.load(path)
 
 
+def finder_of(models):
+    """The finder beside the other files, or the shipped one."""
+    return load_finder(models.sums.paths.get("finder", MINI / "finder.safetensors"))
+
+
 def found_hits(clip, models, source):
     """What the onset head finds in the clip's features, the finder in its motion, or both."""
     if source == "none":
@@ -49,8 +64,5 @@ def found_hits(clip, models, source):
             head = controls.read_head(models.ldm.onset_head, clip.features).ravel()
     if source != "model":
         with clip.profile("motion"):
-            # beside the other files, or the shipped one
-            path = models.sums.paths.get("finder", MINI / "finder.safetensors")
-            finder = load_finder(path)
-            motion = finder.read(clip.source, clip.start, clip.seconds)
+            motion = finder_of(models).read(clip.source, clip.start, clip.seconds)
     return controls.find_hits(head, motion, round(clip.seconds / COLUMN))

@@ -112,7 +112,7 @@ class Weights:
 
     def take(self, loaded):
         """The sums that were computed while these files were loaded: `provenance.WeightSums`."""
-        with suppress(OSError):
+        with suppress(OSError, UserError):
             for name, digest in loaded.result().items():
                 path = loaded.paths[name]
                 if stamp(path) == self.stamps.get(path):

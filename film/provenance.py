@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 from common import watermark, xmp
-from common.files import sha256
+from common.files import UserError, sha256
 
 VERSION = "0.2"  # of this program
 # https://cv.iptc.org/newscodes/digitalsourcetype/: the names of its terms begin with http
@@ -40,10 +40,11 @@ class WeightSums:
             for name, path in self.paths.items():
                 self.sums[name] = sha256(path)
         except OSError as error:
-            self.error = error
+            reason = f"cannot be read ({error.strerror}); put it back, or copy it again"
+            self.error = UserError(f"{path}: {reason}")
 
     def result(self) -> dict[str, str]:
-        """{"cavp": hexadecimal, "ldm": ..., "align": ...}; waits for it. Raises OSError."""
+        """{"cavp": hexadecimal, "ldm": ..., "align": ...}; waits for it. Raises UserError."""
         self.thread.join()
         if self.error is not None:
             raise self.error

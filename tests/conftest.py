@@ -79,7 +79,11 @@ FAST = {
         "test_verify_prints_what_the_xmp_says",
     ),
     "test_motion": ("test_a_file_gives_the_motion_of_its_frames",),
-    "test_finder": ("test_it_learns_from_sound_alone", "test_the_shipped_finder_finds_hits"),
+    "test_finder": (
+        "test_it_learns_from_sound_alone",
+        "test_a_resumed_run_goes_on_bit_for_bit",
+        "test_the_shipped_finder_finds_hits",
+    ),
     "test_onsets": (),
     "test_controls": (),
     "test_redo": (

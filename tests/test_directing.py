@@ -253,6 +253,26 @@ def test_labels_are_those_that_lie_beside_a_clip(tmp_path):
         data.read_all_onsets(tmp_path / "nowhere")
 
 
+def test_a_finder_that_does_not_load_is_one_line_before_any_work(weights, clip, tmp_path, capsys):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    finder = folder / "finder.safetensors"
+    shutil.copy(folder / "align.safetensors", finder)
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clip, tmp_path / name)
+    command = (tmp_path, "--weights", folder, "--out", tmp_path / "out", "--steps", 2)
+    for source in ("flow", "both"):
+        status, out, err = run(capsys, *command, "--onsets", source)
+        assert status == 1 and not out and len(err) == 1
+        assert f"{finder}: not a checkpoint of Finder" in err[0]
+    # where it is not asked it need not load, but is to be there
+    finder.unlink()
+    finder.mkdir()
+    status, out, err = run(capsys, *command, "--onsets", "model")
+    assert status == 1 and not out and len(err) == 2
+    assert f"{finder}: cannot be read (Is a directory)" in err[0]
+
+
 def test_weights_that_cannot_be_told_say_so(models, clip):
     plain = LDM(LDMConfig(**tiny.TIME, unet=tiny.UNET, vae=models.ldm.config.vae)).eval()
     untold = sample.Models(models.cavp, plain, None, name="published")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from clips import make, make_video, steady
 
+import data
 import finder
 import foley
 from common import audio, controls, media, motion
@@ -62,8 +63,9 @@ def test_a_minute_at_a_time_each_with_the_frames_around_it(network, tmp_path, mo
     monkeypatch.setattr(finder, "MINUTE", 40)
     parts = network.read(path, 0.5, 3.0)
     assert parts.shape == (75,)
-    middle = media.clip_motion(path, 0.5 + 32 / 25, (75 - 32) / 25)
-    assert np.array_equal(parts[40:], network(middle[None])[0, 8:].numpy())
+    low = 40 - finder.REACH
+    rest = media.clip_motion(path, 0.5 + low / 25, (75 - low) / 25)
+    assert np.array_equal(parts[40:], network(rest[None])[0, finder.REACH :].numpy())
 
 
 def test_log_odds_depend_on_so_many_frames_and_no_further(network, monkeypatch):
@@ -71,7 +73,8 @@ def test_log_odds_depend_on_so_many_frames_and_no_further(network, monkeypatch):
     monkeypatch.setattr(finder, "inputs", lambda blocks: torch.cat([blocks, blocks[:, :, :2]], 2))
     blocks = torch.from_numpy(blocks_of())[None]
     odds = network(blocks)[0]
-    for away, reaches in ((finder.REACH, True), (finder.REACH + 1, False)):
+    assert finder.REACH > 8 + motion.LONGEST_HELD
+    for away, reaches in ((8, True), (9, False)):
         other = blocks.clone()
         other[:, 20 + away] = 0
         # as near as rounding in another order is
@@ -183,8 +186,44 @@ def test_a_clip_that_cannot_be_read_takes_no_other_down(folder, tmp_path):
     clips = Clips(tmp_path)
     assert len(clips) == 1
     assert [name for name, _ in clips.left_out] == [silent.name]
-    with pytest.raises(media.MediaError, match="no clip .split: all.; add more"):
+    with pytest.raises(media.MediaError, match="no clip .split: all.; add more.*1 left out.*sound"):
         Clips(silent)
+    with pytest.raises(media.MediaError, match="nowhere: no such folder"):
+        Clips(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("time", ["NaN", "1e400", "null", '"soon"'])
+def test_a_time_that_is_none_is_no_label(tmp_path, time):
+    (tmp_path / "a.json").write_text(f'{{"onsets": [{{"time": {time}}}]}}')
+    with pytest.raises(media.MediaError, match="a.json: not the labels of foley.py"):
+        data.read_onsets(tmp_path / "a.mp4")
+
+
+def test_clips_left_out_of_validation_are_named(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "split_of", lambda name: "val" if name == "silent.mp4" else "train")
+    for name in ("00000.mp4", "00000.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    make(tmp_path / "silent.mp4", steady(25, 1))
+    out = tmp_path / "run"
+    finder.main(["--data", str(tmp_path), "--out", str(out), "--device", "cpu", "--steps", "1"])
+    assert "silent.mp4," in (out / "left_out.csv").read_text()
+
+
+def test_validation_takes_a_minute_at_a_time(folder, monkeypatch):
+    clips = Clips(folder)
+    network = Finder(FinderConfig()).eval()
+    seen = []
+    forward = Finder.forward
+
+    def spy(self, blocks):
+        seen.append(blocks.shape[1])
+        return forward(self, blocks)
+
+    monkeypatch.setattr(Finder, "forward", spy)
+    monkeypatch.setattr(finder, "MINUTE", 40)
+    with torch.no_grad():
+        finder.validate(network, clips)
+    assert max(seen) == 40 and sum(seen) == sum(map(len, clips.blocks))
 
 
 def test_it_learns_from_sound_alone(folder, tmp_path):
@@ -198,6 +237,19 @@ def test_it_learns_from_sound_alone(folder, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     trained = Finder.load(tmp_path / "run" / "last.safetensors")
     assert found_f1(trained, folder) > 0.6
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
+    def run(name, steps, *extra):
+        out = tmp_path / name
+        given = ["--data", str(folder), "--out", str(out), "--device", "cpu", "--save-every", "2"]
+        finder.main([*given, "--steps", str(steps), *extra])
+        return Finder.load(out / "last.safetensors").state_dict()
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4, "--resume")
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def found_f1(network, folder):

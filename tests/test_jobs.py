@@ -23,6 +23,7 @@ from common import files, media
 from common.media import MediaError
 from common.onsets import Hit
 from common.profiling import Profile
+from compat import hub
 from film import jobs, manifest, outputs
 from film.provenance import WeightSums
 
@@ -136,8 +137,11 @@ def test_the_manifest_says_what_was_made_from_what(draw, folder, weights):
         assert entry["sha256"] == files.sha256(folder / name)
         assert entry["size"] == (folder / name).stat().st_size
     assert line["weights"]["name"] == "tiny" and line["version"] == sample.VERSION
+    # the shipped finder among them, since the folder has none
+    used = {path.name: path for path in hub.find_weights(weights).values()}
+    assert line["weights"]["files"].keys() == used.keys()
     for name, entry in line["weights"]["files"].items():
-        assert entry["sha256"] == files.sha256(weights / name)
+        assert entry["sha256"] == files.sha256(used[name])
     settings = line["settings"]
     assert settings["seed"] == 7 and settings["cg"] == 3 and settings["cfg"] == 2.5
     assert settings["onsets"] == "both" and set(line["left_open"]) == {
@@ -591,7 +595,7 @@ def test_weights_are_read_once(tmp_path, monkeypatch):
     loaded.result()
     monkeypatch.setattr(manifest, "sha256", None)
     weights.take(loaded)
-    assert weights.sums() == expected and len(expected) == 3
+    assert weights.sums() == expected and len(expected) == 4  # the shipped finder, too
     # of a file that was replaced since, the sum is of another
     changed = manifest.Weights(str(tmp_path))
     (tmp_path / "ldm.safetensors").write_bytes(b"a new one")

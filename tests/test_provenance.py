@@ -17,7 +17,7 @@ from main_job import run
 import sample
 from common import media, watermark, xmp
 from common.audio import mel
-from common.files import sha256
+from common.files import UserError, sha256
 from common.onsets import Hit
 from common.profiling import Profile
 from film import provenance
@@ -192,7 +192,7 @@ def test_sums_are_those_of_the_files(models, tmp_path):
     sums = {"cavp": sha256(tmp_path / "cavp"), "ldm": sha256(tmp_path / "ldm")}
     assert provenance.weights_sha256(models) == sums
     assert provenance.weights_sha256({"ldm": tmp_path / "ldm"}) == {"ldm": sums["ldm"]}
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot be read"):
         provenance.weights_sha256({"ldm": tmp_path / "missing"})
 
 

@@ -5,6 +5,8 @@ import ast
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -195,6 +197,17 @@ def test_readmes_tree_names_every_file_once():
     assert sorted(named) == sorted(
         str(path.relative_to(ROOT)) for path in SOURCES if len(TREES[path].body) > 1
     )
+
+
+def test_no_file_is_large_or_pickled():
+    """What `git clone` costs everybody; and nothing of ours is to be unpickled."""
+    if shutil.which("git") is None:
+        pytest.skip("git lists the files")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        assert path.suffix not in (".pkl", ".pickle", ".pt", ".npy"), name
+        assert not path.is_file() or path.stat().st_size < 20e6, name
 
 
 def test_the_shipped_weights_are_what_their_folder_says():

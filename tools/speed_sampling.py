@@ -20,9 +20,10 @@ import torch
 from align import Alignment, AlignmentConfig
 from common import cli, machine
 from diffusion import SAMPLERS, TIMES
+from film.arguments import FEW, PAPER
 from kernels import fast
 from ldm import LATENT_SHAPE, LDM, LDMConfig
-from sample import FEW, PAPER, Settings, guided
+from sample import Settings, guided
 from tools.speed import processor, random_network
 
 
