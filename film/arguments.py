@@ -15,7 +15,7 @@ from film.redo import add_redo
 GUIDANCE = ("double", "distilled")
 PAPER = {"steps": 25, "sampler": "dpm"}
 # where guidance is distilled (docs/acceleration.md)
-FEW = {"steps": 4, "sampler": "unipc"}
+FEW = {"steps": 6, "sampler": "unipc"}
 
 
 def make_parser(script: str, description: str):
@@ -63,7 +63,7 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--steps",
         type=int,
-        help="of the sampler; default: 25, as in the paper, or 4 where guidance is distilled and "
+        help="of the sampler; default: 25, as in the paper, or 6 where guidance is distilled and "
         "steps of unipc or dpm lie evenly",
     )
     g.add_argument(

@@ -373,12 +373,12 @@ def test_few_steps_where_guidance_is_distilled(models):
         settings = Settings(**given).resolve(models)
         return settings.steps, settings.sampler, settings.schedule
 
-    assert how() == (4, "unipc", "uniform")
+    assert how() == (6, "unipc", "uniform")
     assert how(steps=8, schedule="karras") == (8, "unipc", "karras")
-    # on another schedule, or of another sampler, four give noise
+    # on another schedule, or of another sampler, so few give noise
     assert how(schedule="karras") == (25, "unipc", "karras")
     assert how(sampler="plms") == (25, "plms", "uniform")
-    assert how(sampler="dpm") == (4, "dpm", "uniform")
+    assert how(sampler="dpm") == (6, "dpm", "uniform")
     assert how(guidance="double") == (25, "dpm", "uniform")
     assert how(guidance="double", steps=4) == (4, "dpm", "uniform")
 
