@@ -243,7 +243,7 @@ class Clips(torch.utils.data.Dataset):
         if split:
             videos = [video for video in videos if data.split_of(video.name) == split]
         for video in tqdm(videos, "read", unit="clip", disable=distributed.rank() > 0):
-            # a clip that cannot be read takes the others not down
+            # a clip that cannot be read takes no other down
             try:
                 blocks = media.clip_motion(video).numpy()
                 onsets = onsets_of(video)
