@@ -7,8 +7,8 @@ out  OUT/last.safetensors; log odds of a hit in each frame
     python finder.py --data clips/               a quarter of an hour on two cores for 3,200 clips
 
 It stands beside the onset head of stage 2 (common/controls.py), which knows the features of stage 1
-alone. These were learned on drawn pictures, whose texture and light recorded ones do not have.
-Motion has neither, so what is learned from drawn clips holds for recorded ones better: see
+alone. These were learned on drawn pictures, and recorded ones have other textures and light. Motion
+has neither, so what is learned from drawn clips holds better for recorded ones: see
 docs/real-footage.md. Up and down are kept apart, since things fall and are struck downwards.
 """
 
@@ -27,15 +27,15 @@ from common import audio, controls, distributed, media, motion, rights, training
 from common.checkpoints import load_network
 
 SPAN = 128  # frames of an item in training
-CELLS = motion.SIZE // motion.BLOCK  # blocks on each side
 MINUTE = 60 * motion.FPS  # frames that are read at once
 # frames on each side that the log odds of one depend on: eight of the network's, and those of a
 # picture held before them
 REACH = 8 + 1 + motion.LONGEST_HELD
 WIDTH = 0.035  # seconds, standard deviation of the bump that an onset is in the target
 ONSET_WEIGHT = 2.0  # in the loss, of a frame with an onset
-STILL = 0.02  # pixels a frame, and
-DARK = 0.5  # gray levels: what is added to a clip's mean, so that still clips divide by something
+# added to the root mean square that a clip is divided by, which is 0 where nothing moves
+STILL = 0.02  # pixels a frame
+DARK = 0.5  # gray levels a frame
 
 RECIPES = {
     "mini": {
@@ -98,8 +98,8 @@ class Finder(nn.Module):
     def read(self, path, start: float, seconds: float):
         """Log odds of a hit in a video, float32 (ceil(FPS * seconds),) in numpy.
 
-        A minute at a time, with the frames around it: memory does not grow with length, and how
-        fast a minute of a film is says nothing of another. Raises MediaError.
+        A minute at a time, with the frames around it: memory does not grow with length, and each
+        minute is scaled by its own motion. Raises MediaError.
         """
         count = math.ceil(motion.FPS * seconds - 1e-6)
         said = []
@@ -269,8 +269,7 @@ class Clips(torch.utils.data.Dataset):
         return rights.summarize(self.rights)
 
     def cut(self, clip, rng):
-        """Blocks and target of SPAN frames from a random place of a clip, still before its start
-        and after its end where it is shorter."""
+        """Blocks and target of SPAN frames from a random place of a clip; still after its end."""
         blocks = self.blocks[clip]
         first = int(rng.integers(max(1, len(blocks) - SPAN + 1)))
         part = blocks[first : first + SPAN].astype(np.float32)
@@ -320,7 +319,7 @@ def validate(model, dataset):
     device = model.odds.weight.device
     losses = []
     pairs = 0
-    found = 0
+    predicted = 0
     annotated = 0
     for blocks, onsets in zip(dataset.blocks, dataset.onsets, strict=True):
         # a minute at a time, as in use: an hour's intermediate results would be gigabytes
@@ -331,9 +330,9 @@ def validate(model, dataset):
         columns = round(len(odds) / motion.FPS / audio.COLUMN)
         hits = [hit.time for hit in controls.find_hits(None, odds.numpy(), columns)]
         pairs += len(audio.match(hits, onsets, 0.1))
-        found += len(hits)
+        predicted += len(hits)
         annotated += len(onsets)
-    _, _, f1 = audio.f1(pairs, found, annotated)
+    _, _, f1 = audio.f1(pairs, predicted, annotated)
     return {"val_loss": float(np.mean(losses)), "val_f1": f1}, []
 
 

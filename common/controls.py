@@ -47,7 +47,7 @@ SEEN = 0.5
 STRANGE = 0.2
 FAMILIAR = 0.3
 BESIDE_HEAD = 0.25  # weight of the motion's log odds beside the head's
-QUIET = 0.004  # of its columns are hits: what a clip with fewer is measured against
+QUIET = 0.004  # share of columns with a hit below which a clip counts as quiet (`agreement`)
 APART = 3  # mel columns on each side in which only the highest peak is a hit
 ONSET_WEIGHT = 6.0  # in the head's loss, of a column with an onset: one in 30 has one
 # of the features that the head is trained on, relative to them: what it learns of drawn pictures
@@ -270,8 +270,8 @@ def log_odds(head, motion, columns: int):
     """Log odds of a hit in each mel column, float64 (columns,), of one source or of both.
 
     head (columns or more,): of the onset head, a mel column each; motion (n,): of `finder.py`, a
-    frame each. Where both are given, the head's count as far as the two agree: what the motion says
-    holds for any picture, what the head says only for pictures like those it was trained on.
+    frame each. Where both are given, the head's count as far as the two agree: motion looks alike
+    in all pictures, and the head knows only pictures like those it was trained on.
     """
     if head is not None:
         head = np.asarray(head[:columns], np.float64)
@@ -285,13 +285,15 @@ def log_odds(head, motion, columns: int):
 
 
 def agreement(head, motion):
-    """Correlation of the probabilities that two log odds (columns,) mean; where neither finds
-    anything, about 1."""
+    """Correlation, -1 to 1, of the probabilities of a hit that two log odds (columns,) stand for.
+
+    About 1 where neither expects any hit.
+    """
     kernel = np.ones(3) / 3
     one, other = (np.convolve(1 / (1 + np.exp(-odds)), kernel, "same") for odds in (head, motion))
     one = one - one.mean()
     other = other - other.mean()
-    # what little a clip without hits has must not decide
+    # in a clip without hits what little is left must not decide
     quiet = QUIET * len(one)
     energies = (one @ one + quiet) * (other @ other + quiet)
     return (one @ other + quiet) / math.sqrt(energies)

@@ -37,14 +37,14 @@ LEVELS = 2
 BATCH = 64  # pictures matched at a time
 SAME = 0.3  # mean difference in gray levels below which a picture is the one before, held
 LONGEST_HELD = 3  # frames; what stays longer stands still
-SPEED = 8
-LEVEL = 2
+SPEED = 8  # what a pixel a frame is in the numbers that are returned
+LEVEL = 2  # and a gray level
 
 
 def gray(frames):
     """uint8 (..., 3, h, w) -> luma (ITU-R BS.601), uint8 (..., h, w)."""
     red, green, blue = (frames[..., k, :, :].astype(np.uint16) for k in range(3))
-    # whole numbers give the same curve on every machine
+    # whole numbers give the same motion on every machine
     return ((77 * red + 150 * green + 29 * blue) >> 8).astype(np.uint8)
 
 

@@ -259,7 +259,7 @@ def found_f1(network, folder):
 
 
 def test_the_shipped_finder_finds_hits(tmp_path):
-    """On clips that no training has seen; the curve of lost speed that it replaces had 0.58."""
+    """On clips that no training has seen."""
     foley.main([str(tmp_path), "--clips", "6", "--seed", "77", "--rates", "real", "--fps", "25"])
     shipped = Finder.load(hub.MINI / "finder.safetensors")
     assert found_f1(shipped, tmp_path) > 0.75

@@ -1,5 +1,5 @@
 """How long sampling a clip takes on this CPU at the published size: both guidances in 25 steps, as
-published; the same with --deep-every 2; and guidance distilled in 8 steps, as sample.py samples
+published; the same with --deep-every 2; and guidance distilled in 6 steps, as sample.py samples
 with weights that distill.py made.
 
     python -m tools.speed_sampling            3 rounds, some minutes
