@@ -221,6 +221,23 @@ def target(onsets, first: int, frames: int):
     return np.exp(-0.5 * (distances / WIDTH) ** 2).astype(np.float32)
 
 
+class Reading(torch.utils.data.Dataset):
+    """Of each video (int8 block motion, its onsets in seconds, None), or (None, None, why not)."""
+
+    def __init__(self, videos):
+        self.videos = videos
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        video = self.videos[index]
+        try:
+            return media.clip_motion(video).numpy(), onsets_of(video), None
+        except media.MediaError as error:
+            return None, None, str(error)
+
+
 class Clips(torch.utils.data.Dataset):
     """{"blocks": (SPAN, 5, 12, 12), "target": (SPAN,)} of a folder of clips, changed at random.
 
@@ -228,10 +245,11 @@ class Clips(torch.utils.data.Dataset):
     index), where index e * len + i is clip i in epoch e. All clips are held in memory, 18 KB for a
     second.
     split      "train", "val", "test", or None for all clips
+    workers    processes that read beside each other; 0: this one
     may_be_empty   as validation's; else MediaError where there is no clip
     """
 
-    def __init__(self, root, seed=0, split: str | None = None, may_be_empty: bool = False):
+    def __init__(self, root, seed=0, split: str | None = None, workers=0, may_be_empty=False):
         if not Path(root).exists():
             raise media.MediaError(f"{root}: no such folder; give one with videos")
         self.seed = seed
@@ -242,13 +260,16 @@ class Clips(torch.utils.data.Dataset):
         videos = media.find_videos([root])
         if split:
             videos = [video for video in videos if data.split_of(video.name) == split]
-        for video in tqdm(videos, "read", unit="clip", disable=distributed.rank() > 0):
+        # each process has a child of its own for FFmpeg
+        reading = torch.utils.data.DataLoader(
+            Reading(videos), None, num_workers=workers, collate_fn=tuple
+        )
+        bar = tqdm(reading, "read", len(videos), unit="clip", disable=distributed.rank() > 0)
+        for video, (blocks, onsets, fault) in zip(videos, bar, strict=True):
             # a clip that cannot be read takes no other down
-            try:
-                blocks = media.clip_motion(video).numpy()
-                onsets = onsets_of(video)
-            except media.MediaError as error:
-                self.left_out.append((video.name, str(error)))
+            if fault:
+                name = video.relative_to(root) if Path(root).is_dir() else video.name
+                self.left_out.append((str(name), fault))
                 continue
             self.blocks.append(blocks)
             self.onsets.append(onsets)
@@ -343,8 +364,8 @@ def train(args):
     training.check_run_folder(args)
     device = training.set_up(args)
 
-    clips = Clips(args.data, args.seed, "train")
-    held_out = Clips(args.data, args.seed, "val", may_be_empty=True)
+    clips = Clips(args.data, args.seed, "train", args.workers)
+    held_out = Clips(args.data, args.seed, "val", args.workers, may_be_empty=True)
     clips.left_out += held_out.left_out
     if not len(held_out):
         held_out = None

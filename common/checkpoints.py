@@ -388,6 +388,12 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     """
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
+    for name, parameter in model.named_parameters():
+        # with such weights a network says nothing, and not every use of one would tell
+        if not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{file.path}: {name} holds numbers that are not finite; take an earlier file"
+            )
     for tensor in (*model.parameters(), *model.buffers()):
         # counters stay integers
         kind = tensor.dtype

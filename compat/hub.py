@@ -14,6 +14,7 @@ only where a file is missing. It goes on where a connection breaks, but a proces
 begins its file again.
 """
 
+import fnmatch
 import json
 import os
 import re
@@ -116,9 +117,14 @@ def official():
 
 
 def find_checkpoint(folder, *patterns):
-    """The one file of a folder that fits the first pattern that any fits, or None."""
+    """The one file of a folder that fits the first pattern that any fits, or None.
+
+    A link to nothing counts as a file, so that whoever opens it says that it is broken.
+    """
+    # not glob(pattern), which does not find such a link where the pattern is a name
+    files = sorted(folder.glob("*"))
     for pattern in patterns:
-        paths = sorted(folder.glob(pattern))
+        paths = [path for path in files if fnmatch.fnmatchcase(path.name, pattern)]
         if len(paths) > 1:
             raise HubError(
                 f"{folder}: {paths[0].name} and {paths[1].name} both fit {pattern}; leave only one"

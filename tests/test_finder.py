@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import data
 import finder
 import foley
 from common import audio, controls, media, motion
+from common.checkpoints import CheckpointError, save_model
 from common.onsets import Hit
 from common.profiling import Profile
 from compat import hub
@@ -169,6 +171,21 @@ def test_items_repeat_and_change_with_the_epoch(folder):
     assert not np.array_equal(Clips(folder, seed=1)[0]["blocks"], clips[0]["blocks"])
 
 
+def test_processes_beside_each_other_read_the_same(folder, tmp_path):
+    inside = tmp_path / "deep" / "er"
+    inside.mkdir(parents=True)
+    for name in ("00000.mp4", "00000.json", "00001.mp4"):
+        (inside / name).write_bytes((folder / name).read_bytes())
+    make(inside / "silent.mp4", steady(25, 1))
+    alone = Clips(tmp_path)
+    beside = Clips(tmp_path, workers=2)
+    assert beside.onsets == alone.onsets and len(alone) == 2
+    assert all(map(np.array_equal, beside.blocks, alone.blocks))
+    # by its folder too: others may have the name
+    assert [name for name, _ in beside.left_out] == ["deep/er/silent.mp4"]
+    assert beside.left_out == alone.left_out and beside.rights == alone.rights
+
+
 def test_labels_count_and_without_them_the_sound(folder, tmp_path):
     video = tmp_path / "a.mp4"
     video.write_bytes((folder / "00000.mp4").read_bytes())
@@ -275,6 +292,26 @@ def test_a_folder_of_weights_may_have_its_own(tmp_path):
     own = tmp_path / "finder.safetensors"
     own.touch()
     assert hub.find_weights(tmp_path)["finder"] == own
+
+
+def test_a_link_to_nothing_is_not_the_shipped_finder(tmp_path):
+    for name in ("cavp", "ldm"):
+        (tmp_path / f"{name}.safetensors").touch()
+    own = tmp_path / "finder.safetensors"
+    own.symlink_to(tmp_path / "gone.safetensors")
+    assert hub.find_weights(tmp_path)["finder"] == own
+    with pytest.raises(CheckpointError, match="finder.safetensors"):
+        Finder.load(own)
+
+
+def test_weights_that_are_not_numbers_are_refused(network, tmp_path):
+    path = tmp_path / "finder.safetensors"
+    broken = Finder(network.config)
+    with torch.no_grad():
+        broken.last.bias[1] = math.nan
+    save_model(path, broken, asdict(network.config))
+    with pytest.raises(CheckpointError, match="finder.safetensors: last.bias .* not finite"):
+        Finder.load(path)
 
 
 def test_the_finder_of_the_weights_is_asked(monkeypatch, tmp_path):
