@@ -388,17 +388,17 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     """
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
-    for name, parameter in model.named_parameters():
-        # with such weights a network says nothing, and not every use of one would tell
-        if not parameter.isfinite().all():
-            raise CheckpointError(
-                f"{file.path}: {name} holds numbers that are not finite; take an earlier file"
-            )
-    for tensor in (*model.parameters(), *model.buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         # counters stay integers
         kind = tensor.dtype
         if isinstance(tensor, nn.Parameter):
             kind = dtype
+            # a network of such weights says nothing, and not every use of one would tell;
+            # the sum needs no memory of its own
+            if not tensor.sum(dtype=torch.float32).isfinite():
+                raise CheckpointError(
+                    f"{file.path}: {name} holds numbers that are not finite; take an earlier file"
+                )
         elif tensor.is_floating_point():
             kind = torch.float32
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
