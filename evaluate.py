@@ -26,6 +26,7 @@ metronome          hits at 5 a second, averaged over four phases: what regular h
 silence            none
 round_trip         its own through an autoencoder and the vocoder: the ceiling of stage 2
                    (--round-trip FILE)
+marked             generated with the first K hits given and the others found (--marks K)
 Of slid and metronome there is no sound: columns that need one are empty (null) there.
 
 column             what it measures
@@ -102,7 +103,7 @@ from common.media import MediaError, find_videos, probe, read_audio, read_tags, 
 from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from diffusion import SAMPLERS, SCHEDULES
-from film import listen
+from film import alike, listen
 from film.arguments import GUIDANCE, add_deep_every, add_material
 from film.level import add_lufs
 from film.provenance import make_tags
@@ -211,6 +212,7 @@ class EvalClip:
     flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
     annotated: tuple = ()  # Hit, all that is annotated: for rows that are told it
+    skip: int = 0  # samples of a sound, up to the last mark of --marks, that nothing here is of
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
@@ -336,8 +338,8 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
 
     The sound may be longer or shorter than the clip. `seconds`: what it took to generate.
     """
-    # what comes after the clip's end does not count
-    wav = wav[: samples_of(clip.mel)]
+    # what comes before and after what is measured
+    wav = wav[clip.skip :][: samples_of(clip.mel)]
     log_mel = mel(wav)
     strength = onset_strength(log_mel)
     # a sound that is shorter than the clip goes on as silence
@@ -566,30 +568,42 @@ def read_groups(path, videos):
     return groups
 
 
-def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, material=()):
+def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, material=(), marks=0):
     """An EvalClip. Its onsets: `annotated` (seconds), else the labels, else the reference's own.
 
-    material: what every hit is to sound like, instead of what the labels say.
+    material: what every hit is to sound like, instead of what the labels say; marks: so many hits
+    come before what is measured.
     """
     wav = read_audio(video, duration=probe(video).duration)
-    log_mel = mel(wav)
-    ref_onsets = detect_onsets(log_mel).tolist()
-    flux_onsets = detect_onsets_flux(log_mel).tolist()
-    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, hits=[])
-    labels = [{"time": time} for time in ref_onsets]
+    labels = None
     if annotated is not None:
         labels = [{"time": time} for time in annotated]
     elif video.with_suffix(".json").is_file():
         labels = read_onsets(video)
-        annotated = [onset["time"] for onset in labels]
-    if annotated is not None:
-        clip.onsets = annotated
-        clip.flux_onsets = annotated
+    is_labeled = labels is not None
+    if not is_labeled:
+        labels = [{"time": time} for time in detect_onsets(mel(wav)).tolist()]
     if material:
         labels = [{**onset, "material": material[0]} for onset in labels]
+    hits = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
+
+    # what is measured begins after the marks, at a mel column
+    skip = 0
+    if 0 < marks < len(hits):
+        skip = math.ceil((hits[marks - 1].time + alike.SIDE) / COLUMN)
+        labels = [{**o, "time": o["time"] - skip * COLUMN} for o in labels[marks:]]
+        labels = [onset for onset in labels if onset["time"] >= 0]
+    wav = wav[skip * HOP :]
+    log_mel = mel(wav)
+    ref_onsets = detect_onsets(log_mel).tolist()
+    flux_onsets = detect_onsets_flux(log_mel).tolist()
+    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, hits=[])
+    clip.annotated = hits
+    clip.skip = skip * HOP
+    if is_labeled:
+        clip.onsets = clip.flux_onsets = [onset["time"] for onset in labels]
     if labels and "material" in labels[0]:
         clip.hits = judge.isolated_hits(labels)
-    clip.annotated = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
@@ -599,7 +613,8 @@ def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, mate
         clip.starts = plan_windows(samples_of(log_mel), fps)
         firsts = [round(start * fps / SAMPLE_RATE) for start in clip.starts]
         count = firsts[-1] + frames
-        features = video_features(video, metrics.cavp, count, len(wav) / SAMPLE_RATE)
+        begin = clip.skip / SAMPLE_RATE
+        features = video_features(video, metrics.cavp, count, len(wav) / SAMPLE_RATE, begin)
         clip.video_features = torch.stack([features[first : first + frames] for first in firsts])
     if metrics.melception:
         clip.ref_melception = metrics.melception.embed_clip(melception.reference_mel(wav))
@@ -659,11 +674,14 @@ def make_sounds(videos, clips, args, changes, name):
 
     def make(k):
         settings = replace(settings_of(args), seed=args.seed + k, **changes)
-        if settings.onsets == "annotated":
+        if settings.onsets in ("annotated", "marked"):
             # what these weights were never told of is left open, as in training
             known = models.ldm.materials
             hits = [h if h.material in known else h._replace(material=None) for h in annotated[k]]
-            settings = replace(settings, onsets=tuple(hits))
+            if settings.onsets == "marked":
+                settings = replace(settings, onsets=tuple(hits[: args.marks]), find_rest=True)
+            else:
+                settings = replace(settings, onsets=tuple(hits))
         wav, seconds = generate_sound(videos[k], models, settings)
         if args.keep:
             # what leaves the program is marked; the table measures it unmarked
@@ -727,6 +745,8 @@ def variants(args):
     """{row: settings that differ from the command line's} of the generated rows."""
     if args.ablate:
         return ABLATIONS[args.ablate]
+    if args.marks:
+        return {"ours": {}, "marked": {"onsets": "marked"}}
     if len(args.weights) == 1:
         return {"ours": {}}
     return {Path(weights).name: {"weights": weights} for weights in args.weights}
@@ -753,11 +773,29 @@ def score_rows(measured, clips):
     return result
 
 
+def with_hits_after_marks(clips, marks):
+    """Numbers of the clips with hits after the first --marks, and a second of sound there."""
+    kept = [k for k, clip in enumerate(clips) if clip.skip and clip.onsets]
+    kept = [k for k in kept if samples_of(clips[k].mel) >= SAMPLE_RATE]
+    if len(kept) < 2:
+        raise MediaError(
+            f"--marks: {len(kept)} of {len(clips)} clips go on after {marks} hits; give a smaller "
+            "number"
+        )
+    if len(kept) < len(clips) and distributed.rank() == 0:
+        print(
+            f"evaluate.py: {len(clips) - len(kept)} of {len(clips)} clips end with their first "
+            f"{marks} hits; left out",
+            file=sys.stderr,
+        )
+    return kept
+
+
 def check_weights(args):
     """Raises UserError for what these weights cannot be given."""
-    if args.material or args.onsets or args.ablate == "onsets":
+    if args.material or args.onsets or args.marks or args.ablate == "onsets":
         try:
-            annotated = args.onsets == "annotated" or args.ablate == "onsets"
+            annotated = args.onsets == "annotated" or args.marks or args.ablate == "onsets"
             onsets = () if annotated else args.onsets
             replace(settings_of(args), onsets=onsets).resolve(
                 load_models(args.weights[0], args.device)
@@ -788,9 +826,15 @@ def evaluate(args):
         metrics.melception = Melception.load(args.official_melception, args.device)
 
     def read(k):
-        return read_clip(videos[k], metrics, annotations.get(videos[k]), args.material)
+        return read_clip(videos[k], metrics, annotations.get(videos[k]), args.material, args.marks)
 
     clips = share_out(read, len(videos), "reading")
+    if args.marks:
+        kept = with_hits_after_marks(clips, args.marks)
+        videos = [videos[k] for k in kept]
+        clips = [clips[k] for k in kept]
+        groups = {name: [kept.index(k) for k in of if k in kept] for name, of in groups.items()}
+        groups = {name: of for name, of in groups.items() if of}
     if not any(clip.onsets for clip in clips):
         raise MediaError(f"{args.data}: no onset in {len(videos)} clips; give more with --clips")
 
@@ -816,7 +860,7 @@ def evaluate(args):
     add_row("wrong_video", wrong)
     measured["slid"] = [slid_stats(stats) for stats in measured[name]]
     measured["metronome"] = [metronome_stats(clip) for clip in clips]
-    add_row("silence", [torch.zeros(samples_of(clip.mel)) for clip in clips])
+    add_row("silence", [torch.zeros(clip.skip + samples_of(clip.mel)) for clip in clips])
     if args.round_trip:
         vae = AutoencoderKL.load(args.round_trip)
         wavs = share_out(lambda k: round_trip(clips[k], vae), len(clips), "round_trip")
@@ -899,6 +943,13 @@ def arguments(argv):
         p.error("--samples: is one row; leave out --ablate and further --weights")
     if args.onsets and args.ablate == "onsets":
         p.error("--ablate onsets: has a row for each finder; leave out --onsets")
+    if args.marks and (args.samples or args.ablate or args.onsets or args.round_trip or args.page):
+        p.error(
+            "--marks: has rows of its own; leave out --samples, --ablate, --onsets, --round-trip "
+            "and --page"
+        )
+    if args.marks and len(args.weights) > 1:
+        p.error("--marks: is of one model; leave out further --weights")
     if args.samples and args.lufs is not None:
         p.error("--lufs: is of what is generated here; leave it out with --samples")
     try:
@@ -955,6 +1006,14 @@ def add_table_arguments(p):
         help="SpecVQGAN's published weights, with the statistics file beside them",
     )
     p.add_argument("--ablate", choices=ABLATIONS, help="a row for each setting, instead of `ours`")
+    p.add_argument(
+        "--marks",
+        type=number(int, 2),
+        default=0,
+        metavar="K",
+        help="what marks are worth: in the row `marked` the first K annotated hits are given and "
+        "the others found (sample.py --find-rest); all rows are of what follows those hits",
+    )
 
 
 def add_generation_arguments(p):

@@ -94,28 +94,39 @@ class Finder(nn.Module):
         x = x + F.silu(self.last(x))
         return self.odds(x)[:, 0].float()
 
-    @torch.no_grad()
     def read(self, path, start: float, seconds: float):
         """Log odds of a hit in a video, float32 (ceil(FPS * seconds),) in numpy.
 
-        A minute at a time, with the frames around it: memory does not grow with length, and each
-        minute is scaled by its own motion. Raises MediaError.
+        Memory does not grow with length; each minute is scaled by its own motion. Raises
+        MediaError.
         """
-        count = math.ceil(motion.FPS * seconds - 1e-6)
-        said = []
-        for first in range(0, count, MINUTE):
-            low = max(0, first - REACH)
-            high = min(count, first + MINUTE + REACH)
-            length = (high - low) / motion.FPS
-            blocks = media.clip_motion(path, start + low / motion.FPS, length)
-            odds = self(blocks[None].to(self.odds.weight.device))[0]
-            said.append(odds[first - low :][:MINUTE].cpu().numpy())
-        return np.concatenate(said)
+        return self.read_parts(minutes(path, start, seconds))
+
+    @torch.no_grad()
+    def read_parts(self, parts):
+        """The same of block motion that is read already: what `minutes` yields."""
+        device = self.odds.weight.device
+        odds = [self(blocks[None].to(device))[0, kept].cpu().numpy() for blocks, kept in parts]
+        return np.concatenate(odds)
 
     @classmethod
     def load(cls, path, device="cpu"):
         """The network of a file that training wrote, for use; CheckpointError for any other."""
         return load_network(cls, path, FinderConfig(), device).requires_grad_(False)
+
+
+def minutes(path, start: float, seconds: float):
+    """Yields block motion of a video, int8 (f, 5, rows, cols), and which of its frames count.
+
+    A minute at a time, with the frames around it that a network's log odds depend on. Together the
+    frames that count are ceil(FPS * seconds). Raises MediaError.
+    """
+    count = math.ceil(motion.FPS * seconds - 1e-6)
+    for first in range(0, count, MINUTE):
+        low = max(0, first - REACH)
+        high = min(count, first + MINUTE + REACH)
+        blocks = media.clip_motion(path, start + low / motion.FPS, (high - low) / motion.FPS)
+        yield blocks, slice(first - low, first - low + MINUTE)
 
 
 def inputs(blocks):

@@ -300,8 +300,12 @@ def agreement(head, motion):
 
 
 def find_hits(head, motion, columns: int):
-    """-> [Hit] in time order: the peaks of `log_odds` where a hit is likelier than none."""
-    odds = log_odds(head, motion, columns)
+    """-> [Hit] in time order, of one source or of both: see `log_odds`."""
+    return find_peaks(log_odds(head, motion, columns))
+
+
+def find_peaks(odds):
+    """Log odds (columns,) -> [Hit] in time order: their peaks where a hit is likelier than none."""
     padded = np.pad(odds, APART, constant_values=-np.inf)
     highest = np.lib.stride_tricks.sliding_window_view(padded, 2 * APART + 1).max(1)
     # of equal columns the first

@@ -133,6 +133,12 @@ def add_directions(g):
         "track of Audacity, or a CSV of time, strength and material; of many inputs "
         "DIR/NAME.onsets.txt",
     )
+    g.add_argument(
+        "--find-rest",
+        action="store_true",
+        help="--onsets FILE has some hits that follow each other, at least two; find those before "
+        "and after them that look alike",
+    )
     add_material(g)
     g.add_argument(
         "--write-onsets",
@@ -274,6 +280,8 @@ def check_settings(settings):
     cli.check_type("material", settings.material, tuple)
     if settings.onsets is not None and not isinstance(settings.onsets, str | Path | tuple):
         raise ValueError(f"onsets {cli.quoted(settings.onsets)}: give a tuple of Hit, or a file")
+    if settings.find_rest and (settings.onsets is None or settings.onsets in FINDERS):
+        raise ValueError("--find-rest: finds hits like those of a file; give it by --onsets FILE")
 
 
 def check_schedule(schedule, is_solver):

@@ -1,4 +1,5 @@
-"""The hits that a clip's sound plays: given by a person, or found in its features and its motion.
+"""The hits that a clip's sound plays: given by a person, found in its features and its motion, or
+some given and the rest found.
 
 in   a clip with features, stage 2 with its heads (common/controls.py), the settings
 out  [Hit]; a material that nobody has named is what the network sees, where it is sure of it
@@ -10,10 +11,12 @@ import torch
 
 from common import controls
 from common.audio import COLUMN
+from common.files import UserError
 from common.onsets import read_hits
 from compat.hub import MINI
+from film import alike
 from film.jobs import check_onsets, labels_of
-from finder import Finder
+from finder import Finder, minutes
 
 
 def check_hits(jobs, args, settings, models):
@@ -21,14 +24,14 @@ def check_hits(jobs, args, settings, models):
 
     Raises ValueError, CheckpointError.
     """
-    if settings.onsets in ("flow", "both"):
+    if settings.onsets in ("flow", "both") or settings.find_rest:
         finder_of(models)
     check_onsets(jobs, args, settings, models)
 
 
 @torch.no_grad()
 def hits_to_play(clip, models, settings):
-    """The hits of a clip, in seconds from its start. Raises UserError for a file of labels."""
+    """The hits of a clip, in seconds from its start. Raises UserError for labels, MediaError."""
     ldm = models.ldm
     if settings.onsets in controls.FINDERS:
         hits = found_hits(clip, models, settings.onsets)
@@ -37,6 +40,8 @@ def hits_to_play(clip, models, settings):
         if not isinstance(hits, tuple):
             hits = read_hits(labels_of(clip.source, hits), ldm.materials)
         hits = controls.hits_within(hits, clip.start, clip.seconds, clip.source)
+        if settings.find_rest:
+            hits = completed(hits, clip, models)
     # of what material they are, unless a person says so
     if ldm.config.names_materials and hits and not settings.material:
         seen = controls.read_head(ldm.material_head, clip.features)
@@ -60,9 +65,29 @@ def found_hits(clip, models, source):
         return []
     head = motion = None
     if source != "flow":
-        with clip.profile("features"):
-            head = controls.read_head(models.ldm.onset_head, clip.features).ravel()
+        head = ask_head(clip, models)
     if source != "model":
         with clip.profile("motion"):
             motion = finder_of(models).read(clip.source, clip.start, clip.seconds)
     return controls.find_hits(head, motion, round(clip.seconds / COLUMN))
+
+
+def ask_head(clip, models):
+    """The onset head's log odds of a hit in each mel column of the clip's features."""
+    with clip.profile("features"):
+        return controls.read_head(models.ldm.onset_head, clip.features).ravel()
+
+
+def completed(marks, clip, models):
+    """The marks, and the hits before and after them that look alike. Raises UserError."""
+    if len(marks) < alike.LEAST:
+        raise UserError(
+            f"{clip.source}: --find-rest: {len(marks)} hits of the file lie in what is made; mark "
+            f"at least {alike.LEAST} that follow each other"
+        )
+    head = ask_head(clip, models)
+    with clip.profile("motion"):
+        # held for the whole clip, 18 KB a second: they are needed twice
+        parts = list(minutes(clip.source, clip.start, clip.seconds))
+        columns = round(clip.seconds / COLUMN)
+        return alike.find_rest(marks, head, finder_of(models), parts, columns)

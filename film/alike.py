@@ -1,0 +1,107 @@
+"""More hits like those that a person has marked: sample.py --onsets FILE --find-rest.
+
+in   marks, which are all hits between the first and the last of them; what the onset head and the
+     finder say of the whole clip (common/controls.py, finder.py)
+out  the marks, and the hits before the first and after the last
+
+What is filmed differs from the drawn pictures that the networks were trained on, in each clip in
+its own way. A few marks say in which: the stretch between them shows what moves where as something
+is hit in this clip, and as nothing is. A logistic regression learns that from it, of the principal
+components of the motion; it adds to the log odds of the networks, which count as much as ever
+where the marks say nothing.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from common import audio, controls, motion
+from common.audio import COLUMN
+from finder import MINUTE, ONSET_WEIGHT, inputs, target
+
+LEAST = 2  # marks
+SIDE = 0.1  # seconds around the marks that belong to their stretch
+# Set on 480 clips of foley.py, 120 of them of a world that the finder was not trained on; half or
+# twice as much hardly differs
+COMPONENTS = 16
+DECAY = 10.0  # of the weights of the components
+CONSTANT_DECAY = 1.0  # of the constant, which says how often something is hit in this clip
+
+
+def find_rest(marks, head, finder, parts, columns: int):
+    """[Hit] in time order: the marks, and those that are found outside of their stretch.
+
+    marks: LEAST or more Hit; head (columns or more,): log odds of the onset head, a mel column
+    each; finder: a `finder.Finder`; parts: all that `finder.minutes` yields of the video. Hits that
+    are found have the marks' material, if it is one for all of them.
+    """
+    first = min(hit.time for hit in marks) - SIDE
+    last = max(hit.time for hit in marks) + SIDE
+
+    # of both networks and of the finder alone, what finds the marks better
+    said = finder.read_parts(parts)
+    sources = [controls.log_odds(head, said, columns), controls.log_odds(None, said, columns)]
+    odds = max(sources, key=lambda odds: found_marks(odds, marks, first, last))
+
+    # what the stretch between the marks says besides
+    moving = motion_components(parts, max(0.0, first))
+    times = np.arange(len(moving)) / motion.FPS
+    column_times = np.arange(columns) * COLUMN
+    offsets = np.interp(times, column_times, odds)
+    wanted = target([hit.time for hit in marks], 0, len(moving))
+    shown = (first <= times) & (times <= last)
+    weights = regress(moving[shown], wanted[shown], offsets[shown])
+    learned = moving @ weights[:-1] + weights[-1]
+
+    found = controls.find_peaks(odds + np.interp(column_times, times, learned))
+    materials = {hit.material for hit in marks}
+    material = materials.pop() if len(materials) == 1 else None
+    rest = [hit._replace(material=material) for hit in found if not first <= hit.time <= last]
+    return sorted([*marks, *rest], key=lambda hit: hit.time)
+
+
+def found_marks(odds, marks, first: float, last: float):
+    """F1 within 100 ms of the hits of log odds (columns,) from `first` to `last` second."""
+    hits = [hit.time for hit in controls.find_peaks(odds) if first <= hit.time <= last]
+    times = sorted(hit.time for hit in marks)
+    _, _, f1 = audio.f1(len(audio.match(hits, times, 0.1)), len(hits), len(times))
+    return f1
+
+
+@torch.no_grad()
+def motion_components(parts, near: float):
+    """Principal components of a video's motion, float32 (f, COMPONENTS or fewer) in numpy.
+
+    parts: all that `finder.minutes` yields. The components are those of the minute that `near`
+    (seconds) lies in, where the first one has a variance of 1.
+    """
+
+    def flat(blocks, kept):
+        return inputs(blocks[None].float())[0, kept].flatten(1)  # (f, 7 rows cols)
+
+    minute = flat(*parts[int(near * motion.FPS) // MINUTE])
+    mean = minute.mean(0)
+    _, scales, axes = torch.linalg.svd(minute - mean, full_matrices=False)
+    axes = math.sqrt(len(minute)) / scales[0].clamp_min(1e-3) * axes[:COMPONENTS]
+    return torch.cat([(flat(*part) - mean) @ axes.T for part in parts]).numpy()
+
+
+def regress(x, wanted, offsets):
+    """Logistic regression with offsets: weights (d + 1,), the last one of a constant.
+
+    x (n, d); wanted (n,): from 0 to 1, as the finder's target; offsets (n,): log odds without x.
+    Newton's method (Bishop 2006, section 4.3.3), with a normal prior on the weights.
+    """
+    x = np.concatenate([x, np.ones((len(x), 1))], 1, dtype=np.float64)
+    # as in the finder's loss
+    importance = 1 + (ONSET_WEIGHT - 1) * wanted
+    prior = np.diag([DECAY] * (x.shape[1] - 1) + [CONSTANT_DECAY])
+    weights = np.zeros(x.shape[1])
+    for _ in range(15):
+        odds = np.clip(x @ weights + offsets, -30, 30)
+        share = 1 / (1 + np.exp(-odds))
+        slope = x.T @ (importance * share - ONSET_WEIGHT * wanted) + prior @ weights
+        curvature = x.T @ (importance * share * (1 - share) * x.T).T + prior
+        weights -= np.linalg.solve(curvature, slope)
+    return weights
