@@ -590,7 +590,7 @@ def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, mate
     # what is measured begins after the marks, at a mel column
     skip = 0
     if 0 < marks < len(hits):
-        skip = math.ceil((hits[marks - 1].time + alike.SIDE) / COLUMN)
+        skip = math.ceil((hits[marks - 1].time + alike.AFTER) / COLUMN)
         labels = [{**o, "time": o["time"] - skip * COLUMN} for o in labels[marks:]]
         labels = [onset for onset in labels if onset["time"] >= 0]
     wav = wav[skip * HOP :]

@@ -1,14 +1,14 @@
 """More hits like those that a person has marked: sample.py --onsets FILE --find-rest.
 
-in   marks, which are all hits between the first and the last of them; what the onset head and the
-     finder say of the whole clip (common/controls.py, finder.py)
-out  the marks, and the hits before the first and after the last
+in   marks, which are all hits from the start of a clip to the last of them; what the onset head and
+     the finder say of the whole clip (common/controls.py, finder.py)
+out  the marks, and the hits that follow
 
 What is filmed differs from the drawn pictures that the networks were trained on, in each clip in
-its own way. A few marks say in which: the stretch between them shows what moves where as something
-is hit in this clip, and as nothing is. A logistic regression learns that from it, of the principal
-components of the motion; it adds to the log odds of the networks, which count as much as ever
-where the marks say nothing.
+its own way. A few marks say in which: the time up to the last one shows what moves where as
+something is hit in this clip, and as nothing is. A logistic regression learns that, of the
+principal components of the motion; it adds to the log odds of the networks, which count as much as
+ever where the marks say nothing.
 """
 
 import math
@@ -18,10 +18,10 @@ import torch
 
 from common import audio, controls, motion
 from common.audio import COLUMN
-from finder import MINUTE, ONSET_WEIGHT, inputs, target
+from finder import ONSET_WEIGHT, inputs, target
 
 LEAST = 2  # marks
-SIDE = 0.1  # seconds around the marks that belong to their stretch
+AFTER = 0.1  # seconds after the last mark in which there is no other hit
 # Set on 480 clips of foley.py, 120 of them of a world that the finder was not trained on; half or
 # twice as much hardly differs
 COMPONENTS = 16
@@ -30,57 +30,56 @@ CONSTANT_DECAY = 1.0  # of the constant, which says how often something is hit i
 
 
 def find_rest(marks, head, finder, parts, columns: int):
-    """[Hit] in time order: the marks, and those that are found outside of their stretch.
+    """[Hit] in time order: the marks, and those that are found after them.
 
     marks: LEAST or more Hit; head (columns or more,): log odds of the onset head, a mel column
     each; finder: a `finder.Finder`; parts: all that `finder.minutes` yields of the video. Hits that
     are found have the marks' material, if it is one for all of them.
     """
-    first = min(hit.time for hit in marks) - SIDE
-    last = max(hit.time for hit in marks) + SIDE
+    until = max(hit.time for hit in marks) + AFTER
 
     # of both networks and of the finder alone, what finds the marks better
     said = finder.read_parts(parts)
     sources = [controls.log_odds(head, said, columns), controls.log_odds(None, said, columns)]
-    odds = max(sources, key=lambda odds: found_marks(odds, marks, first, last))
+    odds = max(sources, key=lambda odds: found_marks(odds, marks, until))
 
-    # what the stretch between the marks says besides
-    moving = motion_components(parts, max(0.0, first))
+    # what the time up to then says besides
+    moving = motion_components(parts)
     times = np.arange(len(moving)) / motion.FPS
     column_times = np.arange(columns) * COLUMN
     offsets = np.interp(times, column_times, odds)
     wanted = target([hit.time for hit in marks], 0, len(moving))
-    shown = (first <= times) & (times <= last)
+    shown = times <= until
     weights = regress(moving[shown], wanted[shown], offsets[shown])
     learned = moving @ weights[:-1] + weights[-1]
 
     found = controls.find_peaks(odds + np.interp(column_times, times, learned))
     materials = {hit.material for hit in marks}
     material = materials.pop() if len(materials) == 1 else None
-    rest = [hit._replace(material=material) for hit in found if not first <= hit.time <= last]
+    rest = [hit._replace(material=material) for hit in found if hit.time > until]
     return sorted([*marks, *rest], key=lambda hit: hit.time)
 
 
-def found_marks(odds, marks, first: float, last: float):
-    """F1 within 100 ms of the hits of log odds (columns,) from `first` to `last` second."""
-    hits = [hit.time for hit in controls.find_peaks(odds) if first <= hit.time <= last]
+def found_marks(odds, marks, until: float):
+    """F1 within 100 ms of the hits of log odds (columns,) up to a second, against the marks."""
+    hits = [hit.time for hit in controls.find_peaks(odds) if hit.time <= until]
     times = sorted(hit.time for hit in marks)
     _, _, f1 = audio.f1(len(audio.match(hits, times, 0.1)), len(hits), len(times))
     return f1
 
 
 @torch.no_grad()
-def motion_components(parts, near: float):
+def motion_components(parts):
     """Principal components of a video's motion, float32 (f, COMPONENTS or fewer) in numpy.
 
-    parts: all that `finder.minutes` yields. The components are those of the minute that `near`
-    (seconds) lies in, where the first one has a variance of 1.
+    parts: all that `finder.minutes` yields. The components are those of the first minute, where the
+    first one has a variance of 1.
     """
 
     def flat(blocks, kept):
         return inputs(blocks[None].float())[0, kept].flatten(1)  # (f, 7 rows cols)
 
-    minute = flat(*parts[int(near * motion.FPS) // MINUTE])
+    minute = flat(*parts[0])
     mean = minute.mean(0)
     _, scales, axes = torch.linalg.svd(minute - mean, full_matrices=False)
     axes = math.sqrt(len(minute)) / scales[0].clamp_min(1e-3) * axes[:COMPONENTS]

@@ -136,8 +136,8 @@ def add_directions(g):
     g.add_argument(
         "--find-rest",
         action="store_true",
-        help="--onsets FILE has some hits that follow each other, at least two; find those before "
-        "and after them that look alike",
+        help="--onsets FILE has the first hits alone, two or more: find those that follow, by what "
+        "these look like",
     )
     add_material(g)
     g.add_argument(

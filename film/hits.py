@@ -79,11 +79,11 @@ def ask_head(clip, models):
 
 
 def completed(marks, clip, models):
-    """The marks, and the hits before and after them that look alike. Raises UserError."""
+    """The marks, and the hits after them that look alike. Raises UserError."""
     if len(marks) < alike.LEAST:
         raise UserError(
             f"{clip.source}: --find-rest: {len(marks)} hits of the file lie in what is made; mark "
-            f"at least {alike.LEAST} that follow each other"
+            f"its first {alike.LEAST} or more"
         )
     head = ask_head(clip, models)
     with clip.profile("motion"):

@@ -1,4 +1,4 @@
-"""film/alike.py: from a few marks to the hits before and after them."""
+"""film/alike.py: from the first hits of a clip to the others."""
 
 import json
 import math
@@ -69,20 +69,13 @@ def test_a_few_marks_tell_hits_from_what_else_moves(parts):
     assert are_near(find([Hit(time) for time in OTHERS[:4]], parts), OTHERS)
 
 
-def test_hits_are_found_before_the_first_mark_too(parts):
-    marks = [Hit(time) for time in TIMES[3:7]]
-    found = find(marks, parts)
-    assert are_near(found, TIMES) and set(marks) < set(found)
-
-
-def test_between_the_marks_there_are_no_others(parts):
+def test_up_to_the_last_mark_there_are_no_others(parts):
     # a head that is sure of hits everywhere, as often as hits can be
     head = np.full(columns_of(parts), -3.0)
     head[::8] = 9.0
     marks = [Hit(1.0), Hit(2.0), Hit(3.0)]
     found = find(marks, parts, head)
-    first, last = 1.0 - alike.SIDE, 3.0 + alike.SIDE
-    assert [hit for hit in found if first <= hit.time <= last] == marks
+    assert [hit for hit in found if hit.time <= 3.0 + alike.AFTER] == marks
 
 
 def test_the_marks_choose_whom_to_ask(parts, monkeypatch):
@@ -111,8 +104,8 @@ def test_one_material_of_all_marks_is_that_of_the_rest(parts):
     assert {hit.material for hit in find(marks, parts)[4:]} == {None}
 
 
-def test_components_are_of_their_minute(parts, monkeypatch):
-    whole = alike.motion_components(parts, 0.0)
+def test_components_are_of_the_first_minute(parts):
+    whole = alike.motion_components(parts)
     assert whole.shape == (FRAMES, alike.COMPONENTS) and whole.dtype == np.float32
     deviations = whole.std(0)
     assert np.allclose(whole.mean(0), 0, atol=1e-4) and math.isclose(deviations[0], 1, abs_tol=1e-3)
@@ -121,13 +114,12 @@ def test_components_are_of_their_minute(parts, monkeypatch):
     blocks = parts[0][0]
     kept = [(0, 110, slice(0, 100)), (90, 210, slice(10, 110)), (190, 250, slice(10, 60))]
     three = [(blocks[first:last], frames) for first, last, frames in kept]
-    monkeypatch.setattr(alike, "MINUTE", 100)
-    split = alike.motion_components(three, 5.0)
+    split = alike.motion_components(three)
     assert split.shape == whole.shape
-    assert math.isclose(split[100:200].std(0)[0], 1, abs_tol=1e-3)
+    assert math.isclose(split[:100].std(0)[0], 1, abs_tol=1e-3)
     # nothing moves
     still = [(torch.zeros(50, 5, 12, 12, dtype=torch.int8), slice(0, 50))]
-    assert not alike.motion_components(still, 0.0).any()
+    assert not alike.motion_components(still).any()
 
 
 def test_the_regression_is_where_its_gradient_is_zero():
@@ -193,7 +185,7 @@ def test_the_command_plays_marks_and_rest(weights, clip, tmp_path, capsys, monke
     [
         ((), "--find-rest: finds hits like those of a file; give it by --onsets FILE"),
         (("--onsets", "both"), "--find-rest: finds hits like those of a file"),
-        (("--onsets", "MARKS"), "clip.mp4: --find-rest: 1 hits .* mark at least 2"),
+        (("--onsets", "MARKS"), "clip.mp4: --find-rest: 1 hits .* mark its first 2 or more"),
     ],
 )
 def test_too_few_marks_are_one_line(onsets, message, weights, clip, tmp_path, capsys):
@@ -242,7 +234,7 @@ def test_only_what_follows_the_marks_is_measured(tmp_path):
     times = [hit.time for hit in whole.annotated]
     assert len(times) > 5 and whole.skip == 0 and rest.annotated == whole.annotated
     start = rest.skip / SAMPLE_RATE
-    assert times[2] + alike.SIDE <= start < times[2] + alike.SIDE + COLUMN
+    assert times[2] + alike.AFTER <= start < times[2] + alike.AFTER + COLUMN
     expected = [time - start for time in times[3:] if time >= start]
     assert np.allclose(rest.onsets, expected)
     assert rest.mel.shape[1] == whole.mel.shape[1] - round(start / COLUMN)
