@@ -338,7 +338,9 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
 
     The sound may be longer or shorter than the clip. `seconds`: what it took to generate.
     """
-    # what comes before and after what is measured
+    # without what comes before and after what is measured; the sound of a shorter video may be over
+    # by then
+    wav = F.pad(wav, (0, max(0, clip.skip + HOP - len(wav))))
     wav = wav[clip.skip :][: samples_of(clip.mel)]
     log_mel = mel(wav)
     strength = onset_strength(log_mel)
