@@ -212,7 +212,7 @@ class EvalClip:
     flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
     annotated: tuple = ()  # Hit, all that is annotated: for rows that are told it
-    skip: int = 0  # samples of a sound, up to the last mark of --marks, that nothing here is of
+    skip: int = 0  # of a sound for the video, samples up to the last mark of --marks: left out here
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
@@ -589,12 +589,16 @@ def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, mate
         labels = [{**onset, "material": material[0]} for onset in labels]
     hits = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
 
-    # what is measured begins after the marks, at a mel column
+    told_apart = judge.isolated_hits(labels) if labels and "material" in labels[0] else []
+
+    # what is measured begins after the marks, at a mel column, if there is a second of it
     skip = 0
     if 0 < marks < len(hits):
         skip = math.ceil((hits[marks - 1].time + alike.AFTER) / COLUMN)
-        labels = [{**o, "time": o["time"] - skip * COLUMN} for o in labels[marks:]]
-        labels = [onset for onset in labels if onset["time"] >= 0]
+        if len(wav) < skip * HOP + SAMPLE_RATE:
+            skip = 0
+    labels = [{**o, "time": o["time"] - skip * COLUMN} for o in labels]
+    labels = [onset for onset in labels if onset["time"] >= 0]
     wav = wav[skip * HOP :]
     log_mel = mel(wav)
     ref_onsets = detect_onsets(log_mel).tolist()
@@ -604,8 +608,7 @@ def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, mate
     clip.skip = skip * HOP
     if is_labeled:
         clip.onsets = clip.flux_onsets = [onset["time"] for onset in labels]
-    if labels and "material" in labels[0]:
-        clip.hits = judge.isolated_hits(labels)
+    clip.hits = [(column - skip, name) for column, name in told_apart if column >= skip]
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:
@@ -776,20 +779,15 @@ def score_rows(measured, clips):
 
 
 def with_hits_after_marks(clips, marks):
-    """Numbers of the clips with hits after the first --marks, and a second of sound there."""
+    """Numbers of the clips with a hit, and a second of sound, after the first --marks hits."""
     kept = [k for k, clip in enumerate(clips) if clip.skip and clip.onsets]
-    kept = [k for k in kept if samples_of(clips[k].mel) >= SAMPLE_RATE]
+    line = (
+        f"of {len(clips)} clips {len(kept)} have a hit, and a second of sound, after {marks} hits"
+    )
     if len(kept) < 2:
-        raise MediaError(
-            f"--marks: {len(kept)} of {len(clips)} clips go on after {marks} hits; give a smaller "
-            "number"
-        )
+        raise MediaError(f"--marks: {line}; give a smaller number")
     if len(kept) < len(clips) and distributed.rank() == 0:
-        print(
-            f"evaluate.py: {len(clips) - len(kept)} of {len(clips)} clips end with their first "
-            f"{marks} hits; left out",
-            file=sys.stderr,
-        )
+        print(f"evaluate.py: {line}; the others are left out", file=sys.stderr)
     return kept
 
 
@@ -945,10 +943,11 @@ def arguments(argv):
         p.error("--samples: is one row; leave out --ablate and further --weights")
     if args.onsets and args.ablate == "onsets":
         p.error("--ablate onsets: has a row for each finder; leave out --onsets")
-    if args.marks and (args.samples or args.ablate or args.onsets or args.round_trip or args.page):
+    others = (args.samples, args.ablate, args.onsets, args.round_trip, args.page, args.keep)
+    if args.marks and any(others):
         p.error(
-            "--marks: has rows of its own; leave out --samples, --ablate, --onsets, --round-trip "
-            "and --page"
+            "--marks: has rows of its own; leave out --samples, --ablate, --onsets, --round-trip, "
+            "--page and --keep"
         )
     if args.marks and len(args.weights) > 1:
         p.error("--marks: is of one model; leave out further --weights")

@@ -147,8 +147,8 @@ class Settings:
         config = models.ldm.config
         if (self.onsets is not None or self.material) and not config.columns:
             raise CheckpointError(
-                f"{models.name}: these weights cannot be told onsets or materials; leave --onsets "
-                "and --material out, or take --weights mini"
+                f"{models.name}: these weights cannot be told onsets or materials; leave --onsets, "
+                "--find-rest and --material out, or take --weights mini"
             )
         known = models.ldm.materials if config.columns else ()
         for name in self.material:

@@ -18,6 +18,7 @@ attack needs (the standard library's and torch's functions) refuses the file.
 import contextlib
 import dataclasses
 import json
+import math
 import mmap
 import os
 import pickle
@@ -379,6 +380,14 @@ def checkpoint_errors(path: Path | str, cls: type):
         ) from None
 
 
+def is_finite(tensor):
+    """Whether all of its numbers are; without a copy of them."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.detach().aminmax()  # a number that is none is both
+    return math.isfinite(low) and math.isfinite(high)
+
+
 def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     """Give `model`, built on the meta device, the weights of a Checkpoint; -> it, in eval mode.
 
@@ -389,16 +398,15 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # a network of such weights says nothing, and not every use of one would tell
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(
+                f"{file.path}: {name} holds numbers that are not finite; take another file"
+            )
         # counters stay integers
         kind = tensor.dtype
         if isinstance(tensor, nn.Parameter):
             kind = dtype
-            # a network of such weights says nothing, and not every use of one would tell;
-            # the sum needs no memory of its own
-            if not tensor.sum(dtype=torch.float32).isfinite():
-                raise CheckpointError(
-                    f"{file.path}: {name} holds numbers that are not finite; take an earlier file"
-                )
         elif tensor.is_floating_point():
             kind = torch.float32
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format

@@ -11,22 +11,21 @@ principal components of the motion; it adds to the log odds of the networks, whi
 ever where the marks say nothing.
 """
 
-import math
-
 import numpy as np
 import torch
 
 from common import audio, controls, motion
 from common.audio import COLUMN
-from finder import ONSET_WEIGHT, inputs, target
+from finder import MINUTE, ONSET_WEIGHT, inputs, target
 
-LEAST = 2  # marks
+LEAST = 2  # marks at different times
 AFTER = 0.1  # seconds after the last mark in which there is no other hit
-# Set on 480 clips of foley.py, 120 of them of a world that the finder was not trained on; half or
-# twice as much hardly differs
+# set by the skill of the hits found in 480 procedural clips; twice or half as much of any of these
+# changes it by 0.01 at most
 COMPONENTS = 16
 DECAY = 10.0  # of the weights of the components
 CONSTANT_DECAY = 1.0  # of the constant, which says how often something is hit in this clip
+NEWTON_STEPS = 100  # at most; five to ten are usual
 
 
 def find_rest(marks, head, finder, parts, columns: int):
@@ -34,7 +33,7 @@ def find_rest(marks, head, finder, parts, columns: int):
 
     marks: LEAST or more Hit; head (columns or more,): log odds of the onset head, a mel column
     each; finder: a `finder.Finder`; parts: all that `finder.minutes` yields of the video. Hits that
-    are found have the marks' material, if it is one for all of them.
+    are found have the marks' material, if it is one for all of them and no guess.
     """
     until = max(hit.time for hit in marks) + AFTER
 
@@ -44,7 +43,7 @@ def find_rest(marks, head, finder, parts, columns: int):
     odds = max(sources, key=lambda odds: found_marks(odds, marks, until))
 
     # what the time up to then says besides
-    moving = motion_components(parts)
+    moving = motion_components(parts, until)
     times = np.arange(len(moving)) / motion.FPS
     column_times = np.arange(columns) * COLUMN
     offsets = np.interp(times, column_times, odds)
@@ -54,35 +53,39 @@ def find_rest(marks, head, finder, parts, columns: int):
     learned = moving @ weights[:-1] + weights[-1]
 
     found = controls.find_peaks(odds + np.interp(column_times, times, learned))
-    materials = {hit.material for hit in marks}
+    materials = {None if hit.is_guess else hit.material for hit in marks}
     material = materials.pop() if len(materials) == 1 else None
     rest = [hit._replace(material=material) for hit in found if hit.time > until]
     return sorted([*marks, *rest], key=lambda hit: hit.time)
 
 
 def found_marks(odds, marks, until: float):
-    """F1 within 100 ms of the hits of log odds (columns,) up to a second, against the marks."""
+    """F1 within 100 ms, against the marks, of the hits of log odds (columns,) up to `until`."""
     hits = [hit.time for hit in controls.find_peaks(odds) if hit.time <= until]
     times = sorted(hit.time for hit in marks)
     _, _, f1 = audio.f1(len(audio.match(hits, times, 0.1)), len(hits), len(times))
     return f1
 
 
+def count(marks):
+    """How many marks there are at different times."""
+    return len({hit.time for hit in marks})
+
+
 @torch.no_grad()
-def motion_components(parts):
+def motion_components(parts, until: float):
     """Principal components of a video's motion, float32 (f, COMPONENTS or fewer) in numpy.
 
-    parts: all that `finder.minutes` yields. The components are those of the first minute, where the
-    first one has a variance of 1.
+    parts: all that `finder.minutes` yields. The components are those of the minute that `until`
+    (seconds) lies in, or of the last one.
     """
 
     def flat(blocks, kept):
         return inputs(blocks[None].float())[0, kept].flatten(1)  # (f, 7 rows cols)
 
-    minute = flat(*parts[0])
+    minute = flat(*parts[min(int(until * motion.FPS) // MINUTE, len(parts) - 1)])
     mean = minute.mean(0)
-    _, scales, axes = torch.linalg.svd(minute - mean, full_matrices=False)
-    axes = math.sqrt(len(minute)) / scales[0].clamp_min(1e-3) * axes[:COMPONENTS]
+    axes = torch.linalg.svd(minute - mean, full_matrices=False).Vh[:COMPONENTS]
     return torch.cat([(flat(*part) - mean) @ axes.T for part in parts]).numpy()
 
 
@@ -90,17 +93,29 @@ def regress(x, wanted, offsets):
     """Logistic regression with offsets: weights (d + 1,), the last one of a constant.
 
     x (n, d); wanted (n,): from 0 to 1, as the finder's target; offsets (n,): log odds without x.
-    Newton's method (Bishop 2006, section 4.3.3), with a normal prior on the weights.
+    Newton's method (Bishop 2006, section 4.3.3), with a normal prior on the weights; a step that
+    does not make the loss smaller is halved, as far from the solution whole ones lead astray.
     """
     x = np.concatenate([x, np.ones((len(x), 1))], 1, dtype=np.float64)
     # as in the finder's loss
     importance = 1 + (ONSET_WEIGHT - 1) * wanted
-    prior = np.diag([DECAY] * (x.shape[1] - 1) + [CONSTANT_DECAY])
+    decays = np.array([DECAY] * (x.shape[1] - 1) + [CONSTANT_DECAY])
+
+    def loss(weights):
+        odds = x @ weights + offsets
+        likelihood = importance * np.logaddexp(0, odds) - ONSET_WEIGHT * wanted * odds
+        return likelihood.sum() + (decays * weights**2).sum() / 2
+
     weights = np.zeros(x.shape[1])
-    for _ in range(15):
-        odds = np.clip(x @ weights + offsets, -30, 30)
-        share = 1 / (1 + np.exp(-odds))
-        slope = x.T @ (importance * share - ONSET_WEIGHT * wanted) + prior @ weights
-        curvature = x.T @ (importance * share * (1 - share) * x.T).T + prior
-        weights -= np.linalg.solve(curvature, slope)
+    for _ in range(NEWTON_STEPS):
+        share = np.exp(-np.logaddexp(0, -(x @ weights + offsets)))
+        slope = x.T @ (importance * share - ONSET_WEIGHT * wanted) + decays * weights
+        curvature = x.T @ (importance * share * (1 - share) * x.T).T + np.diag(decays)
+        step = np.linalg.solve(curvature, slope)
+        before = loss(weights)
+        while loss(weights - step) > before and np.abs(step).max() > 1e-9:
+            step /= 2
+        weights -= step
+        if np.abs(step).max() < 1e-9:
+            break
     return weights

@@ -20,13 +20,30 @@ from finder import Finder, minutes
 
 
 def check_hits(jobs, args, settings, models):
-    """`check_onsets`; and a finder that does not load is one line before any work, not one a clip.
+    """`check_onsets`; and before any work one line for a finder that does not load, and one for
+    every file of too few marks.
 
     Raises ValueError, CheckpointError.
     """
     if settings.onsets in ("flow", "both") or settings.find_rest:
         finder_of(models)
     check_onsets(jobs, args, settings, models)
+    if settings.find_rest:
+        for job in jobs:
+            if job.line is None:
+                try:
+                    check_marks(settings.onsets if job.hits is None else job.hits, job.given)
+                except UserError as fault:
+                    job.fail(fault)
+
+
+def check_marks(marks, source):
+    """Raises UserError for too few marks to find the rest of a clip by."""
+    if alike.count(marks) < alike.LEAST:
+        raise UserError(
+            f"{source}: --find-rest: needs the first {alike.LEAST} hits or more; of the file's, "
+            f"{alike.count(marks)} at different times lie in what is made"
+        )
 
 
 @torch.no_grad()
@@ -80,14 +97,10 @@ def ask_head(clip, models):
 
 def completed(marks, clip, models):
     """The marks, and the hits after them that look alike. Raises UserError."""
-    if len(marks) < alike.LEAST:
-        raise UserError(
-            f"{clip.source}: --find-rest: {len(marks)} hits of the file lie in what is made; mark "
-            f"its first {alike.LEAST} or more"
-        )
+    check_marks(marks, clip.source)
     head = ask_head(clip, models)
     with clip.profile("motion"):
-        # held for the whole clip, 18 KB a second: they are needed twice
+        # held for the whole clip, 18 KB a second: they are needed more than once
         parts = list(minutes(clip.source, clip.start, clip.seconds))
         columns = round(clip.seconds / COLUMN)
         return alike.find_rest(marks, head, finder_of(models), parts, columns)

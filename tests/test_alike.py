@@ -14,6 +14,7 @@ from main_job import run
 import evaluate
 import finder
 import foley
+import sample
 from common import audio, media, motion
 from common.audio import COLUMN, SAMPLE_RATE
 from common.onsets import Hit, read_hits
@@ -100,33 +101,38 @@ def test_the_marks_choose_whom_to_ask(parts, monkeypatch):
 def test_one_material_of_all_marks_is_that_of_the_rest(parts):
     marks = [Hit(time, None, "wood") for time in TIMES[:4]]
     assert {hit.material for hit in find(marks, parts)} == {"wood"}
+    guesses = [hit._replace(is_guess=True) for hit in marks]
+    assert {hit.material for hit in find(guesses, parts)[4:]} == {None}
     marks[1] = Hit(TIMES[1], None, "metal")
     assert {hit.material for hit in find(marks, parts)[4:]} == {None}
 
 
-def test_components_are_of_the_first_minute(parts):
-    whole = alike.motion_components(parts)
+def test_components_are_of_the_minute_of_the_last_mark(parts, monkeypatch):
+    whole = alike.motion_components(parts, 5.0)
     assert whole.shape == (FRAMES, alike.COMPONENTS) and whole.dtype == np.float32
-    deviations = whole.std(0)
-    assert np.allclose(whole.mean(0), 0, atol=1e-4) and math.isclose(deviations[0], 1, abs_tol=1e-3)
-    assert (np.diff(deviations) < 1e-4).all()
-    # frames that are there for their neighbors' sake do not count
-    blocks = parts[0][0]
-    kept = [(0, 110, slice(0, 100)), (90, 210, slice(10, 110)), (190, 250, slice(10, 60))]
+    assert np.allclose(whole.mean(0), 0, atol=1e-4) and (np.diff(whole.std(0)) < 1e-4).all()
+    # frames that are there for their neighbors' sake do not count; first nothing moves
+    blocks = parts[0][0].clone()
+    blocks[:110] = 0
+    kept = [(0, 110, slice(0, 100)), (90, 210, slice(20, 110)), (190, 250, slice(10, 60))]
     three = [(blocks[first:last], frames) for first, last, frames in kept]
-    split = alike.motion_components(three)
-    assert split.shape == whole.shape
-    assert math.isclose(split[:100].std(0)[0], 1, abs_tol=1e-3)
-    # nothing moves
-    still = [(torch.zeros(50, 5, 12, 12, dtype=torch.int8), slice(0, 50))]
-    assert not alike.motion_components(still).any()
+    monkeypatch.setattr(alike, "MINUTE", 100)
+    later = alike.motion_components(three, 5.0)
+    assert np.allclose(later[100:190].mean(0), 0, atol=1e-4)
+    assert (np.diff(later[100:190].std(0)) < 1e-4).all() and later[:100].std(0).max() < 1e-4
+    # nothing moves at all, or later: nothing is blown up
+    assert alike.motion_components(three, 0.0).std(0).max() < 2
+    assert not alike.motion_components([(torch.zeros_like(blocks), slice(0, FRAMES))], 0.0).any()
 
 
-def test_the_regression_is_where_its_gradient_is_zero():
+@pytest.mark.parametrize("rows", [80, 1000])
+@pytest.mark.parametrize("level", [-14.0, 0.0, 9.0])
+def test_the_regression_is_where_its_gradient_is_zero(level, rows):
+    """Also where the networks are sure, from where whole steps of Newton's lead astray."""
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((80, 3)).astype(np.float32)
-    wanted = rng.random(80) ** 4
-    offsets = rng.standard_normal(80)
+    x = rng.standard_normal((rows, 3)).astype(np.float32)
+    wanted = rng.random(rows) ** 4
+    offsets = level + rng.standard_normal(rows)
     weights = torch.tensor(alike.regress(x, wanted, offsets), requires_grad=True)
     odds = torch.tensor(x, dtype=torch.float64) @ weights[:3] + weights[3] + torch.tensor(offsets)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -137,7 +143,7 @@ def test_the_regression_is_where_its_gradient_is_zero():
     )
     prior = alike.DECAY * weights[:3].square().sum() + alike.CONSTANT_DECAY * weights[3] ** 2
     (loss + prior / 2).backward()
-    assert weights.grad.abs().max() < 1e-8
+    assert weights.grad.abs().max() < 1e-5
 
 
 # ---- as a person uses it -------------------------------------------------------------------------
@@ -158,9 +164,11 @@ def test_the_command_plays_marks_and_rest(weights, clip, tmp_path, capsys, monke
     marks = tmp_path / "marks.txt"
     marks.write_text("0.4\t0.4\twood\n0.8\t0.8\twood\n")
     given = []
+    seen = []
 
     def spy(found, head, network, parts, columns):
         given.append((found, len(head), sum(len(blocks[kept]) for blocks, kept in parts), columns))
+        seen.append(parts[0][0])
         return [*found, Hit(1.2, None, "wood")]
 
     monkeypatch.setattr(alike, "find_rest", spy)
@@ -178,19 +186,25 @@ def test_the_command_plays_marks_and_rest(weights, clip, tmp_path, capsys, monke
     assert status == 0 and "kept" in out[0]
     status, out, _ = run(capsys, clip, *line)
     assert status == 0 and "kept" not in out[0] and len(given) == 1
+    # its start is the clip's
+    assert run(capsys, clip, *line, "--find-rest", "--start", 0.2)[0] == 0
+    assert [round(hit.time, 3) for hit in given[1][0]] == [0.2, 0.6]
+    assert torch.equal(seen[1][1:30], seen[0][6:35])
 
 
 @pytest.mark.parametrize(
     ("onsets", "message"),
     [
-        ((), "--find-rest: finds hits like those of a file; give it by --onsets FILE"),
-        (("--onsets", "both"), "--find-rest: finds hits like those of a file"),
-        (("--onsets", "MARKS"), "clip.mp4: --find-rest: 1 hits .* mark its first 2 or more"),
+        ((), "sample.py: --find-rest: finds hits like those of a file; give it by --onsets FILE"),
+        (("--onsets", "both"), "sample.py: --find-rest: finds hits like those of a file"),
+        (("--onsets", "MARKS"), "clip.mp4: --find-rest: needs the first 2 hits or more; .* 1 at"),
     ],
 )
-def test_too_few_marks_are_one_line(onsets, message, weights, clip, tmp_path, capsys):
+def test_too_few_marks_are_one_line(onsets, message, weights, clip, tmp_path, capsys, monkeypatch):
     marks = tmp_path / "marks.txt"
-    marks.write_text("0.4\t0.4\t\n")
+    # one twice is one
+    marks.write_text("0.4\t0.4\t\n0.4\t0.4\twood\n")
+    monkeypatch.setattr(sample, "video_features", None)  # before any work
     onsets = [marks if name == "MARKS" else name for name in onsets]
     args = ("--weights", weights, "--out", tmp_path, "--steps", 2, "--find-rest", *onsets)
     status, _, (line,) = run(capsys, clip, *args)
@@ -213,7 +227,7 @@ def test_the_shipped_networks_find_the_rest_of_a_clip(tmp_path):
         # without a head: the same log odds twice
         head = np.interp(
             np.arange(columns) * COLUMN,
-            np.arange(FRAMES)[: len(parts[0][0])] / motion.FPS,
+            np.arange(len(parts[0][0])) / motion.FPS,
             network.read_parts(parts),
         )
         rest = [hit.time for hit in alike.find_rest(marks, head, network, parts, columns)[3:]]
@@ -275,16 +289,20 @@ def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys)
     report = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert {"ours", "marked", "ground_truth", "slid"} <= set(report["rows"])
     assert report["rows"]["ground_truth"]["mean_f1_100ms"] > 0.7
-    left_out = 6 - len(marked)
-    assert (f"{left_out} of 6 clips" in capsys.readouterr().err) == (left_out > 0)
+    said = f"of 6 clips {len(marked)} have a hit"
+    assert (said in capsys.readouterr().err) == (len(marked) < 6)
     with pytest.raises(SystemExit):
         evaluate.main([*map(str, args), "--marks", "3", "--onsets", "model"])
     assert "--marks: has rows of its own" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="--marks: 0 of 6 clips go on after 99 hits"):
+    with pytest.raises(
+        SystemExit, match="--marks: of 6 clips 0 have a hit, and a second of sound, after 99"
+    ):
         evaluate.main([*map(str, args), "--marks", "99"])
 
 
 def test_settings_need_marks_for_it():
-    with pytest.raises(ValueError, match="--find-rest"):
+    with pytest.raises(ValueError, match="^find_rest: finds hits"):
         Settings(find_rest=True)
+    with pytest.raises(ValueError, match="^find_rest"):
+        Settings(onsets=(Hit(0.1), Hit(0.5)), find_rest="no")
     assert Settings(onsets=(Hit(0.1), Hit(0.5)), find_rest=True).find_rest
