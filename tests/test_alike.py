@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +269,23 @@ def test_only_what_follows_the_marks_is_measured(tmp_path):
     assert stats["predicted"] == 0 and stats["annotated"] == len(expected)
 
 
+def test_the_picture_after_the_marks_is_judged_with_their_sound(tmp_path, monkeypatch):
+    foley.main([str(tmp_path), "--clips", "1", "--seed", "5", "--rates", "real", "--fps", "25"])
+    seen = []
+
+    def spy(video, cavp, count, seconds, start):
+        seen.append((seconds, start))
+        return torch.zeros(count, 4)
+
+    monkeypatch.setattr(evaluate, "video_features", spy)
+    config = SimpleNamespace(fps=15.625, frames=32)
+    metrics = evaluate.Metrics(alignment=SimpleNamespace(config=config))
+    clip = evaluate.read_clip(tmp_path / "00000.mp4", metrics, marks=3)
+    ((seconds, start),) = seen
+    assert start == clip.skip / SAMPLE_RATE > 0
+    assert math.isclose(seconds + start, 8.2, abs_tol=0.05)
+
+
 def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys):
     clips = tmp_path / "clips"
     foley.main([str(clips), "--clips", "6", "--seed", "5", "--rates", "real", "--fps", "25"])
@@ -279,7 +297,10 @@ def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(evaluate, "generate_sound", silent)
     args = ["--data", clips, "--weights", weights, "--judges", tmp_path, "--out", tmp_path / "out"]
-    evaluate.main([*map(str, args), "--marks", "3"])
+    groups = tmp_path / "groups.csv"
+    names = [f"{k:05d}" for k in range(6)]
+    groups.write_text("name,group\n" + "".join(f"{name},{name}\n" for name in names))
+    evaluate.main([*map(str, args), "--marks", "3", "--groups", str(groups)])
     marked = {name: onsets for name, is_marked, onsets in asked if is_marked}
     plain = {name for name, is_marked, onsets in asked if not is_marked}
     assert plain == set(marked) and len(marked) >= 2
@@ -288,6 +309,13 @@ def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys)
         assert [hit.time for hit in onsets] == sorted(annotated)[:3]
     report = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert {"ours", "marked", "ground_truth", "slid"} <= set(report["rows"])
+    # groups are of the clips that are left, each of its own
+    assert set(report["groups"]) == set(marked) < set(names)
+    for name in marked:
+        of_group = report["groups"][name]["rows"]["ground_truth"]["mean_f1_100ms"]
+        stats = report["clips"][f"{name}.mp4"]["ground_truth"]
+        both = stats["predicted"] + stats["annotated"]
+        assert math.isclose(of_group, 2 * stats["matched_100ms"] / both)
     assert report["rows"]["ground_truth"]["mean_f1_100ms"] > 0.7
     said = f"of 6 clips {len(marked)} have a hit"
     assert (said in capsys.readouterr().err) == (len(marked) < 6)

@@ -48,6 +48,20 @@ def save(content, path, zipped=True):
 # ---- what fits ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["conv1.conv.weight", "conv1.bn.running_mean"])
+def test_numbers_that_are_not_finite_are_refused(name, number, tmp_path):
+    torch.manual_seed(0)
+    network = cavp.CAVP(cavp.PRESETS["mini"])
+    tensors = network.state_dict()
+    (full,) = (known for known in tensors if known.endswith(f"video_encoder.{name}"))
+    tensors[full].view(-1)[3] = number
+    path = tmp_path / "cavp.safetensors"
+    checkpoints.save_model(path, network, asdict(network.config))
+    with pytest.raises(CheckpointError, match=f"cavp.safetensors: {full} .* not finite"):
+        cavp.CAVP.load(path)
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
