@@ -269,7 +269,7 @@ def check_settings(settings):
     cli.check_number("candidates", settings.candidates, 1, 1000, whole=True)
     cli.check_number("deep_every", settings.deep_every, 1, 1000, whole=True)
     if settings.deep_every > 1 and settings.as_official:
-        raise ValueError("deep_every: not of the official demo; leave it out")
+        raise ValueError("deep-every: not of the official demo; leave it out")
     # None: what suits the weights or the device
     optional = {"steps": (1, most, True), "batch": (1, 4096, True), "keep_audio": (-100, 100)}
     optional |= {"cfg": (0,), "cg": (0,)}
@@ -282,7 +282,7 @@ def check_settings(settings):
         raise ValueError(f"onsets {cli.quoted(settings.onsets)}: give a tuple of Hit, or a file")
     cli.check_type("find_rest", settings.find_rest, bool)
     if settings.find_rest and (settings.onsets is None or settings.onsets in FINDERS):
-        raise ValueError("find_rest: finds hits like those of a file; give it by --onsets FILE")
+        raise ValueError("find-rest: finds hits like those of a file; give it by --onsets FILE")
 
 
 def check_schedule(schedule, is_solver):

@@ -329,7 +329,7 @@ def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys)
 
 
 def test_settings_need_marks_for_it():
-    with pytest.raises(ValueError, match="^find_rest: finds hits"):
+    with pytest.raises(ValueError, match="^find-rest: finds hits"):
         Settings(find_rest=True)
     with pytest.raises(ValueError, match="^find_rest"):
         Settings(onsets=(Hit(0.1), Hit(0.5)), find_rest="no")

@@ -368,7 +368,7 @@ def test_without_classifier_guidance_must_be_off(models, clip):
         ({"cg": -1}, "cg -1: not a number from 0 up"),
         ({"candidates": 0}, "candidates 0: not a whole number from 1 to 1000"),
         ({"deep_every": 0}, "deep_every 0: not a whole number from 1 to 1000"),
-        ({"deep_every": 2, "as_official": True}, "--deep-every: not of the official demo"),
+        ({"deep_every": 2, "as_official": True}, "deep-every: not of the official demo"),
         ({"seed": -1}, "seed -1: not a whole number from 0 to "),
         ({"start": -0.5}, "start -0.5: not a number from 0 up"),
         ({"start": None}, "start None: not a number from 0 up"),
