@@ -26,7 +26,8 @@ metronome          hits at 5 a second, averaged over four phases: what regular h
 silence            none
 round_trip         its own through an autoencoder and the vocoder: the ceiling of stage 2
                    (--round-trip FILE)
-marked             generated with the first K hits given and the others found (--marks K)
+marked             generated with the first K annotated hits given and the others found (--marks K):
+                   all rows are then measured after the K-th hit alone
 Of slid and metronome there is no sound: columns that need one are empty (null) there.
 
 column             what it measures
@@ -212,7 +213,7 @@ class EvalClip:
     flux_onsets: list  # seconds, annotated; without labels those of the second detector
     hits: list  # [(mel column, material)] of the annotated hits that nothing masks
     annotated: tuple = ()  # Hit, all that is annotated: for rows that are told it
-    skip: int = 0  # of a sound for the video, samples up to the last mark of --marks: left out here
+    skip: int = 0  # samples of the video's sound before the measured part (--marks)
     # where the metric is loaded
     ref_features: np.ndarray = None  # (d,) in the judge's space
     ref_classes: np.ndarray = None  # (classes,) probabilities
@@ -338,8 +339,7 @@ def measure(wav, clip: EvalClip, metrics: Metrics, seconds: float = math.nan):
 
     The sound may be longer or shorter than the clip. `seconds`: what it took to generate.
     """
-    # without what comes before and after what is measured; the sound of a shorter video may be over
-    # by then
+    # cut to the measured part; the sound of another, shorter video may end before it begins
     wav = F.pad(wav, (0, max(0, clip.skip + HOP - len(wav))))
     wav = wav[clip.skip :][: samples_of(clip.mel)]
     log_mel = mel(wav)
@@ -573,42 +573,41 @@ def read_groups(path, videos):
 def read_clip(video: Path, metrics: Metrics, annotated: list | None = None, material=(), marks=0):
     """An EvalClip. Its onsets: `annotated` (seconds), else the labels, else the reference's own.
 
-    material: what every hit is to sound like, instead of what the labels say; marks: so many hits
-    come before what is measured.
+    material: what every hit is to sound like, instead of what the labels say; marks: only what
+    follows this many hits is measured.
     """
     wav = read_audio(video, duration=probe(video).duration)
-    labels = None
-    if annotated is not None:
-        labels = [{"time": time} for time in annotated]
-    elif video.with_suffix(".json").is_file():
+    log_mel = mel(wav)
+    ref_onsets = detect_onsets(log_mel).tolist()
+    is_labeled = annotated is not None or video.with_suffix(".json").is_file()
+    if annotated is None and is_labeled:
         labels = read_onsets(video)
-    is_labeled = labels is not None
-    if not is_labeled:
-        labels = [{"time": time} for time in detect_onsets(mel(wav)).tolist()]
+    else:
+        labels = [{"time": time} for time in (annotated if is_labeled else ref_onsets)]
     if material:
         labels = [{**onset, "material": material[0]} for onset in labels]
     hits = tuple(Hit(o["time"], o.get("strength"), o.get("material")) for o in labels)
+    isolated = judge.isolated_hits(labels) if labels and "material" in labels[0] else []
 
-    told_apart = judge.isolated_hits(labels) if labels and "material" in labels[0] else []
-
-    # what is measured begins after the marks, at a mel column, if there is a second of it
+    # the measured part begins after the marks, at a mel column, if a second of sound is left
     skip = 0
     if 0 < marks < len(hits):
         skip = math.ceil((hits[marks - 1].time + alike.AFTER) / COLUMN)
         if len(wav) < skip * HOP + SAMPLE_RATE:
             skip = 0
-    labels = [{**o, "time": o["time"] - skip * COLUMN} for o in labels]
-    labels = [onset for onset in labels if onset["time"] >= 0]
-    wav = wav[skip * HOP :]
-    log_mel = mel(wav)
-    ref_onsets = detect_onsets(log_mel).tolist()
+    if skip:
+        wav = wav[skip * HOP :]
+        log_mel = mel(wav)
+        ref_onsets = detect_onsets(log_mel).tolist()
+        isolated = [(column - skip, name) for column, name in isolated if column >= skip]
     flux_onsets = detect_onsets_flux(log_mel).tolist()
-    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, hits=[])
+    clip = EvalClip(video, log_mel, loudness(wav), ref_onsets, ref_onsets, flux_onsets, isolated)
     clip.annotated = hits
     clip.skip = skip * HOP
     if is_labeled:
-        clip.onsets = clip.flux_onsets = [onset["time"] for onset in labels]
-    clip.hits = [(column - skip, name) for column, name in told_apart if column >= skip]
+        start = skip * COLUMN
+        clip.onsets = [hit.time - start for hit in hits if hit.time >= start]
+        clip.flux_onsets = clip.onsets
     if metrics.judge:
         clip.ref_features, clip.ref_classes = metrics.judge.embed_clip(log_mel)
     if metrics.alignment:

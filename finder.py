@@ -104,7 +104,7 @@ class Finder(nn.Module):
 
     @torch.no_grad()
     def read_parts(self, parts):
-        """The same of block motion that is read already: what `minutes` yields."""
+        """`read` of block motion that `minutes` has yielded."""
         device = self.odds.weight.device
         odds = [self(blocks[None].to(device))[0, kept].cpu().numpy() for blocks, kept in parts]
         return np.concatenate(odds)
@@ -116,10 +116,10 @@ class Finder(nn.Module):
 
 
 def minutes(path, start: float, seconds: float):
-    """Yields block motion of a video, int8 (f, 5, rows, cols), and which of its frames count.
+    """Yields the block motion of a video minute by minute: int8 (f, 5, rows, cols), and a slice.
 
-    A minute at a time, with the frames around it that a network's log odds depend on. Together the
-    frames that count are ceil(FPS * seconds). Raises MediaError.
+    The slice selects the minute's own frames; those around it are context that log odds depend on.
+    The slices together have ceil(FPS * seconds) frames. Raises MediaError.
     """
     count = math.ceil(motion.FPS * seconds - 1e-6)
     for first in range(0, count, MINUTE):
@@ -233,7 +233,7 @@ def target(onsets, first: int, frames: int):
 
 
 class Reading(torch.utils.data.Dataset):
-    """Of each video (int8 block motion, its onsets in seconds, None), or (None, None, why not)."""
+    """Item: (block motion int8, onsets in seconds, None), or (None, None, error) if unreadable."""
 
     def __init__(self, videos):
         self.videos = videos
@@ -256,7 +256,7 @@ class Clips(torch.utils.data.Dataset):
     index), where index e * len + i is clip i in epoch e. All clips are held in memory, 18 KB for a
     second.
     split      "train", "val", "test", or None for all clips
-    workers    processes that read beside each other; 0: this one
+    workers    processes that read in parallel; 0: this one
     may_be_empty   as validation's; else MediaError where there is no clip
     """
 
@@ -271,7 +271,7 @@ class Clips(torch.utils.data.Dataset):
         videos = media.find_videos([root])
         if split:
             videos = [video for video in videos if data.split_of(video.name) == split]
-        # each process has a child of its own for FFmpeg
+        # each worker starts its own child process for FFmpeg
         reading = torch.utils.data.DataLoader(
             Reading(videos), None, num_workers=workers, collate_fn=tuple
         )

@@ -121,7 +121,7 @@ class Settings:
     # who finds the hits, one of controls.FINDERS; or the hits themselves, their file
     # (common/onsets.py), or a folder of such files for many videos; None: what suits the weights
     onsets: str | Path | tuple[Hit, ...] | None = None
-    # hits that are given are the first ones alone; find the others, by what these look like
+    # the given hits are only the first ones of the clip; predict the others from them
     find_rest: bool = False
     material: tuple[str, ...] = ()  # what may be heard; (): what the model sees
     # stretches of an existing sound, (from, to) in seconds, that alone are made anew; (): all of it

@@ -381,10 +381,10 @@ def checkpoint_errors(path: Path | str, cls: type):
 
 
 def is_finite(tensor):
-    """Whether all of its numbers are; without a copy of them."""
+    """Whether a tensor has neither NaN nor infinity, without a temporary copy of it."""
     if not tensor.numel():
         return True
-    low, high = tensor.detach().aminmax()  # a number that is none is both
+    low, high = tensor.detach().aminmax()  # NaN becomes both
     return math.isfinite(low) and math.isfinite(high)
 
 
@@ -398,10 +398,10 @@ def load_into(model, file, tensors=None, device="cpu", dtype=torch.float32):
     with checkpoint_errors(file.path, type(model)):
         model.load_state_dict(file if tensors is None else tensors, assign=True)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        # a network of such weights says nothing, and not every use of one would tell
+        # NaN weights would not always show: a finder with them predicts no hits
         if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(
-                f"{file.path}: {name} holds numbers that are not finite; take another file"
+                f"{file.path}: {name} is not finite (NaN or infinity); use another file"
             )
         # counters stay integers
         kind = tensor.dtype

@@ -119,9 +119,9 @@ def official():
 def find_checkpoint(folder, *patterns):
     """The one file of a folder that fits the first pattern that any fits, or None.
 
-    A link to nothing counts as a file, so that whoever opens it says that it is broken.
+    A broken link counts as a file, so that opening it reports it.
     """
-    # not glob(pattern), which does not find such a link where the pattern is a name
+    # glob(pattern) would skip a broken link if the pattern has no wildcard
     files = sorted(folder.glob("*"))
     for pattern in patterns:
         paths = [path for path in files if fnmatch.fnmatchcase(path.name, pattern)]

@@ -136,7 +136,7 @@ def add_directions(g):
     g.add_argument(
         "--find-rest",
         action="store_true",
-        help="--onsets FILE has the first hits alone, two or more: find those that follow, by what "
+        help="--onsets FILE has only the first hits, two or more; find those that follow, by what "
         "these look like",
     )
     add_material(g)
@@ -282,7 +282,9 @@ def check_settings(settings):
         raise ValueError(f"onsets {cli.quoted(settings.onsets)}: give a tuple of Hit, or a file")
     cli.check_type("find_rest", settings.find_rest, bool)
     if settings.find_rest and (settings.onsets is None or settings.onsets in FINDERS):
-        raise ValueError("find-rest: finds hits like those of a file; give it by --onsets FILE")
+        raise ValueError(
+            "find-rest: needs the first hits of the clip; give them with --onsets FILE"
+        )
 
 
 def check_schedule(schedule, is_solver):

@@ -1,5 +1,5 @@
-"""The hits that a clip's sound plays: given by a person, found in its features and its motion, or
-some given and the rest found.
+"""The hits that a clip's sound plays: given by a person, or predicted from its features and motion;
+or the first ones given and the rest predicted.
 
 in   a clip with features, stage 2 with its heads (common/controls.py), the settings
 out  [Hit]; a material that nobody has named is what the network sees, where it is sure of it
@@ -20,8 +20,8 @@ from finder import Finder, minutes
 
 
 def check_hits(jobs, args, settings, models):
-    """`check_onsets`; and before any work one line for a finder that does not load, and one for
-    every file of too few marks.
+    """`check_onsets`, and what would otherwise fail in each clip: that the finder loads, and that
+    --find-rest has enough marks.
 
     Raises ValueError, CheckpointError.
     """
@@ -38,11 +38,12 @@ def check_hits(jobs, args, settings, models):
 
 
 def check_marks(marks, source):
-    """Raises UserError for too few marks to find the rest of a clip by."""
-    if alike.count(marks) < alike.LEAST:
+    """Raises UserError if --find-rest has too few marks."""
+    count = alike.count_times(marks)
+    if count < alike.LEAST:
         raise UserError(
-            f"{source}: --find-rest: needs the first {alike.LEAST} hits or more; of the file's, "
-            f"{alike.count(marks)} at different times lie in what is made"
+            f"{source}: --find-rest: needs the first {alike.LEAST} hits or more, at different "
+            f"times; the labels have {count} in this part of the video"
         )
 
 
@@ -58,7 +59,7 @@ def hits_to_play(clip, models, settings):
             hits = read_hits(labels_of(clip.source, hits), ldm.materials)
         hits = controls.hits_within(hits, clip.start, clip.seconds, clip.source)
         if settings.find_rest:
-            hits = completed(hits, clip, models)
+            hits = find_remaining(hits, clip, models)
     # of what material they are, unless a person says so
     if ldm.config.names_materials and hits and not settings.material:
         seen = controls.read_head(ldm.material_head, clip.features)
@@ -82,25 +83,25 @@ def found_hits(clip, models, source):
         return []
     head = motion = None
     if source != "flow":
-        head = ask_head(clip, models)
+        head = read_onset_head(clip, models)
     if source != "model":
         with clip.profile("motion"):
             motion = finder_of(models).read(clip.source, clip.start, clip.seconds)
     return controls.find_hits(head, motion, round(clip.seconds / COLUMN))
 
 
-def ask_head(clip, models):
+def read_onset_head(clip, models):
     """The onset head's log odds of a hit in each mel column of the clip's features."""
     with clip.profile("features"):
         return controls.read_head(models.ldm.onset_head, clip.features).ravel()
 
 
-def completed(marks, clip, models):
-    """The marks, and the hits after them that look alike. Raises UserError."""
+def find_remaining(marks, clip, models):
+    """The marks and the hits predicted after them. Raises UserError for too few, MediaError."""
     check_marks(marks, clip.source)
-    head = ask_head(clip, models)
+    head_odds = read_onset_head(clip, models)
     with clip.profile("motion"):
-        # held for the whole clip, 18 KB a second: they are needed more than once
+        # 18 KB a second, held for the whole clip, since they are used more than once
         parts = list(minutes(clip.source, clip.start, clip.seconds))
         columns = round(clip.seconds / COLUMN)
-        return alike.find_rest(marks, head, finder_of(models), parts, columns)
+        return alike.find_rest(marks, head_odds, finder_of(models), parts, columns)

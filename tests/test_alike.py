@@ -196,9 +196,15 @@ def test_the_command_plays_marks_and_rest(weights, clip, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     ("onsets", "message"),
     [
-        ((), "sample.py: --find-rest: finds hits like those of a file; give it by --onsets FILE"),
-        (("--onsets", "both"), "sample.py: --find-rest: finds hits like those of a file"),
-        (("--onsets", "MARKS"), "clip.mp4: --find-rest: needs the first 2 hits or more; .* 1 at"),
+        (
+            (),
+            "--find-rest: needs the first hits of the clip; give them with --onsets FILE",
+        ),
+        (("--onsets", "both"), "sample.py: --find-rest: needs the first hits of the clip"),
+        (
+            ("--onsets", "MARKS"),
+            "clip.mp4: --find-rest: needs the first 2 hits or more, .* have 1 in",
+        ),
     ],
 )
 def test_too_few_marks_are_one_line(onsets, message, weights, clip, tmp_path, capsys, monkeypatch):
@@ -329,7 +335,7 @@ def test_evaluation_marks_the_first_hits(weights, tmp_path, monkeypatch, capsys)
 
 
 def test_settings_need_marks_for_it():
-    with pytest.raises(ValueError, match="^find-rest: finds hits"):
+    with pytest.raises(ValueError, match="^find-rest: needs the first hits"):
         Settings(find_rest=True)
     with pytest.raises(ValueError, match="^find_rest"):
         Settings(onsets=(Hit(0.1), Hit(0.5)), find_rest="no")

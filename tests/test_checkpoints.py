@@ -58,7 +58,7 @@ def test_numbers_that_are_not_finite_are_refused(name, number, tmp_path):
     tensors[full].view(-1)[3] = number
     path = tmp_path / "cavp.safetensors"
     checkpoints.save_model(path, network, asdict(network.config))
-    with pytest.raises(CheckpointError, match=f"cavp.safetensors: {full} .* not finite"):
+    with pytest.raises(CheckpointError, match=f"cavp.safetensors: {full} is not finite"):
         cavp.CAVP.load(path)
 
 
