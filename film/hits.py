@@ -6,6 +6,7 @@ out  [Hit]; a material that nobody has named is what the network sees, where it 
 """
 
 import functools
+import math
 
 import torch
 
@@ -29,10 +30,12 @@ def check_hits(jobs, args, settings, models):
         finder_of(models)
     check_onsets(jobs, args, settings, models)
     if settings.find_rest:
+        end = args.start + (args.duration or math.inf)
         for job in jobs:
             if job.line is None:
+                hits = settings.onsets if job.hits is None else job.hits
                 try:
-                    check_marks(settings.onsets if job.hits is None else job.hits, job.given)
+                    check_marks([hit for hit in hits if args.start <= hit.time < end], job.given)
                 except UserError as fault:
                     job.fail(fault)
 

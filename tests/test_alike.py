@@ -205,14 +205,19 @@ def test_the_command_plays_marks_and_rest(weights, clip, tmp_path, capsys, monke
             ("--onsets", "MARKS"),
             "clip.mp4: --find-rest: needs the first 2 hits or more, .* have 1 in",
         ),
+        # of two, one is outside of what is made
+        (("--onsets", "TWO", "--start", "0.2"), "the first 2 hits or more, .* have 1 in"),
+        (("--onsets", "TWO", "--duration", "0.3"), "the first 2 hits or more, .* have 1 in"),
     ],
 )
 def test_too_few_marks_are_one_line(onsets, message, weights, clip, tmp_path, capsys, monkeypatch):
     marks = tmp_path / "marks.txt"
     # one twice is one
     marks.write_text("0.4\t0.4\t\n0.4\t0.4\twood\n")
+    two = tmp_path / "two.txt"
+    two.write_text("0.1\t0.1\t\n0.4\t0.4\t\n")
     monkeypatch.setattr(sample, "video_features", None)  # before any work
-    onsets = [marks if name == "MARKS" else name for name in onsets]
+    onsets = [{"MARKS": marks, "TWO": two}.get(name, name) for name in onsets]
     args = ("--weights", weights, "--out", tmp_path, "--steps", 2, "--find-rest", *onsets)
     status, _, (line,) = run(capsys, clip, *args)
     assert status and re.search(message, line)
