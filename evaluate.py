@@ -105,7 +105,7 @@ from common.onsets import Hit
 from data import SPLITS, read_onsets, split_of
 from diffusion import SAMPLERS, SCHEDULES
 from film import alike, listen
-from film.arguments import GUIDANCE, add_deep_every, add_material
+from film.arguments import GUIDANCE, add_deep_every, add_material, add_tries
 from film.level import add_lufs
 from film.provenance import make_tags
 from film.windows import COLUMNS, Spectrogram
@@ -653,7 +653,7 @@ def find_sample(folder: Path, video: Path, flag="--samples"):
 def settings_of(args):
     """The command line's settings; ValueError for what cannot be."""
     names = ("seed", "steps", "guidance", "cfg", "cg", "sampler", "schedule", "deep_every")
-    more = ("onsets", "material", "lufs")
+    more = ("tries", "onsets", "material", "lufs")
     return Settings(**{name: getattr(args, name) for name in (*names, *more)})
 
 
@@ -1028,6 +1028,7 @@ def add_generation_arguments(p):
     p.add_argument("--sampler", choices=list(SAMPLERS), help="as for sample.py")
     p.add_argument("--schedule", choices=SCHEDULES, default="uniform", help="as for sample.py")
     add_deep_every(p)
+    add_tries(p)
     p.add_argument(
         "--onsets",
         choices=(*FINDERS, "annotated"),

@@ -56,7 +56,7 @@ from common.profiling import Profile, share
 from compat import hub
 from diffusion import SAMPLERS, TIMES, fill_in, sigma
 from film import kept, level
-from film.arguments import PAPER, check_settings, make_parser, usual_sampling
+from film.arguments import PAPER, TRIES, check_settings, make_parser, usual_sampling
 from film.credentials import Signer
 from film.hits import check_hits, hits_to_play
 from film.jobs import (
@@ -68,9 +68,10 @@ from film.jobs import (
 )
 from film.outputs import save, write_job
 from film.page import Page
-from film.progress import show_progress
+from film.progress import Progress, show_progress
 from film.provenance import VERSION, WeightSums, make_tags
 from film.redo import Redo, check_stretches, plan_redo, repaint
+from film.tries import draw_best
 from film.windows import (
     LATENT_HOP,
     Spectrogram,
@@ -109,6 +110,7 @@ class Settings:
     deep_every: int = 1
     candidates: int = 1  # drawn of each clip; the classifier ranks them
     keep_all: bool = False  # the sound of every candidate, not of the best alone
+    tries: int = TRIES  # at most, of a window whose sound does not play the hits that it was given
     batch: int | None = None  # windows in one network call; None: 1 on a CPU, 16 on a GPU
     keep_audio: float | None = None  # dB: gain of the clip's own sound under the new one; None: off
     # loudness of the generated sound (ITU-R BS.1770), unless that takes a true peak above -1 dBTP;
@@ -184,14 +186,15 @@ class Settings:
 # noise
 
 
-def noise_field(seed, candidate, columns):
+def noise_field(seed, candidate, columns, attempt=0):
     """(4, 16, columns) of noise, the start of a whole clip's diffusion.
 
     Windows take slices of it, so what they share they start from alike; a longer clip begins with
     the noise of a shorter one.
     """
-    # a generator for each candidate, so that their number changes none of them
-    rng = torch.Generator().manual_seed((int(seed) << 16) + candidate)
+    # a generator for each candidate, so that their number changes none of them; of these there are
+    # 1000 at most, of attempts MOST_TRIES
+    rng = torch.Generator().manual_seed((int(seed) << 16) + (attempt << 10) + candidate)
     # columns first, so that a longer field begins with a shorter one
     return torch.randn(columns, *LATENT_SHAPE[:2], generator=rng).permute(1, 2, 0)
 
@@ -410,12 +413,13 @@ def guided(models, conditions, opened, settings, times):
 
 
 @torch.no_grad()
-def denoise(windows, models, settings, callback=None):
-    """One batch of windows, of any clips: their latents and scores are added to the clips.
+def draw(windows, attempt, models, settings, callback=None):
+    """[(latents (4, 16, 64), score)] of one batch of windows, of any clips.
 
-    A window's noise depends on seed, candidate and place alone: other inputs do not change a sound,
-    nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A score is
-    the classifier's log-probability, at diffusion time 0, that sound and picture belong together.
+    A window's noise depends on seed, candidate, attempt and place alone: other inputs do not change
+    a sound, nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A
+    score is the classifier's log-probability, at diffusion time 0, that sound and picture belong
+    together; None without a classifier.
     """
     ldm = models.ldm
     # each window's slice of the noise field, and the conditions of its own seconds
@@ -423,7 +427,8 @@ def denoise(windows, models, settings, callback=None):
     conditions = []
     for clip, candidate, start in windows:
         column = round(start / LATENT_HOP)
-        noise.append(noise_field(settings.seed, candidate, column + LATENT_SHAPE[2])[..., column:])
+        field = noise_field(settings.seed, candidate, column + LATENT_SHAPE[2], attempt)
+        noise.append(field[..., column:])
         frame = round(start * ldm.config.fps / SAMPLE_RATE)
         conditions.append(clip.conditions[frame : frame + ldm.config.frames])
     x = torch.stack(noise).to(models.device)  # (b, 4, 16, 64)
@@ -456,9 +461,27 @@ def denoise(windows, models, settings, callback=None):
             features = conditions[..., : ldm.config.feature_dim]
             scores = models.align.log_prob(z, z.new_zeros(len(z)), features)
             scores = scores.float().flatten().cpu()
-    for (clip, *window), latents, score in zip(windows, z.cpu(), scores, strict=True):
-        # a copy of its own, which does not hold the whole batch
-        clip.latents[tuple(window)] = latents.clone()
+    # a copy of its own, which does not hold the whole batch
+    return [(latents.clone(), score) for latents, score in zip(z.cpu(), scores, strict=True)]
+
+
+def denoise(windows, models, settings, callback=None):
+    """One batch of windows, of any clips: their latents and scores are added to the clips.
+
+    Where hits are told, a window that does not play them is drawn again (film/tries.py).
+    """
+
+    def draw_these(windows, attempt):
+        return draw(windows, attempt, models, settings, None if attempt else callback)
+
+    def decode(windows, latents):
+        with share([clip.profile for clip, _, _ in windows], "autoencoder"):
+            return models.ldm.decode(latents.to(models.device)).float().cpu()
+
+    is_told = models.ldm.config.columns and settings.onsets != "none"
+    drawn = draw_best(windows, draw_these, decode, settings.tries if is_told else 1)
+    for (clip, *window), (latents, score) in zip(windows, drawn, strict=True):
+        clip.latents[tuple(window)] = latents
         if score is not None:
             clip.scores[tuple(window)] = score
         if clip.keeper is not None:
@@ -698,21 +721,6 @@ def caught(function, *args):
         return function(*args)
     except UserError as error:
         return error
-
-
-class Progress:
-    """Steps of the sampler that are done and known to come, a step of each window counted."""
-
-    def __init__(self, on_step):
-        self.on_step = on_step
-        self.done = 0
-        self.total = 0
-
-    def step(self, windows, *_):
-        """The callback of a sampler that works on so many windows at once."""
-        self.done += windows
-        if self.on_step:
-            self.on_step(self.done, self.total)
 
 
 def open_clip(source, models, settings, start, duration, progress, keep=None):

@@ -16,6 +16,8 @@ GUIDANCE = ("double", "distilled")
 PAPER = {"steps": 25, "sampler": "dpm"}
 # where guidance is distilled (docs/acceleration.md)
 FEW = {"steps": 6, "sampler": "unipc"}
+TRIES = 4  # of a window (film/tries.py)
+MOST_TRIES = 64
 
 
 def make_parser(script: str, description: str):
@@ -110,7 +112,19 @@ def add_sampling_arguments(g):
     g.add_argument(
         "--keep-all", action="store_true", help="write every candidate too, as NAME.foley.K.wav"
     )
+    add_tries(g)
     add_redo(g)
+
+
+def add_tries(g):
+    g.add_argument(
+        "--tries",
+        type=int,
+        metavar="N",
+        default=TRIES,
+        help="draw 8 seconds of sound up to N times, until every hit is heard and no other; the "
+        f"best is kept (default: {TRIES}; 1: draw once)",
+    )
 
 
 def add_deep_every(g):
@@ -267,6 +281,7 @@ def check_settings(settings):
     check_schedule(settings.schedule, is_solver and not (settings.redo or settings.as_official))
     cli.check_number("seed", settings.seed, 0, 2**40, whole=True)
     cli.check_number("candidates", settings.candidates, 1, 1000, whole=True)
+    cli.check_number("tries", settings.tries, 1, MOST_TRIES, whole=True)
     cli.check_number("deep_every", settings.deep_every, 1, 1000, whole=True)
     if settings.deep_every > 1 and settings.as_official:
         raise ValueError("deep-every: not of the official demo; leave it out")

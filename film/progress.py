@@ -30,3 +30,21 @@ def show_progress(steps: int, **options):
             bar.update(done / steps - bar.n)
 
         yield on_step
+
+
+class Progress:
+    """Steps of the sampler that are done and known to come, a step of each window counted.
+
+    Those of windows that are drawn again (film/tries.py) do not count.
+    """
+
+    def __init__(self, on_step):
+        self.on_step = on_step
+        self.done = 0
+        self.total = 0
+
+    def step(self, windows, *_):
+        """The callback of a sampler that works on so many windows at once."""
+        self.done += windows
+        if self.on_step:
+            self.on_step(self.done, self.total)

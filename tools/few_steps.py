@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from diffusion import SAMPLERS, SCHEDULES, TIMES, guided_eps, search_schedule
-from sample import Progress, Settings, guided, load_models, noise_field, open_clip
+from film.progress import Progress
+from sample import Settings, guided, load_models, noise_field, open_clip
 
 SOLVERS = ("dpm", "unipc", "deis")  # they take schedules; DDIM and PLMS do not
 STEPS = (4, 6, 8, 10, 15, 25)

@@ -1,0 +1,76 @@
+"""A window whose sound does not play the hits that it was given is drawn again: sample.py --tries.
+
+in   windows of clips (film/windows.py), and functions that draw and decode some of them
+out  of each window the draw that leaves out and adds the fewest hits
+
+The U-Net now and then leaves out a hit that it is told, or adds one that it sees in the picture.
+From other noise it seldom makes the same mistake.
+"""
+
+import torch
+
+from common import audio
+from common.audio import COLUMN, HOP
+from film.windows import COLUMNS, known_latents
+from ldm import LATENT_SHAPE
+
+TOLERANCE = 0.05  # seconds between a hit and its sound
+CLOSEST = audio.APART * COLUMN  # seconds; of hits that are no farther apart one onset is heard
+
+
+def draw_best(windows, draw, decode, tries: int):
+    """[(latents (4, 16, 64), score)] of windows: of each the best of `tries` draws, or the first
+    one without a fault.
+
+    windows: [(clip, candidate, start)]; draw(windows, k): such a list, from the k-th noise;
+    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512).
+    """
+    drawn = draw(windows, 0)
+    if tries == 1:
+        return drawn
+
+    def faults_of(windows, drawn):
+        mels = decode(windows, torch.stack([z for z, _ in drawn]))
+        return [count_faults(mel, *window) for mel, window in zip(mels, windows, strict=True)]
+
+    faults = faults_of(windows, drawn)
+    for attempt in range(1, tries):
+        again = [k for k, count in enumerate(faults) if count]
+        if not again:
+            break
+        wrong = [windows[k] for k in again]
+        redrawn = draw(wrong, attempt)
+        for k, new, count in zip(again, redrawn, faults_of(wrong, redrawn), strict=True):
+            # of equal ones the first
+            if count < faults[k]:
+                drawn[k] = new
+                faults[k] = count
+    return drawn
+
+
+def count_faults(mel, clip, candidate: int, start: int):
+    """Hits of a window that its mel (128, 512) leaves out or adds, in what is drawn of it.
+
+    The rest is known of its neighbors, or lies behind the clip's end.
+    """
+    # a sampler that has diverged is reported where the sound is made
+    if not mel.isfinite().all():
+        return 0
+    # in seconds from the window's start
+    begin = start / audio.SAMPLE_RATE
+    told = []
+    for hit in clip.hits:
+        time = hit.time - begin
+        if 0 <= time < COLUMNS * COLUMN and (not told or time - told[-1] > CLOSEST):
+            told.append(time)
+    heard = audio.detect_onsets(mel.numpy()).tolist()
+
+    _, is_known = known_latents(clip, candidate, start)
+    is_drawn = ~is_known.repeat_interleave(COLUMNS // LATENT_SHAPE[2])  # (512,)
+    is_drawn[max(0, (clip.samples - start) // HOP) :] = False
+    pairs = audio.match(heard, told, TOLERANCE)
+    played = {k for _, k in pairs}
+    asked = {k for k, _ in pairs}
+    wrong = [time for k, time in enumerate(told) if k not in played]
+    wrong += [time for k, time in enumerate(heard) if k not in asked]
+    return sum(bool(is_drawn[min(round(time / COLUMN), COLUMNS - 1)]) for time in wrong)
