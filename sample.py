@@ -167,9 +167,6 @@ class Settings:
         # how it is sampled
         steps, sampler = usual_sampling(self, guidance)
         batch = self.batch or (1 if torch.device(models.device).type == "cpu" else 16)
-        # redoing takes DDIM's steps, twice (film/redo.py)
-        if self.redo:
-            sampler = "ddim"
         return replace(
             self,
             steps=steps,
@@ -318,6 +315,7 @@ def set_conditions(clip, models, settings):
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
     clip.hits = hits_to_play(clip, models, settings)
+    clip.is_told = settings.onsets != "none"
     # towards materials that a person names eps is led, towards those that are seen it is not
     clip.names_materials = bool(settings.material) or any(
         hit.material and not hit.is_guess for hit in clip.hits
@@ -332,7 +330,7 @@ def set_conditions(clip, models, settings):
         1 / config.fps,
     )
     tracks = controls.Tracks(*(track.to(clip.features) for track in tracks))
-    if settings.onsets == "none":
+    if not clip.is_told:
         tracks = tracks._replace(given=None)
     clip.conditions = models.ldm.with_controls(clip.features[None], tracks)[0]
     # held once: an hour's are 115 MB
@@ -352,6 +350,7 @@ class Clip:
     features: Tensor = None  # (f, d)
     conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
+    is_told: bool = False  # whether stage 2 is to play these hits and no others
     names_materials: bool = False  # whether a person does
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
@@ -359,6 +358,7 @@ class Clip:
     # (candidate, start) -> of windows that are drawn: latents (4, 16, 64), and score
     latents: dict = field(default_factory=dict)
     scores: dict = field(default_factory=dict)
+    mels: dict = field(default_factory=dict)  # candidate -> {0: mel}, where there is one window
     keeper: kept.Kept | None = None  # where these are kept on disk, until the output is written
 
     @functools.cached_property
@@ -455,7 +455,8 @@ def draw(windows, attempt, models, settings, callback=None):
         if any_known:
             eps = fill_in(eps, known_z, is_known)
         sampler = repaint if settings.redo else SAMPLERS[settings.sampler]
-        z = sampler(eps, x, settings.steps, callback, **schedule)
+        # progress counts first attempts alone
+        z = sampler(eps, x, settings.steps, None if attempt else callback, **schedule)
         z = torch.where(is_known, known_z, z)  # (b, 4, 16, 64)
         if models.align is not None:
             features = conditions[..., : ldm.config.feature_dim]
@@ -471,15 +472,12 @@ def denoise(windows, models, settings, callback=None):
     Where hits are told, a window that does not play them is drawn again (film/tries.py).
     """
 
-    def draw_these(windows, attempt):
-        return draw(windows, attempt, models, settings, None if attempt else callback)
-
-    def decode(windows, latents):
+    def decode(windows, z):
         with share([clip.profile for clip, _, _ in windows], "autoencoder"):
-            return models.ldm.decode(latents.to(models.device)).float().cpu()
+            return models.ldm.decode(z.to(models.device))
 
-    is_told = models.ldm.config.columns and settings.onsets != "none"
-    drawn = draw_best(windows, draw_these, decode, settings.tries if is_told else 1)
+    drawing = functools.partial(draw, models=models, settings=settings, callback=callback)
+    drawn = draw_best(windows, drawing, decode, settings.tries)
     for (clip, *window), (latents, score) in zip(windows, drawn, strict=True):
         clip.latents[tuple(window)] = latents
         if score is not None:
@@ -575,8 +573,10 @@ def finish(clip, models, settings, mark):
 
     for k in range(count) if settings.keep_all else [best]:
         columns = math.ceil(clip.samples / HOP)
+        latents = agreed(clip, k)
+        mels = clip.mels.get(k)
         spectrograms[k] = Spectrogram(
-            agreed(clip, k), clip.starts, columns, decode, settings.batch, clip.source
+            latents, clip.starts, columns, decode, settings.batch, clip.source, mels
         )
         with clip.profile("vocoder"):
             if clip.redo:
@@ -595,7 +595,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
         levels = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
-    if not models.ldm.config.columns or settings.onsets == "none":
+    if not clip.is_told:
         hits = [Hit(time) for time in audio.detect_onsets(spectrogram)]
     return Result(
         hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
@@ -783,8 +783,6 @@ def parse_arguments(argv=None):
         settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
     except ValueError as error:
         p.error(f"--{str(error).replace('_', '-', 1)}")
-    if args.keep_tracks and args.format in ("wav", "flac"):
-        p.error(f"--keep-tracks: {args.format} holds one sound alone; leave one of the two out")
     return args, settings
 
 

@@ -261,6 +261,9 @@ def usual_sampling(settings, guidance):
     """-> steps and sampler: those that are given, else what suits `guidance` and the schedule."""
     is_few = guidance == "distilled" and not (settings.redo or settings.as_official)
     sampler = settings.sampler or (FEW if is_few else PAPER)["sampler"]
+    # redoing takes DDIM's steps, twice (film/redo.py)
+    if settings.redo:
+        sampler = "ddim"
     # of the others, or on another schedule, so few steps give noise or a level that is off
     is_few &= sampler in ("unipc", "dpm") and settings.schedule == "uniform"
     return settings.steps or (FEW if is_few else PAPER)["steps"], sampler

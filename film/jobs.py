@@ -422,8 +422,13 @@ def check_folders(jobs):
 def plan_jobs(args):
     """-> this process's [Job]: `line` is set where nothing is to be drawn.
 
-    Raises UserError for an output folder, weights or an environment that cannot be.
+    Raises UserError for an output folder, weights or an environment that cannot be, ValueError for
+    flags that exclude each other.
     """
+    if args.keep_tracks and args.format in ("wav", "flac"):
+        raise ValueError(
+            f"keep-tracks: {args.format} holds one sound alone; leave one of the two out"
+        )
     rank, world = join(args.device)
     if args.out:
         make_folder(args.out)

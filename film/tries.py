@@ -1,11 +1,13 @@
 """A window whose sound does not play the hits that it was given is drawn again: sample.py --tries.
 
-in   windows of clips (film/windows.py), and functions that draw and decode some of them
+in   windows of clips that are told hits (film/windows.py), and what draws and decodes them
 out  of each window the draw that leaves out and adds the fewest hits
 
 The U-Net now and then leaves out a hit that it is told, or adds one that it sees in the picture.
 From other noise it seldom makes the same mistake.
 """
+
+import math
 
 import torch
 
@@ -23,29 +25,30 @@ def draw_best(windows, draw, decode, tries: int):
     one without a fault.
 
     windows: [(clip, candidate, start)]; draw(windows, k): such a list, from the k-th noise;
-    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512).
+    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512). That of a clip's only window is
+    kept in `clip.mels`, so that it is decoded once.
     """
-    drawn = draw(windows, 0)
-    if tries == 1:
-        return drawn
-
-    def faults_of(windows, drawn):
-        mels = decode(windows, torch.stack([z for z, _ in drawn]))
-        return [count_faults(mel, *window) for mel, window in zip(mels, windows, strict=True)]
-
-    faults = faults_of(windows, drawn)
-    for attempt in range(1, tries):
-        again = [k for k, count in enumerate(faults) if count]
+    if tries == 1 or not any(clip.is_told for clip, _, _ in windows):
+        return draw(windows, 0)
+    best = {}  # number of a window -> its best draw
+    least = [math.inf] * len(windows)  # faults of that draw
+    for attempt in range(tries):
+        again = [k for k, count in enumerate(least) if count]
         if not again:
             break
         wrong = [windows[k] for k in again]
-        redrawn = draw(wrong, attempt)
-        for k, new, count in zip(again, redrawn, faults_of(wrong, redrawn), strict=True):
-            # of equal ones the first
-            if count < faults[k]:
-                drawn[k] = new
-                faults[k] = count
-    return drawn
+        drawn = draw(wrong, attempt)
+        mels = decode(wrong, torch.stack([z for z, _ in drawn])).float().cpu()
+        for k, new, mel in zip(again, drawn, mels, strict=True):
+            count = count_faults(mel, *windows[k])
+            # of equal draws the first
+            if count < least[k]:
+                least[k] = count
+                best[k] = new
+                clip, candidate, _ = windows[k]
+                if len(clip.starts) == 1 and mel.isfinite().all():
+                    clip.mels[candidate] = {0: mel}
+    return [best[k] for k in range(len(windows))]
 
 
 def count_faults(mel, clip, candidate: int, start: int):
@@ -59,8 +62,7 @@ def count_faults(mel, clip, candidate: int, start: int):
     # in seconds from the window's start
     begin = start / audio.SAMPLE_RATE
     told = []
-    for hit in clip.hits:
-        time = hit.time - begin
+    for time in sorted(hit.time - begin for hit in clip.hits):
         if 0 <= time < COLUMNS * COLUMN and (not told or time - told[-1] > CLOSEST):
             told.append(time)
     heard = audio.detect_onsets(mel.numpy()).tolist()

@@ -170,11 +170,14 @@ class Spectrogram:
     """The mel (128, columns) of a clip: sliced like a tensor, and decoded where it is read.
 
     latents: (4, 16, 64) of the windows at `starts`; decode: (b, 4, 16, 64) -> mels (b, 128, 512);
-    batch: windows decoded at once; name: of the clip, for errors. A window takes 16 KB this way
+    batch: windows decoded at once; name: of the clip, for errors; mels: {number: mel} of windows
+    that are decoded already. A window takes 16 KB this way
     instead of 256. Slices raise UserError where the sampler has diverged.
     """
 
-    def __init__(self, latents, starts, columns: int, decode, batch: int = 1, name="clip"):
+    def __init__(
+        self, latents, starts, columns: int, decode, batch: int = 1, name="clip", mels=None
+    ):
         self.latents = latents
         self.starts = starts
         self.shape = (N_MELS, columns)
@@ -182,7 +185,7 @@ class Spectrogram:
         self.batch = batch
         self.name = name
         self.shares = fade_weights(starts)
-        self.mels = {}  # number of a window -> its mel, of those read last
+        self.mels = mels or {}  # number of a window -> its mel, of those read last
 
     def __getitem__(self, key):
         rows, columns = key
