@@ -42,12 +42,13 @@ class Hits {
     if (other) this.select(other)
     else this.edit([...this.list, hit], hit)
   }
-  // gives the selected hit other fields; the rest stays, such as that its material is a guess
+  // gives the selected hit other fields; the rest stays, and a guess is one until a material is given
   change(fields, goesOn = false) {
     if (!this.selected) return
     const hit = { ...this.selected, ...fields }
     // hits of a file may lie outside of the part that is shown, and stay there
     if ("time" in fields) hit.time = this.within(hit.time)
+    if ("material" in fields) hit.guess = false
     this.edit(this.list.map(one => one === this.selected ? hit : one), hit, goesOn)
   }
   remove() {
