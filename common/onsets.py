@@ -55,7 +55,7 @@ def seconds(text):
     return time
 
 
-def hit_of(fields, materials):
+def hit_of(fields, materials, with_guesses=False):
     """{"time", "strength", "material"}, as written, missing or empty -> Hit."""
     time = seconds(fields.get("time", ""))
     strength = None
@@ -68,6 +68,9 @@ def hit_of(fields, materials):
     material = (fields.get("material") or "").lower() or None
     # the model's own guess, as `write_hits` writes it
     if material and material.endswith("?"):
+        guess = material.removesuffix("?")
+        if with_guesses and guess in materials:
+            return Hit(time, strength, guess, is_guess=True)
         material = None
     if material and material not in materials:
         known = ", ".join(materials)
@@ -160,10 +163,14 @@ def read_lines(path):
     return [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip(", \t")]
 
 
-def read_hits(path: Path | str, materials: Collection[str]) -> list[Hit]:
+def read_hits(
+    path: Path | str, materials: Collection[str], with_guesses: bool = False
+) -> list[Hit]:
     """Hits of a CSV file or a label track, ascending in time; none where the file has none.
 
-    materials: those that are known. Raises UserError, which names the line.
+    materials: those that are known. with_guesses: materials with a question mark are guesses, to be
+    shown or written again; without it they are as good as missing. Raises UserError, which names
+    the line.
     """
     lines = read_lines(path)
     # a label has two times with a tab between; a line of CSV has none
@@ -176,10 +183,10 @@ def read_hits(path: Path | str, materials: Collection[str]) -> list[Hit]:
             if header:
                 columns = header
             elif not is_labels:
-                hits.append(hit_of(csv_fields(line, columns), materials))
+                hits.append(hit_of(csv_fields(line, columns), materials, with_guesses))
             # the frequencies of the label before, where it was drawn in a spectrogram
             elif not place or not line.startswith("\\"):
-                hits.append(hit_of(label_fields(line), materials))
+                hits.append(hit_of(label_fields(line), materials, with_guesses))
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}") from None
     # by time alone: a strength that is missing cannot be compared

@@ -5,7 +5,8 @@ out  index.html: for every input its picture with each of its sounds, frames, hi
      scores on one time axis; or why there is none
 
 The page refers to pictures and sounds by relative links and holds all else itself (page.html with
-player.js), so that it moves with its folder and needs no network.
+player.js and hits.js), so that it moves with its folder and needs no network. Hits can be corrected
+there, and saved as a file for --onsets.
 """
 
 import base64
@@ -15,17 +16,19 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import urllib.parse
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import soundfile
 import torch
 
 import foley
 from common import distributed, media, plots
-from common.audio import HOP, SAMPLE_RATE, mel
+from common.audio import COLUMN, HOP, SAMPLE_RATE, mel
 from common.files import UserError, write_bytes
 from common.onsets import read_hits
 from film.jobs import onsets_file
@@ -37,6 +40,8 @@ STRIP = 16  # by how much the strip is wider than high, nearly: so many square f
 MOST_FRAMES = 24
 COLUMNS = 4000  # of a spectrogram at most
 SPAN = 60  # seconds of sound transformed at once
+# of a hit the page offers those that the shipped model knows
+MATERIALS = [name for name in foley.MATERIALS if name not in foley.OTHER]
 
 
 def fill(template, content):
@@ -45,7 +50,7 @@ def fill(template, content):
     text = json.dumps(content).replace("<", "\\u003c")
     page = (FOLDER / template).read_text(encoding="utf-8")
     # the data last: nothing in it is replaced
-    parts = {"style": "style.css", "player": "player.js"}
+    parts = {"style": "style.css", "player": "player.js", "hits": "hits.js"}
     for name, file in parts.items():
         page = page.replace(f"{{{{{name}}}}}", (FOLDER / file).read_text(encoding="utf-8"))
     return page.replace("{{data}}", text).encode()
@@ -141,17 +146,68 @@ def sounds_of(line, target, start):
 
 
 def earlier_hits(target):
-    """The hits of NAME.onsets.txt, where it is there and can be read."""
+    """The hits of NAME.onsets.txt with the model's guesses, where it is there and can be read."""
     with contextlib.suppress(UserError):
         if onsets_file(target).is_file():
-            return read_hits(onsets_file(target), foley.MATERIALS)
+            return read_hits(onsets_file(target), foley.MATERIALS, with_guesses=True)
     return []
+
+
+def download_name(target):
+    """NAME.onsets.txt, without what browsers replace in the name of a file that they save."""
+    name = onsets_file(target).name
+    safe = [c if c.isprintable() and c not in '"*/:<>?\\|~%' else "_" for c in name]
+    # a file that begins with a dot is hidden
+    return re.sub(r"^\.", "_", "".join(safe))
+
+
+class Cut(NamedTuple):
+    """The part of a video for which a sound is made."""
+
+    start: float
+    duration: float | None = None  # None: up to the end
+
+
+def cut_of(job, args):
+    """The cut of the outputs that are there and stay, or else of those that are drawn.
+
+    The two differ where a run keeps outputs whatever its settings.
+    """
+    settings = vars(args)
+    if job.line is not None and job.record:
+        settings = settings | job.record["settings"]
+    return Cut(settings["start"], settings["duration"])
+
+
+def command_of(source, hits_file, out, cut):
+    """The command, quoted for a shell, by which the hits that the page saves are played.
+
+    It makes the same part of the video, into the same folder.
+    """
+    flags = {"--onsets": hits_file}
+    if out:
+        flags["--out"] = out
+    if cut.start:
+        flags["--start"] = cut.start
+    if cut.duration is not None:
+        flags["--duration"] = cut.duration
+    words = ["python", "sample.py", path_word(source)]
+    for flag, value in flags.items():
+        words += [flag, path_word(value)]
+    return shlex.join(words)
+
+
+def path_word(path):
+    """A path as an argument: one that begins with a dash would be taken for a flag."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def card(line, target, result, folder, start):
     """What the page knows of one input.
 
-    line: as --json prints it; result: its Result, or None for an output that was made earlier.
+    line: as --json prints it; result: its Result, or None for an output that was made earlier;
+    start: the second of the input at which its sounds begin.
     """
     source = Path(line["input"])
     shape = media.probe(source)
@@ -190,7 +246,10 @@ def card(line, target, result, folder, start):
         "picture": picture,
         "strip": data_url("jpeg", jpeg),
         "frames": frames,
-        "hits": [[hit.time - start, hit.strength] for hit in hits],
+        "start": start,
+        # fields of Hit, with times from where the picture begins
+        "hits": [[round(hit.time - start, 6), *hit[1:]] for hit in hits],
+        "hits_file": download_name(target),
         "sounds": sounds,
     }
     # other sounds are other clips: what was picked of these is not picked of those
@@ -233,7 +292,8 @@ class Page:
 
     def __init__(self, args, jobs):
         self.wanted = args.page
-        self.start = args.start
+        self.out = args.out
+        self.cuts = {job.target: cut_of(job, args) for job in jobs if args.page}
         self.quiet = args.json
         self.inputs = []
         # the first of several processes writes for all
@@ -257,12 +317,15 @@ class Page:
         name = Path(line["input"]).name
         if "error" not in line:
             try:
-                made = card(line, target, result, self.folder, self.start)
+                cut = self.cuts[target]
+                made = card(line, target, result, self.folder, cut.start)
                 before = self.earlier.get(line["input"])
-                # of sounds that were kept only the earlier page knows hits and scores; with them
-                # stays the id under which the browser holds what was picked
-                if line.get("kept") and before and looks(before) == looks(made):
-                    made = before
+                # of sounds that stay only the earlier page knows hits and scores; with them stays
+                # the id under which the browser holds what was picked and edited. A page of an
+                # earlier version lacks some fields
+                if result is None and before and looks(before) == looks(made):
+                    made |= before
+                made["command"] = command_of(line["input"], made["hits_file"], self.out, cut)
                 self.inputs.append(made)
                 return
             # such as a sound that somebody deleted in between
@@ -280,7 +343,8 @@ class Page:
         if distributed.rank() > 0:
             return True
         try:
-            write_bytes(self.path, fill("page.html", {"inputs": inputs}))
+            content = {"inputs": inputs, "materials": MATERIALS, "column": COLUMN}
+            write_bytes(self.path, fill("page.html", content))
         except UserError as error:
             print(f"sample.py: {error}", file=sys.stderr)
             return False

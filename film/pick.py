@@ -93,6 +93,7 @@ def pick(job, name: str, args, manifests: dict):
     if picked != paths["wav"] and name not in scores:
         raise UserError(f"{video}: {name} is none of its candidates; draw them with --keep-all")
     check(video, record, picked, paths, args)
+    job.record = record
     job.line = kept_line(video, folder, record) | {"picked": name}
     sums = {path: entry["sha256"] for path, entry in record["files"].items()}
     if picked == paths["wav"] or sums[name] == sums[paths["wav"].name] and not args.overwrite:

@@ -71,16 +71,17 @@ class Player {
 }
 
 const $ = selector => document.querySelector(selector)
-// what the browser keeps of a page from one visit to the next, where it allows that
+// what the browser keeps of a page from one visit to the next, where it allows that; keep says whether it did
 const recall = name => { try { return JSON.parse(localStorage[name]) } catch { return null } }
-const keep = (name, value) => { try { localStorage[name] = JSON.stringify(value) } catch { return } }
+const keep = (name, value) => { try { localStorage[name] = JSON.stringify(value); return true } catch { return false } }
 
 const make = (tag, className, ...inside) => {
   const element = Object.assign(document.createElement(tag), { className })
   element.append(...inside)
   return element
 }
-const saveFile = (download, content) => {
-  const href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 1), "\n"]))
+const saveFile = (download, text) => {
+  const href = URL.createObjectURL(new Blob([text]))
   Object.assign(make("a", ""), { href, download }).click()
 }
+const saveJson = (download, content) => saveFile(download, JSON.stringify(content, null, 1) + "\n")

@@ -12,7 +12,11 @@ import pytest
 PATIENCE = 60  # seconds until what must become true counts as false
 INSTALL = "apt-get install -y --no-install-recommends chromium chromium-driver"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key by which the protocol names an element
-KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"}
+KEYS = {
+    **{"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"},
+    **{"backspace": "\ue003", "tab": "\ue004", "escape": "\ue00c", "delete": "\ue017"},
+    **{"enter": "\ue007", "ctrl": "\ue009"},
+}
 
 
 def have_chromium(may_install):
@@ -88,13 +92,29 @@ class Browser:
             time.sleep(0.02)
         return value
 
-    def press(self, key):
-        """A key, as from a keyboard."""
-        value = KEYS.get(key, key)
-        down_up = [{"type": kind, "value": value} for kind in ("keyDown", "keyUp")]
-        self.ask(
-            "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": down_up}]}
-        )
+    def act(self, kind, steps):
+        """Steps of one device, as the protocol names them."""
+        actions = {"type": kind, "id": kind, "actions": steps}
+        self.ask("POST", "/actions", {"actions": [actions]})
+
+    def press(self, key, *others):
+        """A key, as from a keyboard, or several that are held together."""
+        values = [KEYS.get(name, name) for name in (key, *others)]
+        steps = [{"type": "keyDown", "value": value} for value in values]
+        steps += [{"type": "keyUp", "value": value} for value in reversed(values)]
+        self.act("key", steps)
+
+    def drag(self, x, y, right=0.0, down=0.0):
+        """The mouse from a point of the window on by so many pixels; without any a click."""
+        places = [(x, y)]
+        # in several steps, as a hand does
+        if right or down:
+            places += [(x + k / 4 * right, y + k / 4 * down) for k in range(1, 5)]
+        moves = [
+            {"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)} for x, y in places
+        ]
+        press = {"type": "pointerDown", "button": 0}
+        self.act("pointer", [moves[0], press, *moves[1:], {"type": "pointerUp", "button": 0}])
 
     def click(self, selector):
         """The middle of an element, as by a mouse."""
@@ -107,13 +127,13 @@ class Browser:
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def downloaded(self, name):
-        """The object in a JSON file that the page saved, once it is whole."""
+        """The path of a file that the page saved, once it is whole."""
         path = self.downloads / name
         end = time.monotonic() + PATIENCE
         while not path.exists():
             assert time.monotonic() < end, f"{name} was not saved"
             time.sleep(0.02)
-        return json.loads(path.read_text())
+        return path
 
     def close(self):
         try:

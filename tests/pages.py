@@ -14,6 +14,8 @@ from film.page import Page
 
 # a name with what HTML, JSON and URLs take for their own
 NAME = 'a #1 100% "quoted" & ü\'s <!--<script>'
+# one that a person gave, one that the model found
+HITS = (Hit(1.0, 0.9, "wood"), Hit(4.5, None, "glass", is_guess=True))
 
 
 def outputs(folder, name=NAME, seconds=6.0, candidates=3, codec="libx264"):
@@ -47,13 +49,16 @@ def outputs(folder, name=NAME, seconds=6.0, candidates=3, codec="libx264"):
     return source, line, target
 
 
-def write_page(folder, made, failed=()):
-    """index.html in `folder`. made: of `outputs`; failed: lines of --json. -> its path."""
-    args = SimpleNamespace(page=True, start=0.0, json=True, out=folder)
+def write_page(folder, made, failed=(), start=0.0, hits=HITS):
+    """index.html in `folder`. made: of `outputs`; failed: lines of --json. -> its path.
+
+    start: of --start; hits: in seconds of the source.
+    """
+    args = SimpleNamespace(page=True, start=start, duration=None, json=True, out=folder)
     page = Page(args, [Job(source, target) for source, _, target in made])
     for source, line, target in made:
-        hits = [Hit(1.0, 0.9), Hit(4.5)]
-        page.add(line, target, SimpleNamespace(source=source, hits=hits))
+        result = None if line.get("kept") else SimpleNamespace(source=source, hits=hits)
+        page.add(line, target, result)
     for line in failed:
         page.add(line, None)
     assert page.write()

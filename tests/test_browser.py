@@ -3,13 +3,18 @@
 `python -m pytest -m optional`, as root on Debian, installs it (tests/browser.py).
 """
 
+import json
+import shlex
+
 import browser
 import clips
 import numpy as np
 import pytest
 import torch
-from pages import NAME, outputs, write_page
+from pages import HITS, NAME, outputs, write_page
 
+import foley
+from common.onsets import Hit, read_hits, write_hits
 from film import listen
 
 pytestmark = pytest.mark.optional
@@ -126,7 +131,7 @@ def test_what_is_marked_as_best_is_kept_and_saved(page, index):
     page.wait("player.current === 2")
     assert page.run("entries.map(entry => entry.lastChild.textContent)") == ["★", "", ""]
     page.click("#save")
-    picks = page.downloaded("picks.json")
+    picks = json.loads(page.downloaded("picks.json").read_text())
     assert list(picks.values()) == [f"{NAME}.foley.2.wav"]
 
 
@@ -184,9 +189,278 @@ def test_blind_listening(chromium, tmp_path):
     chromium.wait("$('.told').textContent.startsWith('All')")
     chromium.click("#save")
     name = f"ratings-{chromium.run('rating.rater')}.json"
-    assert chromium.downloaded(name)["answers"] == {first: "a", second: "same"}
+    saved = chromium.downloaded(name)
+    assert json.loads(saved.read_text())["answers"] == {first: "a", second: "same"}
 
-    pairs, raters = listen.read_ratings([chromium.downloads / name], tmp_path / listen.KEY)
+    pairs, raters = listen.read_ratings([saved], tmp_path / listen.KEY)
     share = listen.tally(pairs, raters)["ground_truth"]["share"]
     assert share == (0.75 if pairs[first]["a"] == "ours" else 0.25)
+    assert chromium.mistakes() == []
+
+
+# ---- correcting hits ---------------------------------------------------------------------------
+
+START = 3.5  # of --start
+SHOWN = SECONDS - START  # seconds on the page
+LANE = "$('.hits .lane').getBoundingClientRect()"
+TIMES = "hits.list.map(hit => hit.time)"
+
+
+@pytest.fixture(scope="module")
+def directed_index(tmp_path_factory):
+    """A page of a run with --start."""
+    folder = tmp_path_factory.mktemp("directed")
+    source, line, target = outputs(folder, seconds=SECONDS)
+    line["seconds"] = SHOWN
+    hits = [hit._replace(time=hit.time + START) for hit in HITS]
+    return write_page(folder, [(source, line, target)], start=START, hits=hits)
+
+
+@pytest.fixture
+def directed(chromium, directed_index):
+    chromium.open(directed_index)
+    chromium.run("localStorage.clear()")
+    chromium.open(directed_index)
+    chromium.wait("player.audios.every(a => a.readyState > 1) && player.video.readyState > 1")
+    return chromium
+
+
+def drag_hit(page, k, seconds=0.0, up=0.0):
+    """Hit k of the list along the lane, and up by a share of its height. Without either a click."""
+    box = page.run(LANE)
+    x = box["x"] + page.run(f"hits.list[{k}].time") / SHOWN * box["width"]
+    y = box["y"] + box["height"] * 0.9
+    page.drag(x, y, seconds / SHOWN * box["width"], -up * box["height"])
+
+
+def read_text(page, tmp_path):
+    """The hits of the file that the page would save."""
+    path = tmp_path / "saved.txt"
+    path.write_text(page.run("hits.text"))
+    return read_hits(path, foley.MATERIALS, with_guesses=True)
+
+
+def test_hits_are_tapped_in_a_pause_and_while_it_plays(directed):
+    directed.run("player.seek(8)")
+    directed.press("h")
+    assert directed.run(TIMES) == pytest.approx([1.0, 4.5, 8.0], abs=1e-3)
+    assert directed.run("hits.list[2] === hits.selected")
+    assert directed.run("$('.facts').textContent") == f"{SHOWN:.2f} s, 3 hits, edited"
+    directed.press(" ")
+    for count in (4, 5):
+        directed.wait(f"player.time > {4.4 + count}")
+        before = directed.run("player.time")
+        directed.press("h")
+        after = directed.run("player.time")
+        assert before <= directed.run("hits.selected.time") <= after
+        assert directed.run("hits.list.length") == count
+    directed.press(" ")
+    # drawn where they are, in the lane and over all
+    assert directed.run("$('.hits .lane').children.length") == 5
+    assert directed.run("document.querySelectorAll('.over .hit').length") == 5
+    # at the end, too, where the last of what is made is played
+    directed.run(f"player.seek({SHOWN})")
+    directed.press("h")
+    assert SHOWN - 0.05 < directed.run("hits.selected.time") < SHOWN
+
+
+def test_a_key_that_is_held_is_one_hit_and_one_place_has_one(directed):
+    directed.run("player.seek(8)")
+    for repeat in ("false", "true", "true"):
+        directed.run(
+            "document.body.dispatchEvent(new KeyboardEvent('keydown', "
+            f"{{key: 'h', bubbles: true, repeat: {repeat}}}))"
+        )
+        directed.run("player.seek(player.time + 1)")
+    assert directed.run(TIMES) == pytest.approx([1.0, 4.5, 8.0], abs=1e-3)
+    # a hit that is there already is selected instead
+    directed.run("player.seek(4.504)")
+    directed.press("h")
+    assert directed.run("[hits.list.length, hits.list.indexOf(hits.selected)]") == [3, 1]
+    # moved onto another it stays, and the page says what counts
+    directed.press(".")
+    assert "stronger" not in directed.run("$('.told').textContent")
+    directed.run("hits.change({ time: 8.002 })")
+    assert directed.run("hits.list.length") == 3
+    assert "the stronger counts" in directed.run("$('.told').textContent")
+
+
+def test_hits_are_moved_and_keep_what_is_known_of_them(directed, tmp_path):
+    drag_hit(directed, 1)
+    assert directed.run("hits.list.indexOf(hits.selected)") == 1
+    assert directed.run("[player.time, hits.isEdited]") == [4.5, False]
+    directed.press(".")
+    directed.press(".")
+    directed.press(",")
+    assert directed.run("[hits.selected.time, player.time]") == pytest.approx([4.54] * 2, abs=1e-3)
+    # a drag takes it along in time alone, and is one edit
+    drag_hit(directed, 1, seconds=2)
+    assert directed.run("hits.selected.time") == pytest.approx(6.54, abs=0.03)
+    assert directed.run("hits.before.length") == 4
+    expected = [Hit(4.5, 0.9, "wood"), Hit(10.04, None, "glass", is_guess=True)]
+    for hit, wanted in zip(read_text(directed, tmp_path), expected, strict=True):
+        assert hit[1:] == wanted[1:] and hit.time == pytest.approx(wanted.time, abs=0.03)
+    directed.press("ctrl", "z")
+    assert directed.run("hits.selected.time") == pytest.approx(4.54)
+    # past another one, and not beyond the end
+    drag_hit(directed, 1, seconds=-4)
+    assert directed.run("hits.list.indexOf(hits.selected)") == 0
+    drag_hit(directed, 1, seconds=SHOWN - 1)
+    assert directed.run("hits.selected.time") == pytest.approx(SHOWN - 0.016)
+    # a hit before the part that is shown stays there
+    outside = "{ ...clips[0], id: 'outside', hits: [[-2, 0.5]] }"
+    directed.run(f"(window.other = new Hits({outside}, column, () => 0)).select(other.list[0])")
+    directed.run("other.change({ strength: 1 })")
+    assert directed.run("other.text") == "1.500000\t1.500000\t1.0\n"
+    # without a selected hit the keys move the player
+    directed.press("escape")
+    directed.run("player.seek(8)")
+    directed.press(".")
+    assert directed.run("player.time") == pytest.approx(8.04, abs=1e-3)
+
+
+def test_a_drag_upward_and_the_selects_say_strength_and_material(directed, tmp_path):
+    drag_hit(directed, 1, up=0.25)
+    hit = read_text(directed, tmp_path)[1]
+    assert hit == Hit(8.0, pytest.approx(0.85, abs=0.051), "glass", is_guess=True)
+    assert directed.run("$('#material').value") == "glass?"
+    options = directed.run("[...$('#material').options].map(option => option.textContent)")
+    assert options == ["glass?", "not said", *(m for m in foley.MATERIALS if m not in foley.OTHER)]
+    directed.click("#material option[value=metal]")
+    directed.click("#strength option[value='0.3']")
+    assert read_text(directed, tmp_path)[1] == Hit(8.0, 0.3, "metal")
+    directed.click("#material option[value='']")
+    directed.click("#strength option[value='']")
+    assert read_text(directed, tmp_path) == [Hit(4.5, 0.9, "wood"), Hit(8.0)]
+    # opened by the mouse, it gives the keys back, whether something was chosen or not
+    directed.click("#material")
+    directed.press("down")
+    directed.press("enter")
+    directed.wait("hits.selected.material === 'wood'")
+    directed.press(" ")
+    directed.wait("player.playing")
+    directed.click("#strength")
+    directed.press("escape")
+    directed.press(" ")
+    assert not directed.run("player.playing")
+
+
+def test_a_select_keeps_only_the_keys_that_change_it(directed):
+    drag_hit(directed, 1)
+    directed.run("$('#strength').focus()")
+    directed.press("down")
+    directed.press("down")
+    # it is still there that the keyboard is
+    assert directed.run("document.activeElement.id") == "strength"
+    assert directed.run("[hits.selected.strength, at]") == [0.9, 0]
+    directed.press("2")
+    directed.press("m")
+    directed.press(",")
+    assert directed.run("[player.current, pickOf(clips[0])]") == [1, 1]
+    assert directed.run("hits.selected.time") == pytest.approx(4.46)
+    directed.press("backspace")
+    assert directed.run(TIMES) == [1.0]
+    assert directed.run("$('#strength').disabled && $('#material').disabled")
+
+
+def test_hits_are_deleted_and_every_edit_is_undone(directed):
+    for time in (8, 9, 10, 11):
+        directed.run(f"player.seek({time})")
+        directed.press("h")
+    before = directed.run(TIMES)
+    directed.press("delete")
+    directed.press("delete")
+    assert directed.run(TIMES) == before[:5]
+    # the next and the one before; the hit at the current time stays
+    directed.run("player.seek(8.5)")
+    directed.press("p")
+    directed.press("p")
+    directed.press("n")
+    assert directed.run("hits.list.indexOf(hits.selected)") == 2
+    directed.click("#remove-after")
+    assert directed.run(TIMES) == before[:3]
+    directed.press("ctrl", "z")
+    assert directed.run(TIMES) == before[:5]
+    directed.click("#undo")
+    assert directed.run(TIMES) == before
+    for _ in range(6):
+        directed.press("ctrl", "z")
+    assert directed.run(TIMES) == [1.0, 4.5] and not directed.run("hits.isEdited")
+    assert directed.run("$('#undo').disabled && $('#discard').disabled")
+
+
+def test_a_click_beside_a_hit_seeks(directed):
+    box = directed.run(LANE)
+    drag_hit(directed, 0)
+    directed.drag(box["x"] + 0.5 * box["width"], box["y"] + 5)
+    assert directed.run("player.time") == pytest.approx(SHOWN / 2, abs=0.05)
+    assert directed.run("hits.selected") is None and not directed.run("hits.isEdited")
+
+
+def test_edits_are_kept_until_they_are_discarded(directed, directed_index):
+    drag_hit(directed, 0)
+    directed.press("delete")
+    directed.run("player.seek(8)")
+    directed.press("h")
+    directed.open(directed_index)
+    assert directed.run(TIMES) == pytest.approx([4.5, 8.0], abs=1e-3)
+    assert directed.run("$('.hits .lane').children.length") == 2
+    directed.click("#discard")
+    assert directed.run(TIMES) == [1.0, 4.5]
+    directed.press("ctrl", "z")
+    directed.click("#discard")
+    directed.open(directed_index)
+    assert directed.run(TIMES) == [1.0, 4.5] and not directed.run("hits.isEdited")
+    # where the browser keeps nothing the page says so
+    directed.run("Object.defineProperty(window, 'localStorage', { get() { throw Error() } })")
+    assert "keeps no edits" not in directed.run("$('.told').textContent")
+    directed.press("h")
+    assert "keeps no edits" in directed.run("$('.told').textContent")
+
+
+def test_saved_hits_are_the_label_track_that_python_writes(directed, tmp_path):
+    """In seconds from the video's first picture, under the name in the command to run next."""
+    written = tmp_path / "written.txt"
+    write_hits(written, [hit._replace(time=hit.time + START) for hit in HITS])
+    assert directed.run("hits.text") == written.read_text()
+    directed.run("player.seek(8)")
+    directed.press("h")
+    directed.run("hits.change({ strength: 1, material: 'stone' })")
+    directed.click("#save-hits")
+    command = shlex.split(directed.run("$('.next code').textContent"))
+    assert command[:2] == ["python", "sample.py"] and command[2].endswith(f"/{NAME}.mp4")
+    assert command[command.index("--start") + 1] == str(START)
+    saved = directed.downloaded(command[command.index("--onsets") + 1])
+    hits = [*HITS, Hit(8.0, 1.0, "stone")]
+    write_hits(written, [hit._replace(time=hit.time + START) for hit in hits])
+    assert saved.read_text() == written.read_text()
+    # hits of a page that an earlier version wrote: times and strengths
+    old = "{ ...clips[0], id: 'old', hits: [[1, 0.5], [2, null]] }"
+    text = directed.run(f"new Hits({old}, column, () => 0).text")
+    assert text == "4.500000\t4.500000\t0.5\n5.500000\t5.500000\t\n"
+    # what the model guessed is not said
+    assert read_hits(saved, foley.MATERIALS)[1] == Hit(4.5 + START)
+
+
+def test_thousands_of_hits_stay_usable(chromium, tmp_path):
+    """An edit draws what it changes, and a moment that passes draws nothing."""
+    made = outputs(tmp_path, "long", seconds=SECONDS, candidates=1)
+    hits = [Hit(k * SECONDS / 5000, 0.5, "wood") for k in range(5000)]
+    chromium.open(write_page(tmp_path, [made], hits=hits))
+    chromium.wait("player.audios.every(a => a.readyState > 1)")
+    chromium.run(
+        "(window.changes = [], new MutationObserver(seen => changes.push(...seen))"
+        ".observe($('.rows'), { childList: true, subtree: true }), true)"
+    )
+    chromium.press("n")
+    chromium.press("n")
+    chromium.press(".")
+    # one line in the lane and one over all, both put in the place of two others
+    assert chromium.run("changes.length") == 4
+    chromium.press(" ")
+    chromium.wait("player.time > 0.5")
+    assert chromium.run("changes.length") == 4
+    chromium.press(" ")
+    chromium.press("delete")
+    assert chromium.run("[hits.list.length, $('.hits .lane').children.length]") == [4999, 4999]
     assert chromium.mistakes() == []

@@ -167,3 +167,13 @@ def test_a_label_ends_after_it_starts_and_words_may_be_capitals(tmp_path):
     labels.write_text("0.5\t0.3\twood\n")
     with pytest.raises(UserError, match="line 1: ends before it starts"):
         read_hits(labels, ("wood", "metal"))
+
+
+def test_guesses_are_read_where_they_are_wanted(tmp_path):
+    """To be written again as they were; of materials that are not known nothing is."""
+    hits = [Hit(0.5, 0.8, "wood", is_guess=True), Hit(1.0, None, "metal", is_guess=True), *BOTH[1:]]
+    path = tmp_path / "hits.txt"
+    write_hits(path, hits)
+    assert read_hits(path, MATERIALS, with_guesses=True) == hits
+    assert read_hits(path, MATERIALS) == [Hit(0.5, 0.8), Hit(1.0), Hit(1.25)]
+    assert read_hits(path, ("metal",), with_guesses=True)[0] == Hit(0.5, 0.8)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import urllib.parse
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from main_job import run
 from pages import NAME, outputs, write_page
 
 import evaluate
+import foley
 from common import media, plots
 from common.media import read_audio
 from film import listen, page
@@ -55,7 +57,7 @@ def read(path):
     assert [name for name, _ in reader.scripts] == ["data", None]
     assert not reader.loaded and not re.search(r"https?:|//\w+\.\w|@import", text)
     assert text.count("class Player") == 1 and "{{data}}" not in text
-    assert text.count("\n") < 300
+    assert text.count("\n") < 600
     assert text.rstrip().endswith("</html>")
     return json.loads(reader.scripts[0][1])
 
@@ -94,7 +96,8 @@ def test_it_shows_scores_hits_and_pictures(made):
     clip = read(made)["inputs"][0]
     assert [sound["score"] for sound in clip["sounds"]] == [-0.5, -0.1, -3.0, None]
     assert [sound["first"] for sound in clip["sounds"]] == [False, True, False, False]
-    assert clip["hits"] == [[1.0, 0.9], [4.5, None]] and clip["seconds"] == 6
+    assert clip["hits"] == [[1.0, 0.9, "wood", False], [4.5, None, "glass", True]]
+    assert clip["seconds"] == 6
     pictures = [clip["strip"], *(sound["spectrogram"] for sound in clip["sounds"])]
     kinds = [url.partition(";")[0] for url in pictures]
     assert kinds == ["data:image/jpeg", *["data:image/png"] * 4]
@@ -138,15 +141,79 @@ def test_a_page_of_kept_outputs_keeps_hits_scores_and_picks(tmp_path):
 def test_an_output_that_was_kept_is_read_from_its_files(tmp_path):
     source, line, target = outputs(tmp_path, "a")
     kept = {"input": line["input"], "output": line["output"], "kept": True}
-    Path(tmp_path / "a.onsets.txt").write_text("2.000000\t2.000000\twood 0.5\n")
-    args = SimpleNamespace(page=True, start=0.0, json=True, out=None)
+    Path(tmp_path / "a.onsets.txt").write_text(
+        "2.000000\t2.000000\twood 0.5\n3.000000\t3.000000\tglass?\n"
+    )
+    args = SimpleNamespace(page=True, start=0.0, duration=None, json=True, out=None)
     shown = Page(args, [Job(source, target)])
     # the result of an input before is not this one's
     shown.add(kept, target, SimpleNamespace(source=Path("other.mp4"), hits=[]))
     assert shown.write()
     (clip,) = read(tmp_path / "index.html")["inputs"]
     assert [sound["name"] for sound in clip["sounds"]][:3] == [f"candidate {k}" for k in range(3)]
-    assert clip["hits"] == [[2.0, 0.5]] and clip["seconds"] == pytest.approx(6, abs=0.11)
+    assert clip["hits"] == [[2.0, 0.5, "wood", False], [3.0, None, "glass", True]]
+    assert clip["seconds"] == pytest.approx(6, abs=0.11)
+
+
+def test_a_page_of_an_earlier_version_is_carried_over(tmp_path):
+    """Its hits are times and strengths, and it does not say where its picture starts."""
+    made = source, line, target = outputs(tmp_path, "a", candidates=1)
+    index = write_page(tmp_path, [made])
+    (new,) = read(index)["inputs"]
+    old = {name: new[name] for name in new if name not in ("start", "hits_file", "command")}
+    old["hits"] = [[1.0, 0.9], [4.5, None]]
+    index.write_bytes(page.fill("page.html", {"inputs": [old]}))
+    kept = line | {"kept": True}
+    (after,) = read(write_page(tmp_path, [(source, kept, target)]))["inputs"]
+    assert after == new | {"hits": old["hits"]}
+    # of sounds that were drawn anew it is replaced
+    index.write_bytes(page.fill("page.html", {"inputs": [old]}))
+    assert read(write_page(tmp_path, [made]))["inputs"] == [new]
+
+
+def test_the_page_says_what_plays_the_hits_that_it_saves(made, tmp_path):
+    shown = read(made)
+    assert shown["materials"] == [name for name in foley.MATERIALS if name not in foley.OTHER]
+    first, plain, _ = shown["inputs"]
+    assert plain["hits_file"] == "plain.onsets.txt"
+    words = shlex.split(first["command"])
+    assert words == [
+        *("python", "sample.py", first["input"]),
+        *("--onsets", first["hits_file"], "--out", str(made.parent)),
+    ]
+
+    def command(source, out=None, start=0.0, duration=None):
+        hits_file = page.download_name(Path(source).with_suffix(".foley"))
+        return page.command_of(source, hits_file, out, page.Cut(start, duration))
+
+    assert command("clip.mp4") == "python sample.py clip.mp4 --onsets clip.onsets.txt"
+    assert command("a/clip.mp4", Path("new"), 3725.123456, 10.5) == (
+        "python sample.py a/clip.mp4 --onsets clip.onsets.txt --out new --start 3725.123456 "
+        "--duration 10.5"
+    )
+    # neither a flag, nor a name under which no browser saves a file
+    assert command("-v.mp4") == "python sample.py ./-v.mp4 --onsets ./-v.onsets.txt"
+    name = page.download_name(Path('.$HOME "a": 1\n?.foley'))
+    assert name == "_$HOME _a__ 1__.onsets.txt"
+    assert shlex.split(command("it's $(x).mp4"))[2:] == [
+        *("it's $(x).mp4", "--onsets", "it's $(x).onsets.txt"),
+    ]
+
+
+def test_hits_of_a_run_with_a_start_are_where_its_picture_has_them(tmp_path):
+    source, line, target = outputs(tmp_path, "a", candidates=1)
+    line["seconds"] = 4.0
+    (clip,) = read(write_page(tmp_path, [(source, line, target)], start=2.0))["inputs"]
+    assert clip["start"] == 2.0 and clip["hits"][1] == [2.5, None, "glass", True]
+    assert shlex.split(clip["command"])[-2:] == ["--start", "2.0"]
+    # a run that keeps or picks what is there says nothing of where that starts
+    args = SimpleNamespace(page=True, start=0.0, duration=None, json=True, out=tmp_path)
+    job = Job(source, target, line, record={"settings": {"start": 2.0, "duration": 4.0}})
+    shown = Page(args, [job])
+    shown.add(line | {"picked": "a.foley.wav"}, target)
+    assert shown.write()
+    (after,) = read(tmp_path / "index.html")["inputs"]
+    assert after == clip | {"command": f"{clip['command']} --duration 4.0"}
 
 
 def test_a_strip_shows_the_frames_in_order(tmp_path):

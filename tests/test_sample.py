@@ -556,7 +556,7 @@ def test_page_has_every_input_or_why_not(capsys, clip, weights, tmp_path):
     files = [(sound["file"], sound["offset"]) for sound in made["sounds"]]
     assert files == [("clip.foley.0.wav", 0), ("clip.foley.1.wav", 0), ("clip.mp4", 0.5)]
     assert made["seconds"] == 1.5 and made["name"] == "clip.mp4"
-    assert all(0 <= time <= 1.5 for time, _ in made["hits"])
+    assert all(0 <= time <= 1.5 for time, *_ in made["hits"])
 
     # with --json stdout is JSON alone
     _, out, _ = run(capsys, clip, *flags, "--json")
