@@ -14,11 +14,12 @@ samples (8.192 s), `video_features` is stage 1, `denoise` stage 2 under double g
 
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
 conditioned, classifier included, on the frames of its own seconds. Windows that overlap begin from
-the same slice of one noise field; every other one fills in what its neighbors have left. One whose
-sound does not play the hits that it was told is drawn again (film/tries.py). They are cross-faded as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound. It gets
-the watermark (1 dB, see common/watermark.py) and one constant gain, to a loudness of -23 LUFS or a
-true peak of -1 dBTP (film/level.py). A run of a long film that was stopped goes on where it was
-(film/kept.py).
+the same slice of one noise field; every other one fills in what its neighbors have left. A window
+whose sound does not play the hits that it was told is drawn again from other noise (film/tries.py).
+All are cross-faded as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound.
+It gets the watermark (1 dB, see common/watermark.py) and one constant gain, to a loudness of -23
+LUFS or a true peak of -1 dBTP (film/level.py). A run of a long film that was stopped goes on where
+it was (film/kept.py).
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops
 tails, crashes under 8 s, shows its classifier the frames of the whole clip, and inverts the mel at
