@@ -15,10 +15,10 @@ samples (8.192 s), `video_features` is stage 1, `denoise` stage 2 under double g
 Windows start on whole video features and whole mel columns and overlap by a second or more. Each is
 conditioned, classifier included, on the frames of its own seconds. Windows that overlap begin from
 the same slice of one noise field; every other one fills in what its neighbors have left. One whose
-sound does not play the hits that it was told is drawn again (film/tries.py). They are cross-faded as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound. It gets
-the watermark (1 dB, see common/watermark.py) and one constant gain, to a loudness of -23 LUFS or a
-true peak of -1 dBTP (film/level.py). A run of a long film that was stopped goes on where it was
-(film/kept.py).
+sound does not play the hits that it was told is drawn again (film/tries.py). They are cross-faded
+as spectrograms, so that one phase-coherent Griffin-Lim makes the whole sound. It gets the watermark
+(1 dB, see common/watermark.py) and one constant gain, to a loudness of -23 LUFS or a true peak of
+-1 dBTP (film/level.py). A run of a long film that was stopped goes on where it was (film/kept.py).
 
 Differs from the official demo, which joins windows end to end (0.176 s of slip in each), drops
 tails, crashes under 8 s, shows its classifier the frames of the whole clip, and inverts the mel at
@@ -636,7 +636,8 @@ def generate(
 
     models: of `load_models`; None: the mini model. start, duration: seconds of the picture.
     mark: the sound carries the watermark. on_step(done, total) is called after every step of the
-    sampler. Raises UserError for a video that cannot be read, ValueError for wrong arguments.
+    sampler, but for windows that are drawn again. Raises UserError for a video that cannot be read,
+    ValueError for wrong arguments.
     """
     # a list of one
     many = generate_many(
@@ -696,7 +697,7 @@ def generate_many(
             clips.popleft()
             yield video, clip
 
-    def draw(least):
+    def draw_waiting(least):
         """Windows of any clips, a batch at a time, as long as so many can be drawn."""
         while batch := take_batch(windows, least, settings.batch):
             denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
@@ -708,10 +709,10 @@ def generate_many(
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
             progress.total += settings.steps * len(clip.windows(settings))
-        draw(least=settings.batch)
+        draw_waiting(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
-    draw(least=1)
+    draw_waiting(least=1)
     yield from finished()
 
 
