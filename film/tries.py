@@ -40,6 +40,9 @@ def draw_best(windows, draw, decode, tries: int):
         drawn = draw(wrong, attempt)
         mels = decode(wrong, torch.stack([z for z, _ in drawn])).float().cpu()
         for k, new, mel in zip(again, drawn, mels, strict=True):
+            # one that has diverged is no better than what was drawn before
+            if attempt and not mel.isfinite().all():
+                continue
             count = count_faults(mel, *windows[k])
             # of equal draws the first
             if count < least[k]:
@@ -54,7 +57,8 @@ def draw_best(windows, draw, decode, tries: int):
 def count_faults(mel, clip, candidate: int, start: int):
     """Hits of a window that its mel (128, 512) leaves out or adds, in what is drawn of it.
 
-    The rest is known of its neighbors, or lies behind the clip's end.
+    The rest is known of its neighbors, or lies behind the clip's end. In its first two columns
+    nothing counts.
     """
     # a sampler that has diverged is reported where the sound is made
     if not mel.isfinite().all():
@@ -70,6 +74,8 @@ def count_faults(mel, clip, candidate: int, start: int):
     _, is_known = known_latents(clip, candidate, start)
     is_drawn = ~is_known.repeat_interleave(COLUMNS // LATENT_SHAPE[2])  # (512,)
     is_drawn[max(0, (clip.samples - start) // HOP) :] = False
+    # of what sounds in the first columns nobody can hear whether it begins there
+    is_drawn[: audio.LAG] = False
     pairs = audio.match(heard, told, TOLERANCE)
     played = {k for _, k in pairs}
     asked = {k for k, _ in pairs}
