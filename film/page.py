@@ -157,8 +157,8 @@ def download_name(target):
     """NAME.onsets.txt, without what browsers replace in the name of a file that they save."""
     name = onsets_file(target).name
     safe = [c if c.isprintable() and c not in '"*/:<>?\\|~%' else "_" for c in name]
-    # a file that begins with a dot is hidden
-    return re.sub(r"^\.", "_", "".join(safe))
+    # a file that begins with a dot is hidden, and a space there is replaced, too
+    return re.sub(r"^[. ]", "_", "".join(safe))
 
 
 class Cut(NamedTuple):

@@ -195,6 +195,7 @@ def test_the_page_says_what_plays_the_hits_that_it_saves(made, tmp_path):
     assert command("-v.mp4") == "python sample.py ./-v.mp4 --onsets ./-v.onsets.txt"
     name = page.download_name(Path('.$HOME "a": 1\n?.foley'))
     assert name == "_$HOME _a__ 1__.onsets.txt"
+    assert page.download_name(Path(" a .foley")) == "_a .onsets.txt"
     assert shlex.split(command("it's $(x).mp4"))[2:] == [
         *("it's $(x).mp4", "--onsets", "it's $(x).onsets.txt"),
     ]
