@@ -80,6 +80,10 @@ class Browser:
     def open(self, path):
         self.ask("POST", "/url", {"url": path.as_uri()})
 
+    def resize(self, width, height):
+        """The window, its frame included."""
+        self.ask("POST", "/window/rect", {"width": width, "height": height})
+
     def run(self, script):
         """The value of a JavaScript expression in the page."""
         return self.ask("POST", "/execute/sync", {"script": f"return {script}", "args": []})

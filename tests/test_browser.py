@@ -156,6 +156,23 @@ def test_nothing_comes_from_a_network_and_nothing_goes_wrong(page):
     assert page.mistakes() == []
 
 
+def test_a_narrow_window_shows_all_of_the_page(page):
+    """Nothing lies beside it, however little room there is."""
+    try:
+        for width in (1400, 700, 400):
+            page.resize(width, 900)
+            page.wait(f"innerWidth === {width}")
+            assert page.run("$('main').scrollWidth <= $('main').clientWidth")
+            right = page.run("$('main').getBoundingClientRect().right")
+            for part in (".screen", ".clock", "#save", "#save-hits", ".axis"):
+                box = page.run(f"$('{part}').getBoundingClientRect()")
+                assert box["x"] >= 0 and box["x"] + box["width"] <= right
+            # there is room for hits
+            assert page.run("$('.over').clientWidth > 0.55 * innerWidth")
+    finally:
+        page.resize(1400, 900)
+
+
 def test_blind_listening(chromium, tmp_path):
     """Both sounds must be heard; answers survive a reload, are saved, and are read by --ratings."""
     videos = [clips.make_video(tmp_path / "set" / f"{k}.mp4", 4.0, fps=10) for k in range(2)]
