@@ -169,6 +169,16 @@ def test_a_narrow_window_shows_all_of_the_page(page):
                 assert box["x"] >= 0 and box["x"] + box["width"] <= right
             # there is room for hits
             assert page.run("$('.over').clientWidth > 0.55 * innerWidth")
+        # an axis zoomed in goes along with what is no longer in sight, and stays with what is
+        page.press("+")
+        page.press("+")
+        page.run("($('.axis').scrollLeft = 0, true)")
+        shown = page.run("$('.axis').clientWidth - $('.lane').getBoundingClientRect().x + 12")
+        second = SECONDS / page.run("$('.over').clientWidth")  # of a pixel
+        page.run(f"reveal({second * (shown - 20)})")
+        assert page.run("$('.axis').scrollLeft") == 0
+        page.run(f"reveal({second * (shown + 20)})")
+        assert page.run("$('.axis').scrollLeft") > 0
     finally:
         page.resize(1400, 900)
 
