@@ -417,9 +417,10 @@ def draw(windows, attempt, models, settings, callback=None):
     """[(latents (4, 16, 64), score)] of one batch of windows, of any clips.
 
     A window's noise depends on seed, candidate, attempt and place alone: other inputs do not change
-    a sound, nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A
-    score is the classifier's log-probability, at diffusion time 0, that sound and picture belong
-    together; None without a classifier.
+    a sound, nor, with a batch of one, do other candidates; a larger batch changes it by rounding,
+    which may now and then decide whether it is drawn again. A score is the classifier's
+    log-probability, at diffusion time 0, that sound and picture belong together; None without a
+    classifier.
     """
     ldm = models.ldm
     # each window's slice of the noise field, and the conditions of its own seconds
