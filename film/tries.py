@@ -13,7 +13,7 @@ import torch
 
 from common import audio
 from common.audio import COLUMN, HOP
-from film.windows import COLUMNS, known_latents
+from film.windows import COLUMNS, KEPT, known_latents
 from ldm import LATENT_SHAPE
 
 TOLERANCE = 0.05  # seconds between a hit and its sound
@@ -25,8 +25,8 @@ def draw_best(windows, draw, decode, tries: int):
     one without a fault.
 
     windows: [(clip, candidate, start)]; draw(windows, k): such a list, from the k-th noise;
-    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512). That of a clip's only window is
-    kept in `clip.mels`, so that it is decoded once.
+    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512). Those of clips of one window are
+    kept in `clip.mels`, of KEPT candidates at most, so that they are decoded once.
     """
     if tries == 1 or not any(clip.is_told for clip, _, _ in windows):
         return draw(windows, 0)
@@ -49,8 +49,10 @@ def draw_best(windows, draw, decode, tries: int):
                 least[k] = count
                 best[k] = new
                 clip, candidate, _ = windows[k]
-                if len(clip.starts) == 1 and mel.isfinite().all():
-                    clip.mels[candidate] = {0: mel}
+                has_room = candidate in clip.mels or len(clip.mels) < KEPT
+                if len(clip.starts) == 1 and has_room and mel.isfinite().all():
+                    # a copy of its own, which does not hold the whole batch
+                    clip.mels[candidate] = {0: mel.clone()}
     return [best[k] for k in range(len(windows))]
 
 

@@ -151,6 +151,24 @@ def test_the_mel_of_an_only_window_is_kept_and_no_other():
     assert not long.mels
 
 
+def test_few_mels_are_kept_and_no_batch_of_them():
+    """Of a thousand candidates they would take 250 MB; those that are missing are decoded again."""
+    clip = clip_of()
+    windows = [(clip, k, 0) for k in range(tries.KEPT + 3)]
+
+    def draw(windows, attempt):
+        return [(torch.full((4, 16, 64), float(attempt)), None) for _ in windows]
+
+    def decode(windows, z):
+        return torch.stack([sounding(TIMES if attempt else ()) for attempt in z[:, 0, 0, 0]])
+
+    tries.draw_best(windows, draw, decode, 2)
+    assert list(clip.mels) == list(range(tries.KEPT))
+    for mels in clip.mels.values():
+        assert torch.equal(mels[0], sounding(TIMES))
+        assert mels[0].untyped_storage().nbytes() == 4 * mels[0].numel()
+
+
 @pytest.mark.parametrize(("most", "is_told"), [(1, True), (4, False)])
 def test_nothing_is_decoded_where_nothing_is_compared(most, is_told):
     clip = clip_of(is_told=is_told)
