@@ -424,6 +424,22 @@ def test_a_click_beside_a_hit_seeks(directed):
     assert directed.run("hits.selected") is None and not directed.run("hits.isEdited")
 
 
+def test_a_key_ends_a_drag(chromium, tmp_path):
+    """The selected hit of an input that it opens is not dragged along."""
+    made = [outputs(tmp_path, name, candidates=1) for name in ("a", "b")]
+    chromium.open(write_page(tmp_path, made))
+    chromium.wait("player.audios.every(a => a.readyState > 1)")
+    chromium.press("down")
+    chromium.press("n")
+    chromium.press("up")
+    box = chromium.run(LANE)
+    x = box["x"] + box["width"] / 6
+    chromium.drag(x, box["y"] + 0.9 * box["height"], 0.3 * box["width"], key="down")
+    assert chromium.run(f"[at, hits.selected.time, {TIMES}]") == [1, 1.0, [1.0, 4.5]]
+    chromium.press("delete")
+    assert chromium.run("$('.facts').textContent") == "6.00 s, 1 hit, edited"
+
+
 def test_edits_are_kept_until_they_are_discarded(directed, directed_index):
     drag_hit(directed, 0)
     directed.press("delete")
