@@ -418,9 +418,10 @@ def draw(windows, attempt, models, settings, callback=None):
     """[(latents (4, 16, 64), score)] of one batch of windows, of any clips.
 
     A window's noise depends on seed, candidate, attempt and place alone: other inputs do not change
-    a sound, nor, with a batch of one, do other candidates; a larger batch changes it by rounding. A
-    score is the classifier's log-probability, at diffusion time 0, that sound and picture belong
-    together; None without a classifier.
+    a sound, nor, with a batch of one, do other candidates; a larger batch changes it by rounding,
+    which may now and then decide whether it is drawn again. A score is the classifier's
+    log-probability, at diffusion time 0, that sound and picture belong together; None without a
+    classifier.
     """
     ldm = models.ldm
     # each window's slice of the noise field, and the conditions of its own seconds
@@ -637,7 +638,8 @@ def generate(
 
     models: of `load_models`; None: the mini model. start, duration: seconds of the picture.
     mark: the sound carries the watermark. on_step(done, total) is called after every step of the
-    sampler. Raises UserError for a video that cannot be read, ValueError for wrong arguments.
+    sampler, but for windows that are drawn again. Raises UserError for a video that cannot be read,
+    ValueError for wrong arguments.
     """
     # a list of one
     many = generate_many(
@@ -697,7 +699,7 @@ def generate_many(
             clips.popleft()
             yield video, clip
 
-    def draw(least):
+    def draw_waiting(least):
         """Windows of any clips, a batch at a time, as long as so many can be drawn."""
         while batch := take_batch(windows, least, settings.batch):
             denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
@@ -709,10 +711,10 @@ def generate_many(
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
             progress.total += settings.steps * len(clip.windows(settings))
-        draw(least=settings.batch)
+        draw_waiting(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
-    draw(least=1)
+    draw_waiting(least=1)
     yield from finished()
 
 

@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 import urllib.parse
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,8 +157,23 @@ def download_name(target):
     """NAME.onsets.txt, without what browsers replace in the name of a file that they save."""
     name = onsets_file(target).name
     safe = [c if c.isprintable() and c not in '"*/:<>?\\|~%' else "_" for c in name]
-    # a file that begins with a dot is hidden
-    return re.sub(r"^\.", "_", "".join(safe))
+    # a file that begins with a dot is hidden, and a space there is replaced, too
+    return re.sub(r"^[. ]", "_", "".join(safe))
+
+
+def tell_apart(inputs):
+    """Gives inputs whose hits would be saved under one name, from different folders, names of their
+    own: NAME.onsets.txt, NAME.2.onsets.txt."""
+    taken = set()
+    for one in inputs:
+        if "error" in one:
+            continue
+        stem = one["hits_file"].removesuffix(".onsets.txt")
+        numbers = count(2)
+        # some systems do not tell capitals apart
+        while one["hits_file"].casefold() in taken:
+            one["hits_file"] = f"{stem}.{next(numbers)}.onsets.txt"
+        taken.add(one["hits_file"].casefold())
 
 
 class Cut(NamedTuple):
@@ -325,8 +340,7 @@ class Page:
                 # earlier version lacks some fields
                 if result is None and before and looks(before) == looks(made):
                     made |= before
-                made["command"] = command_of(line["input"], made["hits_file"], self.out, cut)
-                self.inputs.append(made)
+                self.inputs.append(made | {"cut": cut})
                 return
             # such as a sound that somebody deleted in between
             except UserError as error:
@@ -342,6 +356,11 @@ class Page:
         inputs = [one for several in zip_longest(*parts) for one in several if one is not None]
         if distributed.rank() > 0:
             return True
+        tell_apart(inputs)
+        for one in inputs:
+            if "error" not in one:
+                cut = one.pop("cut")
+                one["command"] = command_of(one["input"], one["hits_file"], self.out, cut)
         try:
             content = {"inputs": inputs, "materials": MATERIALS, "column": COLUMN}
             write_bytes(self.path, fill("page.html", content))

@@ -97,6 +97,9 @@ def pick(job, name: str, args, manifests: dict):
     job.line = kept_line(video, folder, record) | {"picked": name}
     sums = {path: entry["sha256"] for path, entry in record["files"].items()}
     if picked == paths["wav"] or sums[name] == sums[paths["wav"].name] and not args.overwrite:
+        # what is there already was picked, too: later runs keep it
+        if name in scores and record.get("picked") != name:
+            manifest.append(folder, record | {"picked": name})
         return
     with written() as files:
         sound = write(video, record, picked, paths, args)

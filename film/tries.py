@@ -12,12 +12,11 @@ import math
 import torch
 
 from common import audio
-from common.audio import COLUMN, HOP
-from film.windows import COLUMNS, known_latents
+from common.audio import APART, COLUMN, HOP
+from film.windows import COLUMNS, KEPT, known_latents
 from ldm import LATENT_SHAPE
 
 TOLERANCE = 0.05  # seconds between a hit and its sound
-CLOSEST = audio.APART * COLUMN  # seconds; of hits that are no farther apart one onset is heard
 
 
 def draw_best(windows, draw, decode, tries: int):
@@ -25,8 +24,8 @@ def draw_best(windows, draw, decode, tries: int):
     one without a fault.
 
     windows: [(clip, candidate, start)]; draw(windows, k): such a list, from the k-th noise;
-    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512). That of a clip's only window is
-    kept in `clip.mels`, so that it is decoded once.
+    decode(windows, latents (b, 4, 16, 64)): mels (b, 128, 512). Those of clips of one window are
+    kept in `clip.mels`, of KEPT candidates at most, so that they are decoded once.
     """
     if tries == 1 or not any(clip.is_told for clip, _, _ in windows):
         return draw(windows, 0)
@@ -40,15 +39,27 @@ def draw_best(windows, draw, decode, tries: int):
         drawn = draw(wrong, attempt)
         mels = decode(wrong, torch.stack([z for z, _ in drawn])).float().cpu()
         for k, new, mel in zip(again, drawn, mels, strict=True):
+            if not mel.isfinite().all():
+                # the sampler has diverged: of a first draw that is said where the sound is made
+                if attempt == 0:
+                    best[k] = new
+                    least[k] = 0
+                continue
             count = count_faults(mel, *windows[k])
             # of equal draws the first
             if count < least[k]:
-                least[k] = count
                 best[k] = new
-                clip, candidate, _ = windows[k]
-                if len(clip.starts) == 1 and mel.isfinite().all():
-                    clip.mels[candidate] = {0: mel}
+                least[k] = count
+                keep_mel(mel, *windows[k])
     return [best[k] for k in range(len(windows))]
+
+
+def keep_mel(mel, clip, candidate: int, start: int):
+    """Sets the mel of a clip's only window in `clip.mels`, of KEPT candidates at most."""
+    has_room = candidate in clip.mels or len(clip.mels) < KEPT
+    if clip.starts == [start] and has_room:
+        # a copy of its own, which does not hold the whole batch
+        clip.mels[candidate] = {0: mel.clone()}
 
 
 def count_faults(mel, clip, candidate: int, start: int):
@@ -56,23 +67,29 @@ def count_faults(mel, clip, candidate: int, start: int):
 
     The rest is known of its neighbors, or lies behind the clip's end.
     """
-    # a sampler that has diverged is reported where the sound is made
-    if not mel.isfinite().all():
-        return 0
-    # in seconds from the window's start
-    begin = start / audio.SAMPLE_RATE
-    told = []
-    for time in sorted(hit.time - begin for hit in clip.hits):
-        if 0 <= time < COLUMNS * COLUMN and (not told or time - told[-1] > CLOSEST):
-            told.append(time)
     heard = audio.detect_onsets(mel.numpy()).tolist()
+    begin = start / audio.SAMPLE_RATE
+    told = apart([hit.time - begin for hit in clip.hits])
+    pairs = audio.match(heard, told, TOLERANCE)
+    asked = {k for k, _ in pairs}
+    played = {k for _, k in pairs}
+    wrong = [time for k, time in enumerate(heard) if k not in asked]
+    wrong += [time for k, time in enumerate(told) if k not in played]
 
     _, is_known = known_latents(clip, candidate, start)
-    is_drawn = ~is_known.repeat_interleave(COLUMNS // LATENT_SHAPE[2])  # (512,)
-    is_drawn[max(0, (clip.samples - start) // HOP) :] = False
-    pairs = audio.match(heard, told, TOLERANCE)
-    played = {k for _, k in pairs}
-    asked = {k for k, _ in pairs}
-    wrong = [time for k, time in enumerate(told) if k not in played]
-    wrong += [time for k, time in enumerate(heard) if k not in asked]
-    return sum(bool(is_drawn[min(round(time / COLUMN), COLUMNS - 1)]) for time in wrong)
+    counts = ~is_known.repeat_interleave(COLUMNS // LATENT_SHAPE[2])  # (512,)
+    counts[max(0, (clip.samples - start) // HOP) :] = False
+    # of what sounds in the first columns nobody can hear whether it begins there
+    counts[: audio.LAG] = False
+    return sum(bool(counts[min(round(time / COLUMN), COLUMNS - 1)]) for time in wrong)
+
+
+def apart(times):
+    """Those of the times that lie in the window, ascending; of some so close together that one
+    onset is heard, the first."""
+    kept = []
+    for time in sorted(times):
+        is_inside = 0 <= time < COLUMNS * COLUMN
+        if is_inside and (not kept or round(time / COLUMN) - round(kept[-1] / COLUMN) > APART):
+            kept.append(time)
+    return kept

@@ -171,8 +171,8 @@ class Spectrogram:
 
     latents: (4, 16, 64) of the windows at `starts`; decode: (b, 4, 16, 64) -> mels (b, 128, 512);
     batch: windows decoded at once; name: of the clip, for errors; mels: {number: mel} of windows
-    that are decoded already. A window takes 16 KB this way
-    instead of 256. Slices raise UserError where the sampler has diverged.
+    that are decoded already. A window takes 16 KB this way instead of 256. Slices raise UserError
+    where the sampler has diverged.
     """
 
     def __init__(

@@ -80,6 +80,10 @@ class Browser:
     def open(self, path):
         self.ask("POST", "/url", {"url": path.as_uri()})
 
+    def resize(self, width, height):
+        """The window, its frame included."""
+        self.ask("POST", "/window/rect", {"width": width, "height": height})
+
     def run(self, script):
         """The value of a JavaScript expression in the page."""
         return self.ask("POST", "/execute/sync", {"script": f"return {script}", "args": []})
@@ -104,8 +108,11 @@ class Browser:
         steps += [{"type": "keyUp", "value": value} for value in reversed(values)]
         self.act("key", steps)
 
-    def drag(self, x, y, right=0.0, down=0.0):
-        """The mouse from a point of the window on by so many pixels; without any a click."""
+    def drag(self, x, y, right=0.0, down=0.0, key=None):
+        """The mouse from a point of the window on by so many pixels; without any a click.
+
+        key: pressed halfway.
+        """
         places = [(x, y)]
         # in several steps, as a hand does
         if right or down:
@@ -114,7 +121,12 @@ class Browser:
             {"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)} for x, y in places
         ]
         press = {"type": "pointerDown", "button": 0}
-        self.act("pointer", [moves[0], press, *moves[1:], {"type": "pointerUp", "button": 0}])
+        steps = [moves[0], press, *moves[1:], {"type": "pointerUp", "button": 0}]
+        if key:
+            self.act("pointer", steps[:4])
+            self.press(key)
+            steps = steps[4:]
+        self.act("pointer", steps)
 
     def click(self, selector):
         """The middle of an element, as by a mouse."""

@@ -156,6 +156,33 @@ def test_nothing_comes_from_a_network_and_nothing_goes_wrong(page):
     assert page.mistakes() == []
 
 
+def test_a_narrow_window_shows_all_of_the_page(page):
+    """Nothing lies beside it, however little room there is."""
+    try:
+        for width in (1400, 700, 400):
+            page.resize(width, 900)
+            page.wait(f"innerWidth === {width}")
+            assert page.run("$('main').scrollWidth <= $('main').clientWidth")
+            right = page.run("$('main').getBoundingClientRect().right")
+            for part in (".screen", ".clock", "#save", "#save-hits", ".axis"):
+                box = page.run(f"$('{part}').getBoundingClientRect()")
+                assert box["x"] >= 0 and box["x"] + box["width"] <= right
+            # there is room for hits
+            assert page.run("$('.over').clientWidth > 0.55 * innerWidth")
+        # an axis zoomed in goes along with what is no longer in sight, and stays with what is
+        page.press("+")
+        page.press("+")
+        page.run("($('.axis').scrollLeft = 0, true)")
+        shown = page.run("$('.axis').clientWidth - $('.lane').getBoundingClientRect().x + 12")
+        second = SECONDS / page.run("$('.over').clientWidth")  # of a pixel
+        page.run(f"reveal({second * (shown - 20)})")
+        assert page.run("$('.axis').scrollLeft") == 0
+        page.run(f"reveal({second * (shown + 20)})")
+        assert page.run("$('.axis').scrollLeft") > 0
+    finally:
+        page.resize(1400, 900)
+
+
 def test_blind_listening(chromium, tmp_path):
     """Both sounds must be heard; answers survive a reload, are saved, and are read by --ratings."""
     videos = [clips.make_video(tmp_path / "set" / f"{k}.mp4", 4.0, fps=10) for k in range(2)]
@@ -395,6 +422,22 @@ def test_a_click_beside_a_hit_seeks(directed):
     directed.drag(box["x"] + 0.5 * box["width"], box["y"] + 5)
     assert directed.run("player.time") == pytest.approx(SHOWN / 2, abs=0.05)
     assert directed.run("hits.selected") is None and not directed.run("hits.isEdited")
+
+
+def test_a_key_ends_a_drag(chromium, tmp_path):
+    """The selected hit of an input that it opens is not dragged along."""
+    made = [outputs(tmp_path, name, candidates=1) for name in ("a", "b")]
+    chromium.open(write_page(tmp_path, made))
+    chromium.wait("player.audios.every(a => a.readyState > 1)")
+    chromium.press("down")
+    chromium.press("n")
+    chromium.press("up")
+    box = chromium.run(LANE)
+    x = box["x"] + box["width"] / 6
+    chromium.drag(x, box["y"] + 0.9 * box["height"], 0.3 * box["width"], key="down")
+    assert chromium.run(f"[at, hits.selected.time, {TIMES}]") == [1, 1.0, [1.0, 4.5]]
+    chromium.press("delete")
+    assert chromium.run("$('.facts').textContent") == "6.00 s, 1 hit, edited"
 
 
 def test_edits_are_kept_until_they_are_discarded(directed, directed_index):

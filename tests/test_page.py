@@ -195,9 +195,26 @@ def test_the_page_says_what_plays_the_hits_that_it_saves(made, tmp_path):
     assert command("-v.mp4") == "python sample.py ./-v.mp4 --onsets ./-v.onsets.txt"
     name = page.download_name(Path('.$HOME "a": 1\n?.foley'))
     assert name == "_$HOME _a__ 1__.onsets.txt"
+    assert page.download_name(Path(" a .foley")) == "_a .onsets.txt"
     assert shlex.split(command("it's $(x).mp4"))[2:] == [
         *("it's $(x).mp4", "--onsets", "it's $(x).onsets.txt"),
     ]
+
+
+def test_inputs_of_one_name_save_their_hits_under_names_of_their_own(tmp_path):
+    """From different folders, without --out: the command of one must not play the other's hits."""
+    made = [outputs(tmp_path / folder, "a", 2.0, candidates=1) for folder in "xyz"]
+    args = SimpleNamespace(page=True, start=0.0, duration=None, json=True, out=None)
+    shown = Page(args, [Job(source, target) for source, _, target in made])
+    shown.add({"input": "no.mp4", "error": "no.mp4: no such file"}, None)
+    for _, line, target in made:
+        shown.add(line, target)
+    assert shown.write()
+    _, *inputs = read(tmp_path / "x" / "index.html")["inputs"]
+    names = ["a.onsets.txt", "a.2.onsets.txt", "a.3.onsets.txt"]
+    assert [one["hits_file"] for one in inputs] == names
+    for one, name in zip(inputs, names, strict=True):
+        assert shlex.split(one["command"])[2:] == [one["input"], "--onsets", name]
 
 
 def test_hits_of_a_run_with_a_start_are_where_its_picture_has_them(tmp_path):

@@ -126,6 +126,20 @@ def test_a_later_run_keeps_the_pick_and_another_pick_replaces_it(
     assert "picked" not in json.loads((folder / "manifest.jsonl").read_text().splitlines()[-1])
 
 
+def test_the_pick_of_what_is_there_is_kept_too(picked, capsys, folder, weights):
+    """Somebody who listens may agree with the classifier."""
+    best = others(folder)[1]
+    before = (folder / "manifest.jsonl").read_text().splitlines()
+    # a second time there is nothing to say
+    for _ in range(2):
+        assert f"kept ({best} was picked" in picked(best)[1][0]
+        *lines, line = (folder / "manifest.jsonl").read_text().splitlines()
+        assert lines == before and json.loads(line)["picked"] == best
+    clip = folder / "clip.mp4"
+    flags = (clip, "--weights", weights, "--out", folder, "--steps", 3)
+    assert f"kept ({best} was picked" in run(capsys, *flags)[1][0]
+
+
 @pytest.mark.parametrize("form", ["flac", "mkv"])
 def test_every_format_is_picked(capsys, folder, weights, monkeypatch, tmp_path, form):
     """Of flac the tags are elsewhere; with --out and a cut the picture is that of the output."""

@@ -60,6 +60,21 @@ def test_hits_too_close_to_be_heard_apart_are_one():
     clip = clip_of((1.0, 1.03, 4.0))
     assert tries.count_faults(sounding((1.0, 4.0)), clip, 0, 0) == 0
     assert tries.count_faults(sounding((4.0,)), clip, 0, 0) == 1
+    # of a chain, those that can be
+    clip = clip_of((1.0, 1.04, 1.08))
+    assert tries.count_faults(sounding((1.0, 1.08)), clip, 0, 0) == 0
+
+
+def test_a_hit_with_which_a_window_begins_is_never_missed():
+    """No onset is heard there: it would be drawn again and again for nothing."""
+    for first in (0.0, 0.016):
+        clip = clip_of((first, 4.0))
+        assert tries.count_faults(sounding((first, 4.0)), clip, 0, 0) == 0
+        assert tries.count_faults(sounding((first,)), clip, 0, 0) == 1
+    # a little later it is
+    clip = clip_of((0.04, 4.0))
+    assert tries.count_faults(sounding((0.04, 4.0)), clip, 0, 0) == 0
+    assert tries.count_faults(sounding((4.0,)), clip, 0, 0) == 1
 
 
 def test_what_is_not_drawn_or_not_heard_has_no_faults():
@@ -72,8 +87,6 @@ def test_what_is_not_drawn_or_not_heard_has_no_faults():
     clip = clip_of((1.0, 6.0), known=known)
     assert tries.count_faults(sounding((2.0, 6.0)), clip, 0, 0) == 0
     assert tries.count_faults(sounding((1.0, 7.0)), clip, 0, 0) == 2
-    # a sampler that has diverged is an error later, with a message of its own
-    assert tries.count_faults(torch.full((128, 512), torch.nan), clip_of(), 0, 0) == 0
 
 
 # ---- draws ---------------------------------------------------------------------------------------
@@ -82,8 +95,8 @@ def test_what_is_not_drawn_or_not_heard_has_no_faults():
 def drawn_by(attempts, clips, most, candidate=0):
     """-> draw_best of one window of each clip, and the batches that were drawn.
 
-    attempts: for each clip, the times that the sounds of its attempts have. Latents and scores are
-    the number of clip and attempt.
+    attempts: for each clip, the times that the sounds of its attempts have; None where the sampler
+    diverges. Latents and scores are the number of clip and attempt.
     """
     windows = [(clip, candidate, 0) for clip in clips]
     for number, clip in enumerate(clips):
@@ -101,7 +114,9 @@ def drawn_by(attempts, clips, most, candidate=0):
     def decode(windows, z):
         assert len(z) == len(windows)
         numbers = z[:, 0, 0, 0].long().tolist()
-        return torch.stack([sounding(attempts[n // 10][n % 10]) for n in numbers])
+        all_times = [attempts[n // 10][n % 10] for n in numbers]
+        diverged = torch.full((128, 512), torch.nan)
+        return torch.stack([diverged if times is None else sounding(times) for times in all_times])
 
     best = tries.draw_best(windows, draw, decode, most)
     assert all((z == score).all() for z, score in best)
@@ -121,11 +136,38 @@ def test_the_best_is_kept_and_of_equal_ones_the_first():
     assert best == [1, 10] and batches == [[0, 1]] * 3
 
 
+def test_a_draw_that_diverged_takes_the_place_of_none():
+    attempts = [[(1.0,), None, (), (1.0, 2.5)], [None, TIMES]]
+    clips = [clip_of() for _ in attempts]
+    best, batches = drawn_by(attempts, clips, 4)
+    assert best == [3, 10] and torch.equal(clips[0].mels[0][0], sounding((1.0, 2.5)))
+    # the first one is an error where the sound is made
+    assert batches == [[0, 1], [0], [0], [0]] and not clips[1].mels
+
+
 def test_the_mel_of_an_only_window_is_kept_and_no_other():
     only, long = clip_of(), clip_of(starts=(0, 100_000), seconds=14.0)
     drawn_by([[(1.0,), TIMES], [TIMES]], [only, long], 4, candidate=3)
     assert only.mels.keys() == {3} and torch.equal(only.mels[3][0], sounding(TIMES))
     assert not long.mels
+
+
+def test_few_mels_are_kept_and_no_batch_of_them():
+    """Of a thousand candidates they would take 250 MB; those that are missing are decoded again."""
+    clip = clip_of()
+    windows = [(clip, k, 0) for k in range(tries.KEPT + 3)]
+
+    def draw(windows, attempt):
+        return [(torch.full((4, 16, 64), float(attempt)), None) for _ in windows]
+
+    def decode(windows, z):
+        return torch.stack([sounding(TIMES if attempt else ()) for attempt in z[:, 0, 0, 0]])
+
+    tries.draw_best(windows, draw, decode, 2)
+    assert list(clip.mels) == list(range(tries.KEPT))
+    for mels in clip.mels.values():
+        assert torch.equal(mels[0], sounding(TIMES))
+        assert mels[0].untyped_storage().nbytes() == 4 * mels[0].numel()
 
 
 @pytest.mark.parametrize(("most", "is_told"), [(1, True), (4, False)])
