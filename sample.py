@@ -72,7 +72,7 @@ from film.page import Page
 from film.progress import Progress, show_progress
 from film.provenance import VERSION, WeightSums, make_tags
 from film.redo import Redo, check_stretches, plan_redo, repaint
-from film.tries import draw_best
+from film.tries import best_of_tries
 from film.windows import (
     LATENT_HOP,
     Spectrogram,
@@ -316,7 +316,7 @@ def set_conditions(clip, models, settings):
     if not config.columns or (settings.onsets == "none" and not settings.material):
         return
     clip.hits = hits_to_play(clip, models, settings)
-    clip.is_told = settings.onsets != "none"
+    clip.hits_given = settings.onsets != "none"
     # towards materials that a person names eps is led, towards those that are seen it is not
     clip.names_materials = bool(settings.material) or any(
         hit.material and not hit.is_guess for hit in clip.hits
@@ -331,7 +331,7 @@ def set_conditions(clip, models, settings):
         1 / config.fps,
     )
     tracks = controls.Tracks(*(track.to(clip.features) for track in tracks))
-    if not clip.is_told:
+    if not clip.hits_given:
         tracks = tracks._replace(given=None)
     clip.conditions = models.ldm.with_controls(clip.features[None], tracks)[0]
     # held once: an hour's are 115 MB
@@ -351,7 +351,7 @@ class Clip:
     features: Tensor = None  # (f, d)
     conditions: Tensor = None  # (f, d + controls): features, and what stage 2 is told beside them
     hits: list = ()  # Hit, that it is told or that were found
-    is_told: bool = False  # whether stage 2 is to play these hits and no others
+    hits_given: bool = False  # whether stage 2 is to play these hits and no others
     names_materials: bool = False  # whether a person does
     # (candidate, start) -> latents (4, 16, 64) of a window, and which columns (64,) are known
     known: dict = field(default_factory=dict)
@@ -414,7 +414,7 @@ def guided(models, conditions, opened, settings, times):
 
 
 @torch.no_grad()
-def draw(windows, attempt, models, settings, callback=None):
+def sample_latents(windows, attempt, models, settings, callback=None):
     """[(latents (4, 16, 64), score)] of one batch of windows, of any clips.
 
     A window's noise depends on seed, candidate, attempt and place alone: other inputs do not change
@@ -478,9 +478,11 @@ def denoise(windows, models, settings, callback=None):
         with share([clip.profile for clip, _, _ in windows], "autoencoder"):
             return models.ldm.decode(z.to(models.device))
 
-    drawing = functools.partial(draw, models=models, settings=settings, callback=callback)
-    drawn = draw_best(windows, drawing, decode, settings.tries)
-    for (clip, *window), (latents, score) in zip(windows, drawn, strict=True):
+    sampling = functools.partial(
+        sample_latents, models=models, settings=settings, callback=callback
+    )
+    best = best_of_tries(windows, sampling, decode, settings.tries)
+    for (clip, *window), (latents, score) in zip(windows, best, strict=True):
         clip.latents[tuple(window)] = latents
         if score is not None:
             clip.scores[tuple(window)] = score
@@ -597,7 +599,7 @@ def make_result(clip, models, settings, mark, wavs, scores, best, spectrogram):
         levels = level.apply(wavs, settings)
     hits = clip.hits
     # where nobody told or found any
-    if not clip.is_told:
+    if not clip.hits_given:
         hits = [Hit(time) for time in audio.detect_onsets(spectrogram)]
     return Result(
         hits=[hit._replace(time=hit.time + clip.start) for hit in hits],
@@ -699,7 +701,7 @@ def generate_many(
             clips.popleft()
             yield video, clip
 
-    def draw_waiting(least):
+    def denoise_waiting(least):
         """Windows of any clips, a batch at a time, as long as so many can be drawn."""
         while batch := take_batch(windows, least, settings.batch):
             denoise(batch, models, settings, functools.partial(progress.step, len(batch)))
@@ -711,10 +713,10 @@ def generate_many(
         if isinstance(clip, Clip):
             windows.extend(clip.windows(settings))
             progress.total += settings.steps * len(clip.windows(settings))
-        draw_waiting(least=settings.batch)
+        denoise_waiting(least=settings.batch)
         yield from finished()
     # the rest, which fills no batch
-    draw_waiting(least=1)
+    denoise_waiting(least=1)
     yield from finished()
 
 

@@ -199,14 +199,16 @@ def test_readmes_tree_names_every_file_once():
     )
 
 
-def test_no_file_is_large_or_pickled():
-    """What `git clone` costs everybody; and nothing of ours is to be unpickled."""
+def test_no_file_is_large_or_pickled_or_an_output():
+    """What `git clone` costs everybody; nothing of ours is to be unpickled; and what a script wrote
+    here stays here."""
     if shutil.which("git") is None:
         pytest.skip("git lists the files")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
         path = ROOT / name
         assert path.suffix not in (".pkl", ".pickle", ".pt", ".npy"), name
+        assert name not in ("evaluate.json", "evaluate.png"), name
         assert not path.is_file() or path.stat().st_size < 20e6, name
 
 

@@ -21,14 +21,14 @@ def sounding(times):
     return mel(torch.from_numpy(clicks(WINDOW / SAMPLE_RATE, times)))
 
 
-def clip_of(times=TIMES, seconds=8.0, starts=(0,), known=None, needs=None, is_told=True):
+def clip_of(times=TIMES, seconds=8.0, starts=(0,), known=None, needs=None, hits_given=True):
     return SimpleNamespace(
         hits=[Hit(time) for time in times],
         samples=round(seconds * SAMPLE_RATE),
         starts=list(starts),
         known=known or {},
         needs=needs or {},
-        is_told=is_told,
+        hits_given=hits_given,
         mels={},
     )
 
@@ -93,7 +93,7 @@ def test_what_is_not_drawn_or_not_heard_has_no_faults():
 
 
 def drawn_by(attempts, clips, most, candidate=0):
-    """-> draw_best of one window of each clip, and the batches that were drawn.
+    """-> best_of_tries of one window of each clip, and the batches that were drawn.
 
     attempts: for each clip, the times that the sounds of its attempts have; None where the sampler
     diverges. Latents and scores are the number of clip and attempt.
@@ -103,7 +103,7 @@ def drawn_by(attempts, clips, most, candidate=0):
         clip.number = number
     batches = []
 
-    def draw(windows, attempt):
+    def sample_latents(windows, attempt):
         batches.append([clip.number for clip, _, _ in windows])
         drawn = []
         for clip, _, _ in windows:
@@ -118,7 +118,7 @@ def drawn_by(attempts, clips, most, candidate=0):
         diverged = torch.full((128, 512), torch.nan)
         return torch.stack([diverged if times is None else sounding(times) for times in all_times])
 
-    best = tries.draw_best(windows, draw, decode, most)
+    best = tries.best_of_tries(windows, sample_latents, decode, most)
     assert all((z == score).all() for z, score in best)
     return [score for _, score in best], batches
 
@@ -157,25 +157,25 @@ def test_few_mels_are_kept_and_no_batch_of_them():
     clip = clip_of()
     windows = [(clip, k, 0) for k in range(tries.KEPT + 3)]
 
-    def draw(windows, attempt):
+    def sample_latents(windows, attempt):
         return [(torch.full((4, 16, 64), float(attempt)), None) for _ in windows]
 
     def decode(windows, z):
         return torch.stack([sounding(TIMES if attempt else ()) for attempt in z[:, 0, 0, 0]])
 
-    tries.draw_best(windows, draw, decode, 2)
+    tries.best_of_tries(windows, sample_latents, decode, 2)
     assert list(clip.mels) == list(range(tries.KEPT))
     for mels in clip.mels.values():
         assert torch.equal(mels[0], sounding(TIMES))
         assert mels[0].untyped_storage().nbytes() == 4 * mels[0].numel()
 
 
-@pytest.mark.parametrize(("most", "is_told"), [(1, True), (4, False)])
-def test_nothing_is_decoded_where_nothing_is_compared(most, is_told):
-    clip = clip_of(is_told=is_told)
+@pytest.mark.parametrize(("most", "hits_given"), [(1, True), (4, False)])
+def test_nothing_is_decoded_where_nothing_is_compared(most, hits_given):
+    clip = clip_of(hits_given=hits_given)
     windows = [(clip, 0, 0)]
     drawn = [(torch.zeros(4, 16, 64), None)]
-    assert tries.draw_best(windows, lambda *_: drawn, None, most) is drawn
+    assert tries.best_of_tries(windows, lambda *_: drawn, None, most) is drawn
 
 
 # ---- the main job --------------------------------------------------------------------------------
@@ -195,9 +195,9 @@ def test_a_window_without_its_hits_is_drawn_again(tmp_path, monkeypatch):
     models = tiny.models(columns=4, materials=("wood", "metal"))
     videos = [make_video(tmp_path / "short.mp4", 2), make_video(tmp_path / "long.mp4", 20)]
     asked = []
-    real = sample.draw
+    real = sample.sample_latents
 
-    def draw(windows, attempt, **options):
+    def sample_latents(windows, attempt, **options):
         asked.append((attempt, len(windows)))
         drawn = real(windows, attempt, **options)
         return [(torch.full_like(z, float(attempt)), score) for z, score in drawn]
@@ -209,7 +209,7 @@ def test_a_window_without_its_hits_is_drawn_again(tmp_path, monkeypatch):
         columns[is_second] = sounding((1.0,))
         return columns
 
-    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(sample, "sample_latents", sample_latents)
     monkeypatch.setattr(models.ldm, "decode", decode)
     steps = []
     # the long one has hits in its first window alone
